@@ -1,0 +1,251 @@
+"""The run store: folders of Parquet tables and a manifest, addressed by job and fingerprint.
+
+A run is `<storage>/<domain>/<job>@<fingerprint>/`. While a job works it adds parts
+(`verdicts.<part>.parquet`), each written whole or not at all, so a killed job finds again what it had finished.
+`Run.finish` merges the parts into `verdicts.parquet` and marks the manifest done; asked again, the job is a no-op.
+Storage is any URI of pyarrow.fs: a path, `s3://…` or `gs://…`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from cascade.errors import DataError
+from cascade.tasks import from_table, to_table
+
+Record = TypeVar("Record")
+MANIFEST = "manifest.json"
+
+
+def fingerprint(**parts: Any) -> str:
+    """Twelve hex digits over everything that decides a result. Values are JSON or have `model_dump(mode="json")`."""
+
+    def plain(value: Any) -> Any:
+        return value.model_dump(mode="json") if hasattr(value, "model_dump") else str(value)
+
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=False, default=plain)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def sha256_of_file(path: str | os.PathLike[str]) -> str:
+    """SHA-256 (hex) of a local file, read in blocks."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class Store:
+    """Files below one storage URI. All paths given to its methods are relative to that URI, with "/"."""
+
+    uri: str
+
+    def __post_init__(self) -> None:
+        if "://" not in self.uri:
+            object.__setattr__(self, "uri", str(Path(self.uri).expanduser().absolute()))
+
+    @property
+    def filesystem(self) -> pafs.FileSystem:
+        return pafs.FileSystem.from_uri(self.uri)[0]
+
+    @property
+    def is_local(self) -> bool:
+        """Whether files can be opened, appended to and renamed in place."""
+        return isinstance(self.filesystem, pafs.LocalFileSystem)
+
+    def path(self, relative: str = "") -> str:
+        """The path inside the file system (for a local store, an absolute path)."""
+        root = pafs.FileSystem.from_uri(self.uri)[1]
+        return f"{root}/{relative}" if relative else root
+
+    def child(self, relative: str) -> Store:
+        return Store(f"{self.uri.rstrip('/')}/{relative}")
+
+    def exists(self, relative: str) -> bool:
+        return self.filesystem.get_file_info(self.path(relative)).type != pafs.FileType.NotFound
+
+    def list(self, relative: str = "", *, recursive: bool = False) -> list[str]:
+        """Names of files and folders below a folder, relative to it, sorted; empty if there is no such folder."""
+        base = self.path(relative)
+        selector = pafs.FileSelector(base, recursive=recursive, allow_not_found=True)
+        return sorted(info.path[len(base) :].lstrip("/") for info in self.filesystem.get_file_info(selector))
+
+    def read_bytes(self, relative: str) -> bytes:
+        """
+        Raises:
+            FileNotFoundError: there is no such file.
+        """
+        with self.filesystem.open_input_stream(self.path(relative)) as stream:
+            return stream.read()
+
+    def write_bytes(self, relative: str, data: bytes) -> None:
+        """Write a file whole or not at all: object stores do so themselves, elsewhere by rename."""
+        fs, target = self.filesystem, self.path(relative)
+        if not self.is_local:
+            with fs.open_output_stream(target) as stream:
+                stream.write(data)
+            return
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        temporary = f"{target}.{uuid.uuid4().hex}.tmp"
+        with open(temporary, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, target)
+
+    def read_json(self, relative: str) -> Any:
+        return json.loads(self.read_bytes(relative))
+
+    def write_json(self, relative: str, value: Any) -> None:
+        self.write_bytes(relative, json.dumps(value, indent=2, ensure_ascii=False, default=str).encode() + b"\n")
+
+    def delete(self, relative: str) -> None:
+        """Delete a file or a folder with all that is in it; nothing happens if it does not exist."""
+        info = self.filesystem.get_file_info(self.path(relative))
+        if info.type == pafs.FileType.Directory:
+            self.filesystem.delete_dir(info.path)
+        elif info.type == pafs.FileType.File:
+            self.filesystem.delete_file(info.path)
+
+    def upload_folder(self, folder: str | os.PathLike[str], relative: str) -> None:
+        """Copy a local folder into the store."""
+        if self.is_local:
+            os.makedirs(os.path.dirname(self.path(relative)), exist_ok=True)
+        pafs.copy_files(str(folder), self.path(relative), destination_filesystem=self.filesystem)
+
+    def local_copy(self, relative: str, cache: str | os.PathLike[str]) -> Path:
+        """A local path with the content of a stored file or folder: itself in a local store, else a copy below `cache`."""
+        if self.is_local:
+            return Path(self.path(relative))
+        target = Path(cache) / hashlib.sha256(self.path(relative).encode()).hexdigest()[:16]
+        if not target.exists():
+            info = self.filesystem.get_file_info(self.path(relative))
+            partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}.tmp")
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            if info.type == pafs.FileType.Directory:
+                pafs.copy_files(info.path, str(partial), source_filesystem=self.filesystem)
+            else:
+                partial.write_bytes(self.read_bytes(relative))
+            partial.replace(target)
+        return target
+
+
+@dataclass(frozen=True)
+class Run:
+    """One job's folder. Made by `open_run`."""
+
+    store: Store
+    domain: str
+    job: str
+    fingerprint: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.job}@{self.fingerprint}"
+
+    @property
+    def folder(self) -> str:
+        """Path of the run relative to the store."""
+        return f"{self.domain}/{self.name}"
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        path = f"{self.folder}/{MANIFEST}"
+        return self.store.read_json(path) if self.store.exists(path) else {}
+
+    @property
+    def done(self) -> bool:
+        return self.manifest.get("state") == "done"
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """The figures that the finished job reported."""
+        return dict(self.manifest.get("metrics", {}))
+
+    def tables(self) -> list[str]:
+        return sorted({n.split(".")[0] for n in self.store.list(self.folder) if n.endswith(".parquet")})
+
+    def write_part(self, table: str, rows: Sequence[Any]) -> None:
+        """Add records (all of one class) to a table as one atomic file; safe from any number of processes."""
+        if rows:
+            self.write_arrow(f"{table}.{uuid.uuid4().hex}", to_table(type(rows[0]), rows))
+
+    def write_table(self, table: str, record: type[Record], rows: Sequence[Record]) -> None:
+        """Write a whole table at once, replacing it if there."""
+        self.write_arrow(table, to_table(record, rows))
+
+    def write_arrow(self, name: str, table: pa.Table) -> None:
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, compression="zstd")
+        self.store.write_bytes(f"{self.folder}/{name}.parquet", sink.getvalue().to_pybytes())
+
+    def read_arrow(self, table: str) -> pa.Table | None:
+        """The table, or its parts put together if the job has not finished; None if there is neither."""
+        names = self.store.list(self.folder)
+        chosen = [n for n in names if n == f"{table}.parquet"] or [
+            n for n in names if n.startswith(f"{table}.") and n.endswith(".parquet")
+        ]
+        parts = [pq.read_table(pa.BufferReader(self.store.read_bytes(f"{self.folder}/{n}"))) for n in chosen]
+        return pa.concat_tables(parts) if parts else None
+
+    def read(self, table: str, record: type[Record]) -> list[Record]:
+        """The records of a table, empty if nothing was written."""
+        arrow = self.read_arrow(table)
+        return [] if arrow is None else from_table(record, arrow)
+
+    def start(self, *, inputs: Mapping[str, str], config: Any) -> None:
+        """Write the manifest of a job that begins or resumes."""
+        manifest = self.manifest
+        manifest.setdefault("created", time.time())
+        manifest |= {
+            "job": self.job,
+            "domain": self.domain,
+            "fingerprint": self.fingerprint,
+            "state": "running",
+            "inputs": dict(inputs),
+            "config": config.model_dump(mode="json") if hasattr(config, "model_dump") else config,
+            "starts": manifest.get("starts", 0) + 1,
+        }
+        self.store.write_json(f"{self.folder}/{MANIFEST}", manifest)
+
+    def finish(self, metrics: Mapping[str, Any], **more: Any) -> None:
+        """Merge the parts of each table (one row per key, sorted by its first column) and mark the run done."""
+        names = self.store.list(self.folder)
+        for table in self.tables():
+            parts = [n for n in names if n.startswith(f"{table}.") and n.endswith(".parquet")]
+            parts = [n for n in parts if n != f"{table}.parquet"]
+            if parts:
+                if f"{table}.parquet" not in names:
+                    merged = self.read_arrow(table)
+                    assert merged is not None
+                    self.write_arrow(table, merged.sort_by(merged.column_names[0]))
+                for part in parts:
+                    self.store.delete(f"{self.folder}/{part}")
+        manifest = self.manifest | {"state": "done", "finished": time.time(), "metrics": dict(metrics)} | more
+        self.store.write_json(f"{self.folder}/{MANIFEST}", manifest)
+
+    def require(self) -> Run:
+        """This run, which must be finished.
+
+        Raises:
+            DataError: the job has not run to its end.
+        """
+        if not self.done:
+            raise DataError(f"{self.folder} is not finished: run `cascade {self.job.replace('_', '-')} CONFIG` first")
+        return self
+
+
+def open_run(store: Store, domain: str, job: str, **decides: Any) -> Run:
+    """The run of a job whose result is decided by `decides` (config parts, inputs' fingerprints, seed)."""
+    return Run(store, domain, job, fingerprint(job=job, **decides))
