@@ -1,0 +1,185 @@
+"""Numbers with their uncertainty: scores with intervals, paired comparisons, pass@k.
+
+Sources: Wilson (1927) for the interval of a proportion; McNemar (1947) in its exact binomial form for paired
+verdicts; Efron's percentile bootstrap over tasks for paired differences; Chen et al. 2021 (arXiv 2107.03374) for the
+unbiased pass@k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from math import comb, sqrt
+from typing import Literal
+
+import numpy as np
+from scipy.stats import binomtest, norm
+
+from cascade.errors import DataError
+from cascade.tasks import Task, Verdict
+
+BOOTSTRAP_CELLS = 4_000_000
+"""Most resampled values held in memory at once (8 bytes each)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A closed interval of a figure."""
+
+    low: float
+    high: float
+
+    def __contains__(self, value: float) -> bool:
+        return self.low <= value <= self.high
+
+
+def wilson(passed: int, n: int, level: float = 0.95) -> Interval:
+    """Wilson score interval of a proportion. Never empty: 0 of n still has an upper bound above 0.
+
+    Args:
+        passed: successes.
+        n: trials; with 0 nothing is known and the interval is [0, 1].
+        level: coverage, e.g. 0.95.
+
+    Raises:
+        ValueError: not 0 <= passed <= n.
+    """
+    if not 0 <= passed <= n:
+        raise ValueError(f"{passed} of {n} is no proportion")
+    if n == 0:
+        return Interval(0.0, 1.0)
+    z = float(norm.ppf(0.5 + level / 2))
+    rate, z2n = passed / n, z * z / n
+    centre = (rate + z2n / 2) / (1 + z2n)
+    half = z * sqrt(rate * (1 - rate) / n + z2n / (4 * n)) / (1 + z2n)
+    return Interval(0.0 if passed == 0 else max(0.0, centre - half), 1.0 if passed == n else min(1.0, centre + half))
+
+
+def mcnemar_exact(b: int | Sequence[bool], c: int | Sequence[bool]) -> float:
+    """Two-sided p-value that two models, judged on the same tasks, are equally good.
+
+    Args:
+        b: tasks that only the first passed, or all verdicts of the first (one bool per task).
+        c: tasks that only the second passed, or all verdicts of the second in the same order.
+
+    Returns:
+        p of the exact binomial test of the discordant pairs; 1.0 where there are none.
+
+    Raises:
+        ValueError: sequences of different lengths, or a count beside a sequence.
+    """
+    if isinstance(b, int) and isinstance(c, int):
+        only_first, only_second = b, c
+    elif isinstance(b, int) or isinstance(c, int):
+        raise ValueError("give two counts of discordant tasks or two sequences of verdicts")
+    else:
+        pairs = [(bool(x), bool(y)) for x, y in zip(b, c, strict=True)]
+        only_first, only_second = pairs.count((True, False)), pairs.count((False, True))
+    discordant = only_first + only_second
+    return 1.0 if discordant == 0 else float(binomtest(only_first, discordant, 0.5).pvalue)
+
+
+def paired_bootstrap(
+    a: Sequence[float], b: Sequence[float], seed: int = 0, resamples: int = 10_000, level: float = 0.95
+) -> Interval:
+    """Percentile interval of mean(b) - mean(a), resampling tasks (both values of a task stay together).
+
+    Args:
+        a: value of each task under the first model (bools count as 0 and 1).
+        b: value of each task under the second, same order.
+        seed: of the resampling; the same seed gives the same interval.
+        resamples: bootstrap samples.
+        level: coverage.
+
+    Raises:
+        ValueError: no tasks, or a different number of them.
+    """
+    if len(a) != len(b) or not a:
+        raise ValueError(f"paired values need the same tasks, got {len(a)} and {len(b)}")
+    difference = np.asarray(b, dtype=np.float64) - np.asarray(a, dtype=np.float64)
+    n, rng = len(difference), np.random.default_rng(seed)
+    means: list[float] = []
+    while len(means) < resamples:
+        rows = min(resamples - len(means), max(1, BOOTSTRAP_CELLS // n))
+        means.extend(difference[rng.integers(0, n, size=(rows, n))].mean(axis=1))
+    low, high = np.quantile(means, [0.5 - level / 2, 0.5 + level / 2])
+    return Interval(float(low), float(high))
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Unbiased estimate of the chance that one of k samples passes, from n samples of which c passed.
+
+    Raises:
+        ValueError: fewer samples than k, or more passes than samples.
+    """
+    if not (0 <= c <= n and 1 <= k <= n):
+        raise ValueError(f"pass@{k} cannot be estimated from {c} of {n} samples")
+    return 1.0 - comb(n - c, k) / comb(n, k)
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """The share of tasks passed, with its Wilson interval.
+
+    Attributes:
+        n: verdicts counted. Outcome "error" counts as not passed, so that broken runs cannot flatter a score.
+        unparsed: answers in which nothing could be read (counted as not passed, shown apart).
+        errors: verdicts that say nothing of the answer (scorer or model broke).
+        low, high: 95 % interval of the accuracy.
+    """
+
+    n: int
+    passed: int
+    unparsed: int
+    accuracy: float
+    low: float
+    high: float
+    errors: int = 0
+
+    @classmethod
+    def of(cls, verdicts: Iterable[Verdict], level: float = 0.95) -> Score:
+        """Count verdicts. Without any, accuracy is 0 and the interval [0, 1]."""
+        outcomes = [v.outcome for v in verdicts]
+        n, passed = len(outcomes), outcomes.count("pass")
+        interval = wilson(passed, n, level)
+        return cls(
+            n=n,
+            passed=passed,
+            unparsed=outcomes.count("unparsed"),
+            accuracy=passed / n if n else 0.0,
+            low=interval.low,
+            high=interval.high,
+            errors=outcomes.count("error"),
+        )
+
+    def __str__(self) -> str:
+        text = f"{self.accuracy:.1%} [{self.low:.1%}, {self.high:.1%}] ({self.passed}/{self.n}"
+        text += f", {self.unparsed} unparsed" if self.unparsed else ""
+        return text + (f", {self.errors} errors)" if self.errors else ")")
+
+
+Key = Literal["benchmark", "category", "difficulty", "split", "domain"]
+
+
+def breakdown(
+    tasks: Iterable[Task], verdicts: Iterable[Verdict], key: Key | Callable[[Task], str | int] = "category"
+) -> dict[str | int, Score]:
+    """Scores per group of tasks, groups in sorted order.
+
+    Args:
+        tasks: at least those that the verdicts judge.
+        verdicts: of one model.
+        key: a field of Task, or a function of the task.
+
+    Raises:
+        DataError: a verdict judges a task that is not among `tasks`.
+    """
+    by_id = {task.id: task for task in tasks}
+    groups: dict[str | int, list[Verdict]] = {}
+    for verdict in verdicts:
+        task = by_id.get(verdict.task_id)
+        if task is None:
+            raise DataError(f"a verdict judges the task {verdict.task_id!r}, which is not among the tasks given")
+        group = getattr(task, key) if isinstance(key, str) else key(task)
+        groups.setdefault(group, []).append(verdict)
+    return {group: Score.of(groups[group]) for group in sorted(groups, key=lambda g: (isinstance(g, str), g))}

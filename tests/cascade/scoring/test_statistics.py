@@ -1,0 +1,105 @@
+"""Intervals cover what they claim, paired tests agree with first principles."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from cascade.errors import DataError
+from cascade.scoring.statistics import Score, breakdown, mcnemar_exact, paired_bootstrap, pass_at_k, wilson
+from cascade.tasks import Message, Task, Verdict
+
+
+def verdict(task_id: str, outcome: str) -> Verdict:
+    return Verdict(task_id, "m", "", outcome)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("passed", "n", "low", "high"), [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (8, 20, 0.2188, 0.6134)]
+)
+def test_wilson_matches_published_values(passed: int, n: int, low: float, high: float) -> None:
+    interval = wilson(passed, n)
+    assert (interval.low, interval.high) == (pytest.approx(low, abs=1e-4), pytest.approx(high, abs=1e-4))
+
+
+def test_nothing_passed_is_never_certain() -> None:
+    for n in (1, 5, 500, 12_000):
+        assert wilson(0, n).low == 0.0
+        assert wilson(0, n).high > 0.0
+        assert wilson(n, n).low < 1.0
+    assert wilson(0, 0).high == 1.0
+
+
+def test_wilson_refuses_impossible_counts() -> None:
+    with pytest.raises(ValueError, match="no proportion"):
+        wilson(3, 2)
+
+
+def test_wilson_covers_by_simulation() -> None:
+    rng = np.random.default_rng(7)
+    rates, sizes = (0.01, 0.1, 0.3, 0.5, 0.93), (50, 300)
+    covered = [np.mean([r in wilson(int(k), n) for k in rng.binomial(n, r, size=3000)]) for r in rates for n in sizes]
+    assert np.mean(covered) > 0.94
+    assert min(covered) > 0.90  # a proportion near 0 with few tasks: Wilson's known worst case
+
+
+def test_mcnemar_equals_the_binomial_sum_and_reads_both_forms() -> None:
+    assert mcnemar_exact(1, 9) == pytest.approx(2 * (1 + 10) / 2**10)
+    assert mcnemar_exact(0, 0) == 1.0
+    first, second = [True] + [False] * 9 + [True] * 5, [False] + [True] * 9 + [True] * 5
+    assert mcnemar_exact(first, second) == mcnemar_exact(1, 9)
+    with pytest.raises(ValueError, match="two counts"):
+        mcnemar_exact(3, [True])
+
+
+def test_mcnemar_false_alarms_stay_below_its_level() -> None:
+    rng = np.random.default_rng(3)
+    p = [mcnemar_exact(list(rng.random(200) < 0.4), list(rng.random(200) < 0.4)) for _ in range(800)]
+    assert np.mean(np.array(p) < 0.05) <= 0.065
+
+
+def test_paired_bootstrap_covers_the_difference_by_simulation() -> None:
+    rng = np.random.default_rng(5)
+    hits = 0
+    for trial in range(300):
+        a = rng.random(150) < 0.3
+        b = a | (rng.random(150) < 0.2)
+        hits += 0.7 * 0.2 in paired_bootstrap(list(a), list(b), seed=trial, resamples=400)
+    assert hits / 300 > 0.9
+
+
+def test_paired_bootstrap_is_deterministic_and_paired() -> None:
+    a, b = [0, 1] * 50, [0, 1] * 50
+    assert paired_bootstrap(a, b) == paired_bootstrap(a, b)
+    assert (paired_bootstrap(a, b).low, paired_bootstrap(a, b).high) == (0.0, 0.0)
+    with pytest.raises(ValueError, match="same tasks"):
+        paired_bootstrap([1], [1, 0])
+
+
+def test_pass_at_k_is_the_share_of_subsets_with_a_pass() -> None:
+    samples = [True, True, False, False, False]
+    subsets = list(itertools.combinations(samples, 3))
+    assert pass_at_k(5, 2, 3) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+    assert pass_at_k(5, 0, 5) == 0.0
+    with pytest.raises(ValueError, match="pass@6"):
+        pass_at_k(5, 1, 6)
+
+
+def test_score_counts_unparsed_and_errors_as_not_passed() -> None:
+    score = Score.of([verdict(str(i), o) for i, o in enumerate(["pass", "fail", "unparsed", "error"])])
+    assert (score.n, score.passed, score.unparsed, score.errors, score.accuracy) == (4, 1, 1, 1, 0.25)
+    assert score.low < 0.25 < score.high
+    assert str(Score.of([verdict("a", "fail")] * 20)) == "0.0% [0.0%, 16.1%] (0/20)"
+    assert (Score.of([]).low, Score.of([]).high) == (0.0, 1.0)
+
+
+def test_breakdown_by_difficulty_sorts_and_refuses_strangers() -> None:
+    tasks = [Task(f"b/{i}", "b", "d", "test", (Message("user", "q"),), None, difficulty=i % 3) for i in range(6)]
+    verdicts = [verdict(t.id, "pass" if t.difficulty == 2 else "fail") for t in tasks]
+    scores = breakdown(tasks, verdicts, "difficulty")
+    assert [(k, s.passed, s.n) for k, s in scores.items()] == [(0, 0, 2), (1, 0, 2), (2, 2, 2)]
+    assert set(breakdown(tasks, verdicts, lambda t: t.id[-1])) == set("012345")
+    with pytest.raises(DataError, match="b/9"):
+        breakdown(tasks, [verdict("b/9", "pass")])
