@@ -82,8 +82,8 @@ def base_folder(base: Base) -> Path:
         return Path(snapshot_download(base.model, revision=base.revision, allow_patterns=patterns))
     except Exception as error:
         raise ConfigError(
-            f"base.model: {base.model!r} is no local folder and the hub did not give it ({type(error).__name__}: {error}). "
-            f"Give a hub name that can be reached from here, a local folder, or one of {', '.join(WHEEL_MODELS)}"
+            f"base.model: {base.model!r} is no local folder and the hub did not give it "
+            f"({type(error).__name__}: {error}). Give a hub name that can be reached from here, a local folder, or one of {', '.join(WHEEL_MODELS)}"
         ) from error
 
 
@@ -132,7 +132,8 @@ def load_base(base: Base, device: torch.device | None = None) -> LoadedBase:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=resolve_dtype(base.dtype, device))
-    model = model.to(device).eval().requires_grad_(False)
+    model.to(device)  # type: ignore[arg-type]
+    model.eval().requires_grad_(False)
     return LoadedBase(model, tokenizer, base.model, _sha256_of_weights(folder.resolve()))
 
 

@@ -160,12 +160,19 @@ def _append(row: _Row, token: int, ends: frozenset[int], loaded: LoadedBase, on_
         elif len(row.tokens) >= row.request.max_tokens:
             row.finish = "length"
     if row.finish is not None:
-        row.text = loaded.tokenizer.decode(row.tokens, skip_special_tokens=True)
+        row.text = decode(loaded, row.tokens)
+
+
+def decode(loaded: LoadedBase, token_ids: Sequence[int]) -> str:
+    """Text of one sequence, special tokens left out."""
+    text = loaded.tokenizer.decode(list(token_ids), skip_special_tokens=True)
+    assert isinstance(text, str)
+    return text
 
 
 def _cut_at_stop(row: _Row, loaded: LoadedBase) -> bool:
     """Whether a stop string has appeared; if so the text before it is the answer."""
-    text = loaded.tokenizer.decode(row.tokens, skip_special_tokens=True)
+    text = decode(loaded, row.tokens)
     found = [position for s in row.request.stop if (position := text.find(s)) >= 0]
     if found:
         row.text = text[: min(found)]

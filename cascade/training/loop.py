@@ -1,0 +1,154 @@
+"""The training loop: one function that runs a plan of steps on any engine (plain torch here, DeepSpeed beside it)."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from cascade.config import Lora
+from cascade.training.packing import Row, Step
+
+
+class TargetLoss(nn.Module):
+    """Cross-entropy over target tokens alone, summed; logits are computed at those positions and nowhere else."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        target_index: torch.Tensor,
+        target_ids: torch.Tensor,
+    ) -> torch.Tensor:
+        """Sum of −log p over the row's targets (nats); shapes as `Row.tensors` gives them."""
+        logits = self.model(
+            input_ids=input_ids, position_ids=position_ids, use_cache=False, logits_to_keep=target_index
+        ).logits
+        return nn.functional.cross_entropy(logits[0].float(), target_ids, reduction="sum")
+
+
+class Engine(Protocol):
+    """What runs forward, backward and the optimiser."""
+
+    device: torch.device
+
+    def loss(self, row: Row) -> torch.Tensor:
+        """Summed loss of a row, with gradient."""
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Accumulate gradients."""
+
+    def step(self, learning_rate: float) -> float:
+        """Clip, update, clear; returns the gradient's norm before clipping."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one optimiser step measured.
+
+    Attributes:
+        loss: mean over the step's target tokens (nats), over all workers.
+        tokens: packed tokens of the step, over all workers; targets: learned ones among them.
+    """
+
+    step: int
+    loss: float
+    learning_rate: float
+    gradient_norm: float
+    tokens: int
+    targets: int
+    seconds: float
+
+
+class TorchEngine:
+    """A plain single-process engine: AdamW on the trainable parameters."""
+
+    def __init__(self, module: TargetLoss, settings: Lora) -> None:
+        self.module = module
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        self.device = self.parameters[0].device
+        self.clip = settings.gradient_clip
+        self.optimizer = adamw(self.parameters, settings)
+
+    def loss(self, row: Row) -> torch.Tensor:
+        loss: torch.Tensor = self.module(**row.tensors(self.device))
+        return loss
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
+    def step(self, learning_rate: float) -> float:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(norm)
+
+
+def adamw(parameters: Sequence[nn.Parameter], settings: Lora) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        parameters, lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=settings.weight_decay
+    )
+
+
+def learning_rate_at(step: int, total: int, settings: Lora) -> float:
+    """Linear warm-up, then a cosine down to 5 % of the peak."""
+    warmup = max(1, round(total * settings.warmup_share))
+    if step < warmup:
+        return settings.learning_rate * (step + 1) / warmup
+    progress = (step - warmup) / max(1, total - warmup)
+    return settings.learning_rate * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def run_steps(
+    engine: Engine,
+    plan: Sequence[Step],
+    settings: Lora,
+    *,
+    start: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    reduce_sum: Callable[[float], float] = lambda value: value,
+    on_step: Callable[[StepReport], None] = lambda report: None,
+) -> None:
+    """Run the steps `start`… of a plan.
+
+    The loss of a step is the mean over its target tokens on all workers, so the number of workers and how rows
+    fall to them do not change what is learned. Engines average gradients over workers, hence the factor `world`.
+
+    Args:
+        reduce_sum: sums a number over all workers.
+        on_step: called after each step, on every worker.
+    """
+    for number in range(start, len(plan)):
+        step, began = plan[number], time.perf_counter()
+        summed = 0.0
+        for row in step.share(rank, world):
+            # A worker without a row still takes part in the collective work, with a loss of zero weight.
+            loss = engine.loss(row or step.rows[0])
+            weight = world / step.targets if row is not None else 0.0
+            engine.backward(loss * weight)
+            summed += float(loss.detach()) if row is not None else 0.0
+        rate = learning_rate_at(number, len(plan), settings)
+        norm = engine.step(rate)
+        loss_mean = reduce_sum(summed) / step.targets
+        seconds = time.perf_counter() - began
+        on_step(StepReport(number, loss_mean, rate, norm, step.tokens, step.targets, seconds))
+
+
+@torch.no_grad()
+def mean_loss(module: TargetLoss, rows: Sequence[Row], device: torch.device) -> float:
+    """Mean loss per target token (nats) without learning; NaN for no rows."""
+    total = sum(float(module(**row.tensors(device))) for row in rows)
+    targets = sum(row.targets for row in rows)
+    return total / targets if targets else math.nan

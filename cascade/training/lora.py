@@ -1,0 +1,72 @@
+"""Putting a LoRA adapter on a base with PEFT, started from our own seeded generator, and saving it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+
+from cascade.config import Lora
+from cascade.models.base import LoadedBase
+from cascade.training.seeded_init import initial_lora_a
+
+SIDECAR = "cascade_adapter.json"
+"""Beside PEFT's own files: the seed of A's start and the hash of the base."""
+
+
+def add_lora(loaded: LoadedBase, settings: Lora, seed: int) -> PeftModel:
+    """A trainable adapter on all linear layers of a base, in place. A starts from the seed, B at zero."""
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha if settings.alpha is not None else 2 * settings.rank,  # type: ignore[arg-type]
+        target_modules="all-linear",
+        lora_dropout=0.0,
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(loaded.model, config)
+    for name, layer in lora_layers(model).items():
+        weight = layer.lora_A["default"].weight
+        start = initial_lora_a(seed, name, *weight.shape)
+        weight.data.copy_(torch.from_numpy(start))
+    return model
+
+
+def lora_layers(model: PeftModel) -> dict[str, LoraLayer]:
+    """Adapted layers by their name in the base, e.g. "model.layers.0.self_attn.q_proj"."""
+    prefix = "base_model.model."
+    return {
+        name.removeprefix(prefix): module for name, module in model.named_modules() if isinstance(module, LoraLayer)
+    }
+
+
+def trainable(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def save_adapter(model: PeftModel, loaded: LoadedBase, seed: int, folder: str | Path) -> None:
+    """An ordinary PEFT folder in fp16 with our sidecar, which stock PEFT ignores.
+
+    fp16 rather than fp32, so that the sizes that we compare with are not flattered.
+    """
+    from peft.utils import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    state = {k: v.detach().to("cpu", torch.float16).contiguous() for k, v in get_peft_model_state_dict(model).items()}
+    save_file(state, path / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = model.peft_config["default"]
+    config.base_model_name_or_path = loaded.name
+    config.inference_mode = True
+    config.save_pretrained(str(path))
+    config.inference_mode = False
+    sidecar = {"init_seed": seed, "base": {"name": loaded.name, "sha256": loaded.sha256}}
+    (path / SIDECAR).write_text(json.dumps(sidecar, indent=2) + "\n")
+
+
+def remove_lora(model: PeftModel) -> None:
+    """Take the adapter off again; the base is as it was."""
+    model.unload()

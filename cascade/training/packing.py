@@ -1,0 +1,123 @@
+"""Sequence packing: several examples in one row, each with positions of its own and no sight of its neighbours.
+
+A row is a batch of one. Positions start again at 0 with each example, and transformers builds the block-diagonal
+attention mask from that (no attention mask is given), for eager, sdpa and flash attention alike.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from cascade.config import Lora
+from cascade.training.examples import EncodedExample
+
+
+@dataclass(frozen=True)
+class Row:
+    """Examples that share one forward pass."""
+
+    examples: tuple[EncodedExample, ...]
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(e) for e in self.examples)
+
+    @property
+    def targets(self) -> int:
+        return sum(e.targets for e in self.examples)
+
+    def tensors(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """The row as model input.
+
+        Returns:
+            input_ids, position_ids: shape (1, tokens). target_index: positions whose *next* token is learned,
+            shape (targets,). target_ids: those next tokens, shape (targets,).
+        """
+        ids, positions, index, targets = [], [], [], []
+        for example in self.examples:
+            start = len(ids)
+            ids += example.input_ids
+            positions += range(len(example))
+            for i in range(1, len(example)):
+                if example.is_target[i]:
+                    index.append(start + i - 1)
+                    targets.append(example.input_ids[i])
+        return {
+            "input_ids": torch.tensor([ids], device=device),
+            "position_ids": torch.tensor([positions], device=device),
+            "target_index": torch.tensor(index, device=device),
+            "target_ids": torch.tensor(targets, device=device),
+        }
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimiser step learns from."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def targets(self) -> int:
+        return sum(r.targets for r in self.rows)
+
+    @property
+    def tokens(self) -> int:
+        return sum(r.tokens for r in self.rows)
+
+    def share(self, rank: int, world: int) -> list[Row | None]:
+        """The rows of one worker; None where others still have a row and this one has not (all do equally many)."""
+        mine: list[Row | None] = list(self.rows[rank::world])
+        return mine + [None] * (math.ceil(len(self.rows) / world) - len(mine))
+
+
+def pack(examples: Sequence[EncodedExample], max_length: int) -> list[Row]:
+    """First-fit-decreasing packing into rows of at most `max_length` tokens."""
+    bins: list[list[EncodedExample]] = []
+    room: list[int] = []
+    for example in sorted(examples, key=lambda e: (-len(e), e.sample_id)):
+        fit = next((i for i, free in enumerate(room) if free >= len(example)), None)
+        if fit is None:
+            bins.append([])
+            room.append(max_length)
+            fit = len(bins) - 1
+        bins[fit].append(example)
+        room[fit] -= len(example)
+    return [Row(tuple(b)) for b in bins]
+
+
+def plan_steps(examples: Sequence[EncodedExample], settings: Lora, seed: int) -> list[Step]:
+    """Every optimiser step of a training, in order; depends on examples, settings and seed alone.
+
+    Because the plan does not know the number of workers, "step k" means the same data on any of them: the data
+    position of a checkpoint is one number. Each epoch shuffles anew, and packs windows of the shuffled examples
+    so that a row mixes what it met by chance.
+    """
+    if not examples:
+        return []
+    rng = random.Random(seed)
+    whole, part = divmod(settings.epochs, 1.0)
+    steps: list[Step] = []
+    for epoch in range(math.ceil(settings.epochs)):
+        shuffled = sorted(examples, key=lambda e: e.sample_id)
+        rng.shuffle(shuffled)
+        if epoch == int(whole):
+            shuffled = shuffled[: max(1, round(len(shuffled) * part))]
+        steps += _steps_of(shuffled, settings)
+    return steps
+
+
+def _steps_of(examples: Sequence[EncodedExample], settings: Lora) -> list[Step]:
+    """Windows of about `tokens_per_step` tokens, each packed into rows."""
+    steps: list[Step] = []
+    window: list[EncodedExample] = []
+    for example in examples:
+        if window and sum(len(e) for e in window) + len(example) > settings.tokens_per_step:
+            steps.append(Step(tuple(pack(window, settings.max_length))))
+            window = []
+        window.append(example)
+    return [*steps, Step(tuple(pack(window, settings.max_length)))]
