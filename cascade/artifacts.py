@@ -125,7 +125,7 @@ class Store:
         pafs.copy_files(str(folder), self.path(relative), destination_filesystem=self.filesystem)
 
     def local_copy(self, relative: str, cache: str | os.PathLike[str]) -> Path:
-        """A local path with the content of a stored file or folder: itself in a local store, else a copy below `cache`."""
+        """A local path with the content of a stored file or folder: itself in a local store, else a copy in `cache`."""
         if self.is_local:
             return Path(self.path(relative))
         target = Path(cache) / hashlib.sha256(self.path(relative).encode()).hexdigest()[:16]

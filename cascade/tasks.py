@@ -12,7 +12,6 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any, Literal, TypeVar, get_type_hints
 
 import pyarrow as pa
@@ -216,12 +215,10 @@ _ARROW: dict[Any, pa.DataType] = {
 Record = TypeVar("Record")
 
 
-@cache
 def _field_types(record: type) -> dict[str, Any]:
     return get_type_hints(record)
 
 
-@cache
 def schema_of(record: type) -> pa.Schema:
     """The Arrow schema of a record class, derived from its annotations."""
     fields = []
@@ -255,8 +252,9 @@ def from_table(record: type[Record], table: pa.Table) -> list[Record]:
         DataError: a column of the record is missing in the table.
     """
     types = _field_types(record)
-    defaults = {f.name for f in dataclasses.fields(record) if f.default is not dataclasses.MISSING}  # type: ignore[arg-type]
-    missing = set(types) - set(table.column_names) - defaults
+    fields = dataclasses.fields(record)  # type: ignore[arg-type]
+    missing = {f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING}
+    missing -= set(table.column_names)
     if missing:
         raise DataError(f"table of {record.__name__} lacks the columns {sorted(missing)}")
     columns = {}
