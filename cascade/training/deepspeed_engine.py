@@ -1,0 +1,93 @@
+"""The training loop's engine on DeepSpeed: ZeRO 0 to 3, CPU offload, bf16 with float32 master weights."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cascade.config import Training
+from cascade.training.loop import TargetLoss, adamw
+from cascade.training.packing import Row
+
+
+def deepspeed_config(training: Training, dtype: torch.dtype) -> dict[str, Any]:
+    """DeepSpeed's own configuration for our settings.
+
+    Gradient accumulation is the loop's (`managed_gradient_accumulation` off): a step has as many rows as it has.
+    """
+    offload = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    zero: dict[str, Any] = {"stage": training.zero_stage}
+    if training.offload and training.zero_stage >= 1:
+        zero["offload_optimizer"] = offload
+    if training.offload and training.zero_stage == 3:
+        zero["offload_param"] = offload
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": training.lora.gradient_clip,
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "steps_per_print": 10**9,
+    }
+
+
+class DeepSpeedEngine:
+    """`cascade.training.loop.Engine` on `deepspeed.initialize`. Needs an initialised process group."""
+
+    def __init__(self, module: TargetLoss, training: Training, device: torch.device, dtype: torch.dtype) -> None:
+        if device.type == "cpu":
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        import deepspeed
+
+        self.device = device
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        optimizer = adamw(parameters, training.lora)
+        deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=module,
+            optimizer=optimizer,
+            model_parameters=parameters,
+            config=deepspeed_config(training, dtype),
+        )
+
+    def loss(self, row: Row) -> torch.Tensor:
+        loss: torch.Tensor = self.engine(**row.tensors(self.device))
+        return loss
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self.engine.backward(loss)
+
+    def step(self, learning_rate: float) -> float:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.engine.step()
+        norm = self.engine.get_global_grad_norm()
+        return float(norm) if norm is not None else float("nan")
+
+    def save(self, folder: str | Path, step: int) -> None:
+        """This worker's part of a checkpoint: trainable weights, optimiser, and the next step. Every worker calls it."""
+        self.engine.save_checkpoint(
+            str(folder), tag="state", client_state={"next_step": step}, exclude_frozen_parameters=True
+        )
+
+    def load(self, folder: str | Path) -> int:
+        """Continue from a checkpoint; returns the next step."""
+        path, state = self.engine.load_checkpoint(str(folder), tag="state", load_module_strict=False)
+        if path is None:
+            raise FileNotFoundError(f"no DeepSpeed checkpoint in {folder}")
+        return int(state["next_step"])
+
+    def gather_master_weights(self, parameters: list[torch.nn.Parameter]) -> None:
+        """Write the float32 master weights back into the module's parameters (as float32). Every worker calls it."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        for parameter in parameters:
+            full = safe_get_full_fp32_param(parameter)
+            if full is not None:
+                parameter.data = full.detach().to(torch.float32).reshape(parameter.shape).clone()
