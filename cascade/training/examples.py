@@ -105,9 +105,7 @@ def _segments(
 
 
 def _render(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, *, ask: bool) -> str:
-    text = tokenizer.apply_chat_template(
-        [m.as_dict() for m in messages], tokenize=False, add_generation_prompt=ask
-    )
+    text = tokenizer.apply_chat_template([m.as_dict() for m in messages], tokenize=False, add_generation_prompt=ask)
     assert isinstance(text, str)
     return text
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -119,16 +119,14 @@ def run_steps(
     rank: int = 0,
     world: int = 1,
     reduce_sum: Callable[[float], float] = lambda value: value,
-    on_step: Callable[[StepReport], None] = lambda report: None,
-) -> None:
-    """Run the steps `start`… of a plan.
+) -> Iterator[StepReport]:
+    """Run the steps `start`… of a plan, yielding what each measured (the same on every worker).
 
     The loss of a step is the mean over its target tokens on all workers, so the number of workers and how rows
     fall to them do not change what is learned. Engines average gradients over workers, hence the factor `world`.
 
     Args:
         reduce_sum: sums a number over all workers.
-        on_step: called after each step, on every worker.
     """
     for number in range(start, len(plan)):
         step, began = plan[number], time.perf_counter()
@@ -143,7 +141,7 @@ def run_steps(
         norm = engine.step(rate)
         loss_mean = reduce_sum(summed) / step.targets
         seconds = time.perf_counter() - began
-        on_step(StepReport(number, loss_mean, rate, norm, step.tokens, step.targets, seconds))
+        yield StepReport(number, loss_mean, rate, norm, step.tokens, step.targets, seconds)
 
 
 @torch.no_grad()

@@ -1,0 +1,118 @@
+"""What every job is given, and the command-line front that all job modules share."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.data import DataContext
+
+from cascade.artifacts import Run
+from cascade.config import Config, load_config
+from cascade.errors import CascadeError
+from ray_jobs._progress import Progress
+from ray_jobs._runs import Runs
+
+Metrics = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job at work: its config, its place in the store, and how it tells people how far it is."""
+
+    config: Config
+    runs: Runs
+    run: Run
+    progress: Progress = field(default_factory=Progress)
+
+
+Work = Callable[[Job], Metrics]
+
+
+def run_job(name: str, work: Work, runs: Runs, progress: Progress | None = None) -> Metrics:
+    """Do a job, or nothing if it is done already; a job that was interrupted goes on where it stopped.
+
+    Returns:
+        The job's figures, also kept in its manifest.
+    """
+    run = runs.run(name)
+    progress = progress or Progress()
+    if run.done:
+        progress.reused(name)
+        return run.metrics
+    job = Job(runs.config, runs, run, progress)
+    before = run.manifest.get("seconds", 0.0)
+    began = time.perf_counter()
+    run.start(inputs={}, config=runs.config)
+    progress.started(name)
+    try:
+        metrics = work(job)
+    finally:
+        seconds = before + time.perf_counter() - began
+        run.store.write_json(f"{run.folder}/manifest.json", run.manifest | {"seconds": seconds})
+    run.finish(metrics)
+    progress.finished(name, metrics)
+    return metrics
+
+
+def connect_ray(config: Config) -> None:
+    """Join the cluster that this process was submitted to (or RAY_ADDRESS names), else start Ray on this machine."""
+    if ray.is_initialized():
+        return
+    quiet = not os.environ.get("CASCADE_VERBOSE")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0" if quiet else "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    local: dict[str, Any] = {}
+    if not os.environ.get("RAY_ADDRESS"):
+        local = {"num_cpus": max(2, os.cpu_count() or 1), "object_store_memory": 512 * 2**20}
+    ray.init(
+        log_to_driver=not quiet,
+        logging_level=logging.ERROR if quiet else logging.INFO,
+        configure_logging=True,
+        runtime_env={"env_vars": {"TOKENIZERS_PARALLELISM": "false", "DS_ACCELERATOR": _ds_accelerator(config)}},
+        **local,
+    )
+    data = DataContext.get_current()
+    data.enable_progress_bars = not quiet
+    data.execution_options.verbose_progress = not quiet
+    if quiet:
+        for name in ("ray.data", "ray.train", "ray.tune", "ray.serve"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _ds_accelerator(config: Config) -> str:
+    return "cuda" if config.execution.use_gpu else "cpu"
+
+
+def main(name: str, work: Work) -> None:
+    """`python -m ray_jobs.<job> --config FILE`: exit code 0 when done, 2 for something that the user must mend."""
+    parser = argparse.ArgumentParser(prog=f"python -m ray_jobs.{name}")
+    parser.add_argument("--config", required=True, help="YAML file of the domain, e.g. configs/quickstart.yaml")
+    arguments = parser.parse_args()
+    exit_with_message(lambda: _run_one(name, work, arguments.config))
+
+
+def _run_one(name: str, work: Work, path: str) -> None:
+    runs = Runs(load_config(path))
+    connect_ray(runs.config)
+    with Progress.live(f"{runs.config.domain}: {name}") as progress:
+        metrics = run_job(name, work, runs, progress)
+    for key, value in metrics.items():
+        if isinstance(value, int | float | str):
+            print(f"{key}: {value}")
+
+
+def exit_with_message(action: Callable[[], Any]) -> None:
+    """Run something; errors that are the user's to mend are printed without a traceback, exit code 2."""
+    try:
+        action()
+    except CascadeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,174 @@
+"""The student at work over Ray Data: tasks fanned out to actors that hold the base, verdicts written as they come.
+
+An `Assignment` is one way of being tested: a name, an adapter or none, a prompt style, and the tasks. All
+assignments of a call share one pool of actors, which swap the adapter in place. Each finished batch is one atomic
+part in the run, so that a killed job repeats at most the batches in flight.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import ray
+import ray.data
+from ray.data import ActorPoolStrategy
+
+from cascade import benchmarks
+from cascade.artifacts import Run, Store
+from cascade.compression.adapter import AdapterWeights, load_peft_folder
+from cascade.compression.apply import LoraSlot
+from cascade.compression.format import load_modifier
+from cascade.compression.recipe import expand
+from cascade.config import Config, PromptStyle
+from cascade.models.base import load_base
+from cascade.models.student import Student, WorkedExamples
+from cascade.tasks import Completion, Task, Verdict, from_table, to_table
+from ray_jobs._context import Job
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """One way in which the student is tested.
+
+    Attributes:
+        name: prefix of the tables `<name>_completions` and `<name>_verdicts`; no dots.
+        adapter: path in the store of a PEFT folder or a compressed modifier file; None for the bare base.
+        label: what completions and verdicts carry as `modifier`.
+    """
+
+    name: str
+    tasks: Sequence[Task]
+    style: PromptStyle
+    adapter: str | None = None
+    label: str = ""
+
+    @property
+    def verdicts(self) -> str:
+        return f"{self.name}_verdicts"
+
+    @property
+    def completions(self) -> str:
+        return f"{self.name}_completions"
+
+
+def evaluate(job: Job, assignments: Sequence[Assignment], pool: Sequence[Task] = ()) -> dict[str, list[Verdict]]:
+    """Test the student in several ways; what was done before is not done again.
+
+    Args:
+        pool: training tasks that worked examples may be taken from.
+
+    Returns:
+        Verdicts by assignment name, in the order of its tasks.
+    """
+    found = {a.name: {v.task_id: v for v in job.run.read(a.verdicts, Verdict)} for a in assignments}
+    pending = [(a, [t for t in a.tasks if t.id not in found[a.name]]) for a in assignments]
+    blocks = [block for a, tasks in pending for block in _blocks(a, tasks, job.config.execution.task_block)]
+    total = sum(len(a.tasks) for a in assignments)
+    done = total - sum(block.num_rows for block in blocks)
+    if blocks:
+        job.progress.update(job.run.job, done, total, "tasks")
+        for name, verdicts in _run_blocks(job, assignments, blocks, pool):
+            found[name] |= {v.task_id: v for v in verdicts}
+            done += len(verdicts)
+            job.progress.update(job.run.job, done, total, "tasks")
+    return {a.name: [found[a.name][t.id] for t in a.tasks] for a in assignments}
+
+
+def _blocks(assignment: Assignment, tasks: Sequence[Task], size: int) -> list[pa.Table]:
+    """Tables of at most `size` tasks of like length, the longest first."""
+    ordered = sorted(tasks, key=lambda t: (-sum(len(m.content) for m in t.messages), t.id))
+    blocks = []
+    for start in range(0, len(ordered), size):
+        table = to_table(Task, ordered[start : start + size])
+        blocks.append(table.append_column("assignment", pa.array([assignment.name] * len(table))))
+    return blocks
+
+
+def _run_blocks(job: Job, assignments: Sequence[Assignment], blocks: list[pa.Table], pool: Sequence[Task]) -> Any:
+    execution = job.config.execution
+    actors = min(execution.student_actors, len(blocks))
+    settings = {a.name: (a.style, a.adapter, a.label) for a in assignments}
+    results = ray.data.from_arrow(blocks).map_batches(
+        StudentActor,
+        batch_size=None,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(size=actors),
+        num_cpus=execution.cpus_per_actor,
+        num_gpus=1 if execution.use_gpu else 0,
+        fn_constructor_kwargs={"config": job.config, "run": job.run, "settings": settings, "pool": ray.put(list(pool))},
+    )
+    for table in results.iter_batches(batch_size=None, batch_format="pyarrow"):
+        names = table.column("assignment").to_pylist()
+        verdicts = from_table(Verdict, table)
+        for name in dict.fromkeys(names):
+            yield name, [v for n, v in zip(names, verdicts, strict=True) if n == name]
+
+
+class StudentActor:
+    """Holds one base; answers and scores a block of tasks of one assignment at a time."""
+
+    def __init__(
+        self, config: Config, run: Run, settings: dict[str, tuple[PromptStyle, str | None, str]], pool: Any
+    ) -> None:
+        limit_threads(config)
+        self.config, self.run, self.settings = config, run, settings
+        self.examples = WorkedExamples(ray.get(pool))
+        self.loaded = load_base(config.base)
+        self.slot: LoraSlot | None = None
+        self.filled: str | None = None
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        name = block.column("assignment")[0].as_py()
+        style, adapter, label = self.settings[name]
+        tasks = from_table(Task, block)
+        self._use(adapter)
+        completions = self._student(label).answer(tasks, style, self.examples)
+        verdicts = [score(t, c) for t, c in zip(tasks, completions, strict=True)]
+        self.run.write_part(f"{name}_completions", completions)
+        self.run.write_part(f"{name}_verdicts", verdicts)
+        return to_table(Verdict, verdicts).append_column("assignment", pa.array([name] * len(verdicts)))
+
+    def _student(self, label: str) -> Student:
+        student = self.config.student
+        return Student(
+            self.loaded,
+            modifier=label,
+            batch_size=self.config.execution.student_batch,
+            temperature=student.temperature,
+            max_tokens=student.max_tokens,
+            seed=self.config.seed,
+        )
+
+    def _use(self, adapter: str | None) -> None:
+        """Have this adapter, and no other, on the base."""
+        if adapter == self.filled:
+            return
+        if self.slot is None:
+            self.slot = LoraSlot(self.loaded.model)
+        if adapter is None:
+            self.slot.clear()
+        else:
+            self.slot.fill(read_adapter(self.run.store, adapter))
+        self.filled = adapter
+
+
+def read_adapter(store: Store, path: str) -> AdapterWeights:
+    """An adapter from the store: a PEFT folder, or a compressed modifier file."""
+    local = store.local_copy(path, tempfile.gettempdir())
+    return load_peft_folder(local) if local.is_dir() else expand(load_modifier(local))
+
+
+def score(task: Task, completion: Completion) -> Verdict:
+    """The verdict of the task's own benchmark."""
+    return benchmarks.get(task.benchmark).score(task, completion)
+
+
+def limit_threads(config: Config) -> None:
+    """Let torch use as many CPU threads as the actor was given, not as many as the machine has."""
+    import torch
+
+    torch.set_num_threads(config.execution.threads or max(1, int(config.execution.cpus_per_actor)))

@@ -1,0 +1,113 @@
+"""Probes: short LoRA trainings, cross-fitted, that tell what the student still fails after a tier's data.
+
+The examples are dealt into k folds. For each fold a probe is trained on the others' examples and tested on the
+fold's own tasks, so that no task is tested by a probe that saw its answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import ray
+
+from cascade.artifacts import Run
+from cascade.config import Config, PromptStyle
+from cascade.models.base import end_token_ids, load_base
+from cascade.models.student import Student
+from cascade.tasks import Example, Task, Verdict
+from cascade.training.examples import encode_examples
+from cascade.training.loop import TargetLoss, TorchEngine, run_steps
+from cascade.training.lora import add_lora
+from cascade.training.packing import plan_steps
+from ray_jobs._context import Job
+from ray_jobs._evaluate import limit_threads, score
+
+VERDICTS = "probe_verdicts"
+COMPLETIONS = "probe_completions"
+Event = tuple[str, int, int]
+"""("training" or "testing", done, total) of one fold."""
+
+
+def cross_fitted_probes(
+    job: Job, tasks: Sequence[Task], examples: Sequence[Example], style: PromptStyle
+) -> list[Verdict]:
+    """Test every task with a probe that did not see its answer.
+
+    Args:
+        tasks: tasks with a verified example.
+        examples: all verified examples so far; those of a fold's tasks are left out of its probe's training.
+
+    Returns:
+        One verdict per task, in order.
+    """
+    found = {v.task_id: v for v in job.run.read(VERDICTS, Verdict)}
+    folds = deal_folds([*tasks, *(e for e in examples)], job.config.probe.folds)
+    execution = job.config.execution
+    remote = ray.remote(num_cpus=execution.cpus_per_actor, num_gpus=1 if execution.use_gpu else 0)(_probe_fold)
+    shared = [ray.put(value) for value in (job.config, job.run, list(examples), list(tasks), folds, style)]
+    missing = {fold for t in tasks if t.id not in found and (fold := folds[t.id]) is not None}
+    events = [remote.options(num_returns="streaming", max_retries=3).remote(*shared, fold) for fold in sorted(missing)]
+    _watch(job, events)
+    found |= {v.task_id: v for v in job.run.read(VERDICTS, Verdict)}
+    return [found[t.id] for t in tasks]
+
+
+def deal_folds(items: Sequence[Task | Example], folds: int) -> dict[str, int]:
+    """Fold of each task id; every category is spread evenly over the folds."""
+    keys = {(i.id if isinstance(i, Task) else i.task_id): (i.category, i.difficulty) for i in items}
+    ordered = sorted(keys, key=lambda task_id: (keys[task_id], task_id))
+    return {task_id: n % folds for n, task_id in enumerate(ordered)}
+
+
+def _watch(job: Job, generators: list[Any]) -> None:
+    """Report the folds' progress until all are done; raises what a fold raised."""
+    state: dict[Any, tuple[int, int]] = {}
+    waiting = list(generators)
+    while waiting:
+        ready, _ = ray.wait(waiting, num_returns=1)
+        for generator in ready:
+            try:
+                phase, done, total = ray.get(next(generator))
+            except StopIteration:
+                waiting.remove(generator)
+                continue
+            state[generator] = (done, total)
+            done_all, total_all = (sum(s[i] for s in state.values()) for i in (0, 1))
+            job.progress.update(job.run.job, done_all, total_all, f"probe steps, {phase}")
+
+
+def _probe_fold(
+    config: Config,
+    run: Run,
+    examples: list[Example],
+    tasks: list[Task],
+    folds: dict[str, int],
+    style: PromptStyle,
+    fold: int,
+) -> Iterator[Event]:
+    """Train and test one fold's probe; verdicts go to the run in one part."""
+    limit_threads(config)
+    settings = config.probe.lora
+    loaded = load_base(config.base)
+    seen = [e for e in examples if folds[e.task_id] != fold]
+    encoded = encode_examples(
+        seen, loaded.tokenizer, max_length=settings.max_length, system=style.system, end_ids=end_token_ids(loaded)
+    )
+    plan = plan_steps(encoded.examples, settings, config.seed + fold)
+    mine = [t for t in tasks if folds[t.id] == fold]
+    total = len(plan) + 1
+    module = TargetLoss(add_lora(loaded, settings, config.seed + fold))
+    for report in run_steps(TorchEngine(module, settings), plan, settings):
+        yield "training", report.step + 1, total
+    student = Student(
+        loaded,
+        modifier=f"probe{fold}",
+        batch_size=config.execution.student_batch,
+        max_tokens=config.student.max_tokens,
+        seed=config.seed,
+    )
+    completions = student.answer(mine, style)
+    run.write_part(COMPLETIONS, completions)
+    run.write_part(VERDICTS, [score(t, c) for t, c in zip(mine, completions, strict=True)])
+    yield "testing", total, total

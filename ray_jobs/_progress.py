@@ -1,0 +1,117 @@
+"""How far the jobs are, for people: a live table on a terminal, plain lines elsewhere (a log, a job submission)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+
+class Progress:
+    """Takes the jobs' reports. The base class says nothing; `Progress.live` shows them."""
+
+    def started(self, job: str) -> None:
+        """A job begins."""
+
+    def reused(self, job: str) -> None:
+        """A job was done before, nothing is run."""
+
+    def update(self, job: str, done: int, total: int, note: str = "") -> None:
+        """A job has done `done` of `total` pieces of its current stage, which `note` names."""
+
+    def finished(self, job: str, metrics: dict[str, Any]) -> None:
+        """A job is done."""
+
+    @staticmethod
+    @contextmanager
+    def live(title: str, jobs: tuple[str, ...] = ()) -> Iterator[Progress]:
+        """A progress display for the time of the block."""
+        console = Console()
+        if not console.is_terminal:
+            yield _Lines(console)
+            return
+        display = _LiveTable(title, jobs)
+        with Live(console=console, refresh_per_second=4, get_renderable=display.render):
+            yield display
+
+
+class _Lines(Progress):
+    """One line when a stage begins, each tenth of it, and when a job ends."""
+
+    def __init__(self, console: Console) -> None:
+        self.console, self.began = console, time.perf_counter()
+        self.last: tuple[str, str, int] = ("", "", -1)
+
+    def _say(self, text: str) -> None:
+        self.console.print(f"[{time.perf_counter() - self.began:6.0f} s] {text}", highlight=False, markup=False)
+
+    def started(self, job: str) -> None:
+        self._say(f"{job} …")
+
+    def reused(self, job: str) -> None:
+        self._say(f"{job}: done before, reused")
+
+    def update(self, job: str, done: int, total: int, note: str = "") -> None:
+        key = (job, note.split(",")[0], 10 * done // max(1, total))
+        if key != self.last:
+            self.last = key
+            self._say(f"{job}: {done} of {total} {note}")
+
+    def finished(self, job: str, metrics: dict[str, Any]) -> None:
+        self._say(f"{job}: done. {headline(metrics)}")
+
+
+class _LiveTable(Progress):
+    """A table with a row per job."""
+
+    def __init__(self, title: str, jobs: tuple[str, ...]) -> None:
+        self.title = title
+        self.rows: dict[str, dict[str, Any]] = {job: {"state": ""} for job in jobs}
+
+    def _row(self, job: str) -> dict[str, Any]:
+        return self.rows.setdefault(job, {"state": ""})
+
+    def started(self, job: str) -> None:
+        self._row(job).update(state="running", began=time.perf_counter())
+
+    def reused(self, job: str) -> None:
+        self._row(job).update(state="reused")
+
+    def update(self, job: str, done: int, total: int, note: str = "") -> None:
+        self._row(job).update(done=done, total=total, note=note)
+
+    def finished(self, job: str, metrics: dict[str, Any]) -> None:
+        row = self._row(job)
+        row.update(state="done", seconds=time.perf_counter() - row.get("began", time.perf_counter()))
+        row["note"] = headline(metrics)
+
+    def render(self) -> Table:
+        table = Table(title=self.title, expand=False)
+        for column in ("step", "", "progress", "seconds", ""):
+            table.add_column(column, justify="right" if column == "seconds" else "left")
+        marks = {"": "·", "running": "▶", "done": "✓", "reused": "✓"}
+        for job, row in self.rows.items():
+            done, total = row.get("done", 0), row.get("total", 0)
+            filled = round(20 * done / total) if total else 0
+            bar = "━" * filled + "─" * (20 - filled) if row["state"] == "running" and total else ""
+            seconds = row.get("seconds") or (time.perf_counter() - row["began"] if row["state"] == "running" else None)
+            count = f" {done}/{total}" if bar else ""
+            note = "reused" if row["state"] == "reused" else str(row.get("note", ""))
+            table.add_row(job, marks[row["state"]], bar + count, f"{seconds:.0f}" if seconds else "", note)
+        return table
+
+
+def headline(metrics: dict[str, Any]) -> str:
+    """The figures of a job in one line, in the order in which it reported them."""
+    parts = []
+    for key, value in metrics.items():
+        if isinstance(value, float):
+            parts.append(f"{key} {value:.4g}")
+        elif isinstance(value, int | str):
+            parts.append(f"{key} {value}")
+    return ", ".join(parts[:6])

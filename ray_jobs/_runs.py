@@ -1,0 +1,163 @@
+"""Which run each job has: the fingerprints of a whole pipeline, computed from the config before anything runs.
+
+A fingerprint covers what decides a job's result: the sections of the config that it reads, and the fingerprints of
+the jobs before it. `execution` is in none of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from cascade.artifacts import Run, Store, fingerprint, open_run
+from cascade.benchmarks.mixture import load_tasks
+from cascade.config import Config, Teacher
+from cascade.models.base import base_sha256
+from cascade.tasks import Split, Task, message_hash
+
+RESULT_VERSION = 1
+"""Raised when a change of the code changes results, so that runs made before are not taken for new ones."""
+
+JOBS = (
+    "test_domain",
+    "generate_tier1",
+    "test_tier1",
+    "generate_tier2",
+    "test_tier2",
+    "generate_tier3",
+    "train_modifier",
+    "compress_modifier",
+    "validate_modifier",
+    "train_router",
+)
+"""All jobs, in the order in which the pipeline runs them."""
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The runs of one config in its store, and the tasks that they work on (loaded once)."""
+
+    config: Config
+
+    @cached_property
+    def store(self) -> Store:
+        return Store(self.config.storage)
+
+    @cached_property
+    def train_tasks(self) -> list[Task]:
+        return load_tasks(self.config, "train")
+
+    @cached_property
+    def validation_tasks(self) -> list[Task]:
+        return load_tasks(self.config, "validation")
+
+    @cached_property
+    def test_tasks(self) -> list[Task]:
+        return load_tasks(self.config, "test")
+
+    def run(self, job: str) -> Run:
+        """The run of a job of this config, whether it exists yet or not."""
+        run: Run = getattr(self, job)
+        return run
+
+    @cached_property
+    def test_domain(self) -> Run:
+        return self._open(
+            "test_domain",
+            base=base_sha256(self.config.base),
+            dtype=self.config.base.dtype,
+            student=self.config.student,
+            seed=self.config.seed,
+            tasks=[self._tasks_hash("train"), self._tasks_hash("validation")],
+        )
+
+    @cached_property
+    def generate_tier1(self) -> Run:
+        return self._generate(1, self.test_domain)
+
+    @cached_property
+    def test_tier1(self) -> Run:
+        return self._test(1, self.generate_tier1)
+
+    @cached_property
+    def generate_tier2(self) -> Run:
+        return self._generate(2, self.test_tier1)
+
+    @cached_property
+    def test_tier2(self) -> Run:
+        return self._test(2, self.generate_tier2)
+
+    @cached_property
+    def generate_tier3(self) -> Run:
+        return self._generate(3, self.test_tier2)
+
+    @cached_property
+    def train_modifier(self) -> Run:
+        training = self.config.training.model_dump(mode="json", exclude={"zero_stage", "offload", "checkpoint_steps"})
+        return self._open(
+            "train_modifier",
+            examples=self.generate_tier3.fingerprint,
+            training=training,
+            test_tasks=self._tasks_hash("test"),
+        )
+
+    @cached_property
+    def compress_modifier(self) -> Run:
+        return self._open(
+            "compress_modifier", modifier=self.train_modifier.fingerprint, compression=self.config.compression
+        )
+
+    @cached_property
+    def validate_modifier(self) -> Run:
+        return self._open(
+            "validate_modifier",
+            modifier=self.compress_modifier.fingerprint,
+            test_tasks=self._tasks_hash("test"),
+            reference=self.config.reference,
+        )
+
+    @cached_property
+    def train_router(self) -> Run:
+        return self._open("train_router", modifier=self.validate_modifier.fingerprint, router=self.config.router)
+
+    def generate(self, tier: int) -> Run:
+        return self.run(f"generate_tier{tier}")
+
+    def test(self, tier: int) -> Run:
+        """The test after a tier; tier 0 is the bare base on the whole domain."""
+        return self.run(f"test_tier{tier}" if tier else "test_domain")
+
+    def _generate(self, tier: int, failures: Run) -> Run:
+        teacher = self.config.tier(tier)
+        return self._open(
+            f"generate_tier{tier}", failures=failures.fingerprint, teacher=_what_decides_answers(teacher), tier=tier
+        )
+
+    def _test(self, tier: int, answers: Run) -> Run:
+        return self._open(f"test_tier{tier}", answers=answers.fingerprint, probe=self.config.probe)
+
+    def _open(self, job: str, **decides: object) -> Run:
+        return open_run(self.store, self.config.domain, job, version=RESULT_VERSION, **decides)
+
+    def _tasks_hash(self, split: Split) -> str:
+        tasks = {"train": self.train_tasks, "validation": self.validation_tasks, "test": self.test_tasks}[split]
+        return fingerprint(tasks=[[t.id, message_hash(t.messages), t.reference] for t in tasks])
+
+
+def _what_decides_answers(teacher: Teacher) -> dict[str, object]:
+    """A teacher without its limits, prices and budgets: those decide when and what it costs, not what it says."""
+    answer: dict[str, object] = teacher.model_dump(
+        mode="json",
+        exclude={
+            "endpoints",
+            "input_usd_per_million",
+            "output_usd_per_million",
+            "cached_input_usd_per_million",
+            "price_source",
+            "timeout_s",
+            "retries",
+            "budget_usd",
+            "expected_share",
+        },
+    )
+    return answer | {"endpoints": [e.base_url for e in teacher.endpoints]}

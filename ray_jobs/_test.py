@@ -1,0 +1,95 @@
+"""The `test_*` jobs: what does the student fail, before and after the data of a tier?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cascade.config import PromptStyle
+from cascade.scoring.statistics import Score
+from cascade.tasks import Example, Task, Verdict
+from ray_jobs._context import Job, Metrics
+from ray_jobs._evaluate import Assignment, evaluate
+from ray_jobs._probe import cross_fitted_probes
+from ray_jobs._runs import Runs
+
+UNSOLVED = "unsolved"
+"""Table of every test: the tasks that the next tier's teacher is asked."""
+
+
+def test_student(job: Job, tier: int) -> Metrics:
+    """Test the student after a tier (0: the bare base on the whole domain) and write down what it leaves unsolved."""
+    verdicts, unsolved, metrics = _test_base(job) if tier == 0 else _test_probes(job, tier)
+    job.run.write_table(UNSOLVED, Task, unsolved)
+    score = Score.of(verdicts)
+    return {
+        "tested": score.n,
+        "passed": score.passed,
+        "unparsed": score.unparsed,
+        "accuracy": score.accuracy,
+        "interval": [score.low, score.high],
+        "unsolved": len(unsolved),
+        **metrics,
+    }
+
+
+def unsolved_before(runs: Runs, tier: int) -> list[Task]:
+    """What a tier's teacher is asked: the tasks that the test before it left unsolved."""
+    return runs.test(tier - 1).require().read(UNSOLVED, Task)
+
+
+def examples_up_to(runs: Runs, tier: int) -> list[Example]:
+    """Verified examples of the tiers 1…tier; of a task that several tiers solved, the last one's."""
+    by_task: dict[str, Example] = {}
+    for t in range(1, tier + 1):
+        by_task |= {e.task_id: e for e in runs.generate(t).require().read("examples", Example)}
+    return [by_task[i] for i in sorted(by_task)]
+
+
+def training_style(runs: Runs) -> PromptStyle:
+    """How modifiers are trained and asked: the first style, without worked examples."""
+    return runs.config.student.prompts[0].model_copy(update={"shots": 0})
+
+
+def base_style(runs: Runs) -> PromptStyle:
+    """The style that `test_domain` found to suit the base best."""
+    name = runs.test_domain.require().metrics["style"]
+    return next(s for s in runs.config.student.prompts if s.name == name)
+
+
+def _test_base(job: Job) -> tuple[list[Verdict], list[Task], Metrics]:
+    """Find the base's best prompt on validation tasks, then let it answer every training task."""
+    runs, student = job.runs, job.config.student
+    sample = runs.validation_tasks[: student.selection_tasks]
+    trials = [Assignment(f"style_{s.name.replace('.', '_')}", sample, s) for s in student.prompts]
+    scores = {
+        style.name: Score.of(verdicts)
+        for style, verdicts in zip(
+            student.prompts, evaluate(job, trials, runs.train_tasks).values() if len(trials) > 1 else [[]], strict=True
+        )
+    }
+    best = max(student.prompts, key=lambda s: scores[s.name].passed)
+    tasks = runs.train_tasks
+    verdicts = evaluate(job, [Assignment("base", tasks, best)], tasks)["base"]
+    job.run.write_table("tasks", Task, tasks)
+    job.run.write_table("validation_tasks", Task, runs.validation_tasks)
+    unsolved = [t for t, v in zip(tasks, verdicts, strict=True) if not v.passed]
+    styles = {name: {"passed": s.passed, "n": s.n} for name, s in scores.items()}
+    return verdicts, unsolved, {"style": best.name, "styles": styles}
+
+
+def _test_probes(job: Job, tier: int) -> tuple[list[Verdict], list[Task], Metrics]:
+    """What the tier's teacher got wrong, and what a probe trained on the data so far still fails."""
+    asked = unsolved_before(job.runs, tier)
+    solved = {e.task_id for e in job.runs.generate(tier).require().read("examples", Example)}
+    wrong = [t for t in asked if t.id not in solved]
+    taught = [t for t in asked if t.id in solved]
+    if not job.config.probe.enabled:
+        return [], wrong, {"teacher_wrong": len(wrong)}
+    verdicts = cross_fitted_probes(job, taught, examples_up_to(job.runs, tier), training_style(job.runs))
+    failed = [t for t, v in zip(taught, verdicts, strict=True) if not v.passed]
+    unsolved = sorted([*wrong, *failed], key=lambda t: t.id)
+    return verdicts, unsolved, {"teacher_wrong": len(wrong), "probe_failed": len(failed)}
+
+
+def by_id(tasks: Sequence[Task]) -> dict[str, Task]:
+    return {t.id: t for t in tasks}

@@ -1,0 +1,17 @@
+"""test_domain: run the base over the domain's training tasks and find what it fails.
+
+`python -m ray_jobs.test_domain --config configs/quickstart.yaml`
+"""
+
+from __future__ import annotations
+
+from ray_jobs._context import Job, Metrics, main
+from ray_jobs._test import test_student
+
+
+def work(job: Job) -> Metrics:
+    return test_student(job, tier=0)
+
+
+if __name__ == "__main__":
+    main("test_domain", work)
