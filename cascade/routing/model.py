@@ -1,0 +1,184 @@
+"""The router as it is served: a query in, a `Route` out; stored as safetensors and JSON.
+
+Rule: the router first asks whether it knows queries of this kind. If its confidence in that is below the threshold,
+the request goes to the base ("low-confidence"). Otherwise the candidate with the highest calibrated probability of a
+right answer gets it; the base wins ties. The confidence of a route is P(known kind) x P(right | known kind): what the
+measurements vouch for, hence low for anything unlike them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from cascade.artifacts import Store, sha256_of_file
+from cascade.errors import FormatError
+from cascade.routing.calibration import Calibrator
+from cascade.routing.features import featurize
+from cascade.routing.network import RouterNetwork
+from cascade.tasks import Message, Route
+
+BASE = "base"
+KNOWN = "known"
+"""Name of the output that says whether a query is of a measured kind."""
+
+FORMAT_VERSION = 1
+_WEIGHTS, _MANIFEST = "router.safetensors", "manifest.json"
+
+
+@dataclass(frozen=True)
+class RouterModel:
+    """A trained router.
+
+    Attributes:
+        candidates: "base" first, then the modifiers' domains.
+        features: length of a query's vector.
+        hidden: width of the network.
+        threshold: used where a request does not bring its own.
+        calibrators: per candidate and for `KNOWN`.
+    """
+
+    network: RouterNetwork
+    candidates: tuple[str, ...]
+    features: int
+    hidden: int
+    threshold: float
+    calibrators: dict[str, Calibrator] = field(default_factory=dict)
+
+    def route(self, query: str | Sequence[Message], threshold: float | None = None) -> Route:
+        """Decide who answers.
+
+        Args:
+            query: a question, or a conversation, whose last user message decides.
+            threshold: confidence that the kind of query is known, below which the base answers; null: the model's.
+        """
+        text = query if isinstance(query, str) else last_question(query)
+        known, right = self.probabilities([text])
+        return self.decide(float(known[0]), right[0], self.threshold if threshold is None else threshold)
+
+    def decide(self, known: float, right: NDArray[np.float64], threshold: float) -> Route:
+        """The rule, given the probabilities.
+
+        Args:
+            known: probability that the query is of a measured kind.
+            right: probability of a right answer per candidate, if it is.
+        """
+        vouched = {name: float(known * p) for name, p in zip(self.candidates, right, strict=True)}
+        if known < threshold:
+            return Route(BASE, vouched[BASE], "low-confidence", vouched)
+        choice = self.candidates[int(right.argmax())]
+        return Route(choice, vouched[choice], "router", vouched)
+
+    def probabilities(self, queries: Sequence[str]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Calibrated probabilities.
+
+        Returns:
+            Shape (queries,): that the query is of a measured kind; shape (queries, candidates): that the candidate
+            answers it rightly, if so.
+        """
+        logits = self.network.logits(featurize(queries, self.features))
+        names = (*self.candidates, KNOWN)
+        columns = [self.calibrators.get(n, Calibrator())(logits[:, i]) for i, n in enumerate(names)]
+        return columns[-1], np.stack(columns[:-1], axis=1)
+
+    def save(self, folder: str | os.PathLike[str], report: dict[str, Any] | None = None) -> None:
+        """Write weights and manifest (with the report of the training, if given) to a folder."""
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        save_file(self.network.state_dict(), target / _WEIGHTS)
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "sha256": sha256_of_file(target / _WEIGHTS),
+            "candidates": list(self.candidates),
+            "features": self.features,
+            "hidden": self.hidden,
+            "threshold": self.threshold,
+            "calibrators": {n: {"method": c.method, "parameters": c.parameters} for n, c in self.calibrators.items()},
+            "report": report or {},
+        }
+        (target / _MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> RouterModel:
+        """Read a router back.
+
+        Raises:
+            FormatError: files are missing, damaged, or of a newer version.
+        """
+        source = Path(folder)
+        try:
+            manifest = json.loads((source / _MANIFEST).read_text(encoding="utf-8"))
+            if manifest["format_version"] != FORMAT_VERSION:
+                raise FormatError(
+                    f"the router in {source} has format {manifest['format_version']}, this version reads "
+                    f"{FORMAT_VERSION}: train it again with `cascade train-router`"
+                )
+            if sha256_of_file(source / _WEIGHTS) != manifest["sha256"]:
+                raise FormatError(f"{source / _WEIGHTS} is damaged (its SHA-256 is not the manifest's)")
+            network = RouterNetwork(manifest["features"], manifest["hidden"], len(manifest["candidates"]) + 1)
+            network.load_state_dict(load_file(source / _WEIGHTS))
+            calibrators = {
+                n: Calibrator(c["method"], tuple(c["parameters"])) for n, c in manifest["calibrators"].items()
+            }
+            names = tuple(manifest["candidates"])
+            threshold = float(manifest["threshold"])
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+            raise FormatError(f"the router in {source} cannot be read: {type(error).__name__}: {error}") from error
+        return cls(network.eval(), names, manifest["features"], manifest["hidden"], threshold, calibrators)
+
+
+def last_question(messages: Sequence[Message]) -> str:
+    """The last user message of a conversation, "" if there is none."""
+    return next((m.content for m in reversed(messages) if m.role == "user"), "")
+
+
+# ------------------------------------------------------------------------------------------------ registry
+
+_FOLDER = "router"
+
+
+def publish(store: Store, model: RouterModel, report: dict[str, Any] | None = None) -> str:
+    """Put a router into the store and make it the current one.
+
+    Returns:
+        Its version: the first twelve hex digits of the SHA-256 over the manifest, which holds that of the weights.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        model.save(scratch, report)
+        version = sha256_of_file(Path(scratch) / _MANIFEST)[:12]
+        for name in (_WEIGHTS, _MANIFEST):
+            store.write_bytes(f"{_FOLDER}/{version}/{name}", (Path(scratch) / name).read_bytes())
+    store.write_bytes(f"{_FOLDER}/CURRENT", f"{version}\n".encode())
+    return version
+
+
+def current_version(store: Store) -> str | None:
+    """Version of the current router, None if none was trained."""
+    if not store.exists(f"{_FOLDER}/CURRENT"):
+        return None
+    return store.read_bytes(f"{_FOLDER}/CURRENT").decode().strip() or None
+
+
+def load_current(store: Store, cache: str | os.PathLike[str]) -> tuple[str, RouterModel] | None:
+    """The current router with its version, None if none was trained.
+
+    Args:
+        cache: local folder for copies of files from an object store.
+
+    Raises:
+        FormatError: see `RouterModel.load`.
+    """
+    version = current_version(store)
+    if version is None:
+        return None
+    return version, RouterModel.load(store.local_copy(f"{_FOLDER}/{version}", cache))

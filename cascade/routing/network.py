@@ -1,0 +1,106 @@
+"""The router's network: a small feed-forward net from hashed n-grams to one logit per candidate.
+
+Its last output is not a candidate: it says whether the query is of the kind that the candidates were measured on at
+all. Without it a router would hand a letter of condolence to a reasoning modifier with the confidence of a sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from cascade.errors import ConfigError
+
+MAX_BYTES = 13_000_000
+"""The router's size on disk and in memory may not pass this."""
+
+_BATCH = 32
+_DROPOUT = 0.1
+_LEARNING_RATE = 2e-3
+_WEIGHT_DECAY = 1e-3
+
+
+class RouterNetwork(nn.Module):
+    """Three linear layers.
+
+    Args:
+        features: length of an input vector.
+        hidden: width of both hidden layers.
+        outputs: candidates + 1.
+
+    Raises:
+        ConfigError: the weights would exceed `MAX_BYTES`.
+    """
+
+    def __init__(self, features: int, hidden: int, outputs: int) -> None:
+        super().__init__()
+        size = 4 * (features * hidden + hidden * hidden + hidden * outputs + 2 * hidden + outputs)
+        if size > MAX_BYTES:
+            raise ConfigError(
+                f"router.features x router.hidden ({features} x {hidden}) makes a router of {size / 1e6:.1f} MB; "
+                f"at most {MAX_BYTES / 1e6:.0f} MB are allowed, so lower one of them"
+            )
+        self.layers = nn.Sequential(
+            nn.Linear(features, hidden),
+            nn.ReLU(),
+            nn.Dropout(_DROPOUT),
+            nn.Linear(hidden, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, outputs),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits of shape (queries, outputs) for vectors of shape (queries, features)."""
+        logits: torch.Tensor = self.layers(x)
+        return logits
+
+    @torch.inference_mode()
+    def logits(self, vectors: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Logits of feature vectors, shape (queries, outputs)."""
+        self.eval()
+        return self(torch.from_numpy(vectors)).double().numpy()
+
+
+def train_network(
+    vectors: NDArray[np.float32], targets: NDArray[np.float32], *, hidden: int, epochs: int, seed: int
+) -> RouterNetwork:
+    """Fit a network to outcomes.
+
+    Args:
+        vectors: shape (queries, features).
+        targets: shape (queries, outputs): 1 right, 0 wrong, NaN not measured (no loss).
+        hidden: width of the hidden layers.
+        epochs: passes over the queries.
+        seed: decides the start and the order; the caller's random state is left alone.
+
+    Raises:
+        ConfigError: see `RouterNetwork`.
+    """
+    x, y = torch.from_numpy(vectors), torch.from_numpy(targets)
+    measured = (~y.isnan()).float()
+    y = y.nan_to_num()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = RouterNetwork(x.shape[1], hidden, y.shape[1])
+        optimizer = torch.optim.AdamW(network.parameters(), lr=_LEARNING_RATE, weight_decay=_WEIGHT_DECAY)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs)
+        network.train()
+        for _ in range(epochs):
+            for batch in torch.randperm(len(x)).split(_BATCH):
+                loss = binary_cross_entropy_with_logits(network(x[batch]), y[batch], reduction="none")
+                loss = (loss * measured[batch]).sum() / measured[batch].sum().clamp(min=1)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            schedule.step()
+    return network.eval()
+
+
+def target_matrix(columns: Sequence[Sequence[bool | None]]) -> NDArray[np.float32]:
+    """Outcomes per output as a matrix (queries, outputs); None becomes NaN."""
+    return np.array([[np.nan if v is None else float(v) for v in column] for column in columns], dtype=np.float32).T
