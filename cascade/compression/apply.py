@@ -1,0 +1,152 @@
+"""Putting an adapter onto a Hugging Face model: one slot of fixed buffers, filled and cleared in place.
+
+`LoraSlot` adds a forward hook to every linear layer once. Empty, the hooks hand the layer's own output through
+untouched; filled, they add `scaling * B @ A @ x`. The model's modules, weights and state_dict stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from cascade.compression.adapter import AdapterWeights, BaseRef
+from cascade.compression.packed import CompressedAdapter, Expanded, iter_layers
+from cascade.errors import DataError
+
+Adapter = AdapterWeights | CompressedAdapter
+
+
+class _Patch:
+    """What one layer adds; both views are None while the slot is empty."""
+
+    __slots__ = ("a", "bt")
+
+    def __init__(self) -> None:
+        self.a: torch.Tensor | None = None  # (rank, in)
+        self.bt: torch.Tensor | None = None  # (rank, out), scaled
+
+    def hook(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
+        if self.a is None or self.bt is None:
+            return None
+        low = nn.functional.linear(args[0], self.a).view(-1, self.a.shape[0])
+        return torch.addmm(output.reshape(-1, output.shape[-1]), low, self.bt).view_as(output)
+
+
+class LoraSlot:
+    """Room for one adapter on a model.
+
+    The buffer is one block of `capacity` numbers in the model's dtype on its device; adapters of any rank, also of
+    different ranks per layer, lie in it one after the other, so nothing is padded and nothing grows.
+    The caller sees to it that nobody computes with the model while the slot is being filled or cleared.
+    """
+
+    def __init__(
+        self, model: nn.Module, capacity: int, *, base: BaseRef | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        """Install the hooks.
+
+        Args:
+            model: any module; its `nn.Linear` layers, by name, can be adapted.
+            capacity: numbers that fit: `adapter.parameters` of the largest adapter.
+            base: what the model is; adapters that name another base are then refused.
+            dtype: of the buffer, where not the model's own.
+        """
+        self._layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+        if not self._layers:
+            raise DataError("the model has no linear layers that an adapter could change")
+        weight = next(iter(self._layers.values())).weight
+        self._base = base
+        self._buffer = torch.zeros(capacity, dtype=dtype or weight.dtype, device=weight.device)
+        self._patches = {name: _Patch() for name in self._layers}
+        self._handles = [m.register_forward_hook(self._patches[n].hook) for n, m in self._layers.items()]
+
+    @property
+    def capacity(self) -> int:
+        """Numbers that fit."""
+        return self._buffer.numel()
+
+    @property
+    def resident_bytes(self) -> int:
+        """What the slot holds in memory, full or empty."""
+        return self._buffer.numel() * self._buffer.element_size()
+
+    @property
+    def is_empty(self) -> bool:
+        return all(patch.a is None for patch in self._patches.values())
+
+    def fill(self, adapter: Adapter) -> None:
+        """Put an adapter in, in place of the one that is there.
+
+        A refused adapter leaves the slot as it was; a failure while decoding leaves it empty.
+
+        Raises:
+            DataError: it does not fit this model, its base or the capacity.
+            FormatError: its packed streams are inconsistent.
+        """
+        self._check(adapter)
+        self.clear()
+        try:
+            self._copy(adapter)
+        except BaseException:
+            self.clear()
+            raise
+
+    def clear(self) -> None:
+        """Take the adapter out: the model is the base again, bit for bit."""
+        for patch in self._patches.values():
+            patch.a = patch.bt = None
+
+    def remove(self) -> None:
+        """Take the hooks off the model for good."""
+        self.clear()
+        for handle in self._handles:
+            handle.remove()
+
+    def _check(self, adapter: Adapter) -> None:
+        if self._base is not None and adapter.base.sha256 not in ("", self._base.sha256):
+            raise DataError(f"the adapter was made for {adapter.base.name or 'another base'}, not {self._base.name}")
+        for name, fan_in, fan_out in _shapes(adapter):
+            layer = self._layers.get(name)
+            if layer is None:
+                raise DataError(f"the model has no linear layer {name}: the adapter was made for another base")
+            if (layer.in_features, layer.out_features) != (fan_in, fan_out):
+                raise DataError(
+                    f"layer {name} has {layer.in_features} inputs and {layer.out_features} outputs, the adapter "
+                    f"{fan_in} and {fan_out}: it was made for another base"
+                )
+        if adapter.parameters > self.capacity:
+            raise DataError(
+                f"the adapter has {adapter.parameters} numbers, the slot holds {self.capacity}: "
+                "make the slot with the capacity of the largest adapter"
+            )
+
+    def _copy(self, adapter: Adapter) -> None:
+        offset = 0
+        with torch.no_grad():
+            for name, a, bt in _expanded(adapter):
+                views = []
+                # Scaled before it is rounded to the buffer's type.
+                for array in (a, bt * np.float32(adapter.scaling)):
+                    view = self._buffer[offset : offset + array.size].view(array.shape)
+                    view.copy_(torch.from_numpy(array))
+                    views.append(view)
+                    offset += array.size
+                self._patches[name].a, self._patches[name].bt = views
+
+
+def _shapes(adapter: Adapter) -> Iterator[tuple[str, int, int]]:
+    """Name, inputs and outputs of each layer."""
+    if isinstance(adapter, CompressedAdapter):
+        yield from ((layer.name, layer.fan_in, layer.fan_out) for layer in adapter.layers)
+    else:
+        yield from ((name, pair.a.shape[1], pair.b.shape[0]) for name, pair in adapter.layers.items())
+
+
+def _expanded(adapter: Adapter) -> Iterator[Expanded]:
+    if isinstance(adapter, CompressedAdapter):
+        return iter_layers(adapter)
+    return ((name, pair.a, pair.b.T) for name, pair in adapter.layers.items())

@@ -1,0 +1,376 @@
+"""The modifier file: one safetensors file of packed streams with a versioned JSON header in its metadata.
+
+Every stream is a flat U8 tensor, stored as it is or compressed by zstandard where that pays. The header carries a
+SHA-256 over the whole file (its own 64 digits taken as zeros), which is checked before anything is parsed; what is
+then read is checked as if an enemy had written it, and nothing is allocated that the file's own size does not bound.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import re
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+import numpy as np
+import zstandard
+from numpy.typing import NDArray
+from pydantic import Field, ValidationError
+from safetensors.numpy import save as safetensors_save
+
+from cascade.compression.adapter import BaseRef
+from cascade.compression.methods import Recipe, Settings
+from cascade.compression.packed import (
+    CompressedAdapter,
+    FactorName,
+    LayerSpec,
+    PackedFactor,
+    expanded_sha256,
+    stream_sizes,
+)
+from cascade.errors import FormatError
+
+FORMAT = "cascade-modifier"
+VERSION = 1
+_STREAMS = {f"{factor}.{kind}" for factor in "ab" for kind in ("mask", "values", "scales")}
+_LEVEL = 9
+_ZEROS = "0" * 64
+_DIGEST = re.compile(rb'\\"sha256\\":\\"([0-9a-f]{64})\\"}"}')
+_MAX_HEADER = 4 << 20
+_MAX_RATIO = 32
+"""A stream that zstandard would shrink more than this is stored as it is, so that no file can blow up when opened."""
+
+
+class Score(Settings):
+    """One measured figure with its uncertainty.
+
+    Attributes:
+        value: a share in [0, 1] for accuracies.
+        n: on how many tasks.
+        low, high: 95 % interval.
+    """
+
+    value: float
+    n: int = Field(ge=0)
+    low: float
+    high: float
+
+
+class _Base(Settings):
+    name: str
+    sha256: str = Field(pattern=r"^([0-9a-f]{64})?$")
+
+
+_Features = Annotated[int, Field(ge=1, le=1 << 24)]
+_Rank = Annotated[int, Field(ge=1, le=1 << 16)]
+_Count = Annotated[int, Field(ge=0)]
+_Exponent = Annotated[int, Field(ge=-200, le=200)]
+_Name = Annotated[str, Field(min_length=1, max_length=512)]
+_Row = tuple[_Name, _Rank, _Features, _Features, _Count, _Count, _Exponent, _Exponent]
+"""Name, rank, inputs, outputs, kept numbers of A and B, exponents of A and B of one layer."""
+
+
+class Header(Settings):
+    """The metadata of a modifier file, all that is not packed numbers."""
+
+    format: Literal["cascade-modifier"] = "cascade-modifier"
+    version: int = VERSION
+    base: _Base
+    recipe: Recipe
+    rank: _Rank
+    scaling: float = Field(allow_inf_nan=False)
+    target_modules: list[str]
+    init_seed: int | None
+    layers: list[_Row] = Field(min_length=1)
+    raw_bytes: dict[str, int] = Field(description="length of each stream that is stored compressed, once opened")
+    scores: dict[str, Score]
+    teachers: list[str] = Field(description="who wrote the training answers; 'answer-key…' replays known ones")
+    expanded_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    sha256: str = Field(_ZEROS, pattern=r"^[0-9a-f]{64}$")
+
+
+def save_modifier(
+    path: str | os.PathLike[str],
+    compressed: CompressedAdapter,
+    *,
+    scores: Mapping[str, Score] | None = None,
+    teachers: tuple[str, ...] = (),
+) -> int:
+    """Write a modifier file whole or not at all.
+
+    Args:
+        scores: what it earned, by what was measured, e.g. "compressed".
+        teachers: names of the models whose answers it was trained on.
+
+    Returns:
+        Its size in bytes.
+    """
+    data = encode_modifier(compressed, scores=scores, teachers=teachers)
+    target = Path(path)
+    partial = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    partial.write_bytes(data)
+    partial.replace(target)
+    return len(data)
+
+
+def encode_modifier(
+    compressed: CompressedAdapter, *, scores: Mapping[str, Score] | None = None, teachers: tuple[str, ...] = ()
+) -> bytes:
+    """The bytes of the modifier file; the same content always gives the same bytes."""
+    streams: dict[str, NDArray[np.uint8]] = {}
+    raw_bytes = {}
+    for name, raw in _streams_of(compressed).items():
+        streams[name] = _shrink(raw, planes=_in_planes(name, compressed.recipe))
+        if streams[name].size != raw.size:
+            raw_bytes[name] = raw.size
+    header = Header(
+        base=_Base(name=compressed.base.name, sha256=compressed.base.sha256),
+        recipe=compressed.recipe,
+        rank=compressed.rank,
+        scaling=compressed.scaling,
+        target_modules=list(compressed.target_modules),
+        init_seed=compressed.init_seed,
+        layers=[(x.name, x.rank, x.fan_in, x.fan_out, *x.kept, *x.exponents) for x in compressed.layers],
+        raw_bytes=raw_bytes,
+        scores=dict(scores or {}),
+        teachers=list(teachers),
+        expanded_sha256=compressed.expanded_sha256,
+    )
+    data = bytearray(safetensors_save(streams, metadata={FORMAT: header.model_dump_json()}))
+    start, end = _digest_span(data)
+    data[start:end] = hashlib.sha256(data).hexdigest().encode()
+    return bytes(data)
+
+
+def disk_bytes(
+    compressed: CompressedAdapter, *, scores: Mapping[str, Score] | None = None, teachers: tuple[str, ...] = ()
+) -> int:
+    """What the file weighs, to the byte, when saved with these scores and teachers."""
+    return len(encode_modifier(compressed, scores=scores, teachers=teachers))
+
+
+def load_modifier(
+    path: str | os.PathLike[str], *, base_sha256: str | None = None, verify: bool = True
+) -> CompressedAdapter:
+    """Read a modifier file through a memory map.
+
+    Args:
+        base_sha256: of the base that it shall be used with; None accepts any.
+        verify: also decode it once and compare with the hash of the expanded tensors.
+
+    Raises:
+        FormatError: damaged, foreign, hostile, newer than this version, or made for another base.
+    """
+    return read_modifier(path, base_sha256=base_sha256, verify=verify)[1]
+
+
+def read_modifier(
+    path: str | os.PathLike[str], *, base_sha256: str | None = None, verify: bool = True
+) -> tuple[Header, CompressedAdapter]:
+    """As `load_modifier`, with the header (scores, teachers)."""
+    try:
+        with open(path, "rb") as file:
+            # The arrays keep the map open for as long as they live.
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{path} cannot be read as a modifier: {error}") from error
+    try:
+        return decode_modifier(mapped, base_sha256=base_sha256, verify=verify)
+    except FormatError as error:
+        raise FormatError(f"{path}: {error}") from error
+
+
+def decode_modifier(
+    data: bytes | mmap.mmap, *, base_sha256: str | None = None, verify: bool = True
+) -> tuple[Header, CompressedAdapter]:
+    """Header and content of a modifier file's bytes.
+
+    Raises:
+        FormatError: see `load_modifier`.
+    """
+    view = np.frombuffer(data, np.uint8)
+    payload, text = _checked_parts(view)
+    tensors, header = _parse(text, payload)
+    if base_sha256 is not None and header.base.sha256 != base_sha256:
+        raise FormatError(
+            f"made for the base {header.base.name or 'of unknown name'} ({header.base.sha256[:12] or 'no hash'}), "
+            f"not for the one in use ({base_sha256[:12]})"
+        )
+    compressed = _assemble(header, tensors)
+    if verify and expanded_sha256(compressed) != header.expanded_sha256:
+        raise FormatError("it expands to other numbers than when it was made")
+    return header, compressed
+
+
+# ------------------------------------------------------------------------------------------------- streams
+
+
+def _streams_of(compressed: CompressedAdapter) -> dict[str, NDArray[np.uint8]]:
+    streams = {}
+    for factor, packed in (("a", compressed.a), ("b", compressed.b)):
+        if packed.mask is not None:
+            streams[f"{factor}.mask"] = packed.mask
+        streams[f"{factor}.scales"] = packed.scales.view(np.uint8)
+        streams[f"{factor}.values"] = packed.values
+    return streams
+
+
+def _in_planes(name: str, recipe: Recipe) -> bool:
+    """Whether a stream holds fp16 numbers: their upper bytes compress, the lower ones hide that."""
+    return name.endswith(".scales") or (name.endswith(".values") and recipe.codec == "fp16")
+
+
+def _shrink(raw: NDArray[np.uint8], *, planes: bool) -> NDArray[np.uint8]:
+    """The stream compressed, or as it is where that does not pay (2 %) or might not be opened again."""
+    ordered = raw.reshape(-1, 2).T[::-1] if planes else raw
+    small = zstandard.ZstdCompressor(level=_LEVEL).compress(np.ascontiguousarray(ordered).data)
+    pays = len(small) < 0.98 * raw.size and len(small) * _MAX_RATIO >= raw.size
+    return np.frombuffer(small, np.uint8) if pays else raw
+
+
+def _grow(stored: NDArray[np.uint8], size: int, *, planes: bool) -> NDArray[np.uint8]:
+    try:
+        if zstandard.get_frame_parameters(stored.data).content_size != size:
+            raise FormatError("a compressed stream has another length than the header says")
+        opened = zstandard.ZstdDecompressor().decompress(stored.data, max_output_size=size, allow_extra_data=False)
+    except zstandard.ZstdError as error:
+        raise FormatError(f"a compressed stream is damaged: {error}") from error
+    raw = np.frombuffer(opened, np.uint8)
+    return np.ascontiguousarray(raw.reshape(2, -1)[::-1].T).ravel() if planes else raw
+
+
+# ------------------------------------------------------------------------------------------------- reading
+
+
+def _checked_parts(view: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], bytes]:
+    """Payload and header text of a file whose hash is right."""
+    if view.size < 8:
+        raise FormatError("too short to be a modifier file")
+    length = int(view[:8].view("<u8")[0])
+    if length > min(_MAX_HEADER, view.size - 8):
+        raise FormatError("no modifier file, or cut off: its header would reach beyond it")
+    head = bytearray(view[: 8 + length].tobytes())
+    start, end = _digest_span(head)
+    said = bytes(head[start:end]).decode()
+    text = bytes(head[8:])
+    head[start:end] = _ZEROS.encode()
+    digest = hashlib.sha256(head)
+    digest.update(view[8 + length :].data)
+    if digest.hexdigest() != said:
+        raise FormatError("damaged: its SHA-256 is not the one that it was written with")
+    return view[8 + length :], text
+
+
+def _digest_span(data: bytes | bytearray) -> tuple[int, int]:
+    length = struct.unpack("<Q", data[:8])[0]
+    found = list(_DIGEST.finditer(data, 8, 8 + length))
+    if len(found) != 1:
+        raise FormatError("no modifier file: it carries no SHA-256 of itself")
+    return found[0].span(1)
+
+
+def _parse(text: bytes, payload: NDArray[np.uint8]) -> tuple[dict[str, NDArray[np.uint8]], Header]:
+    """Tensors by name, and the checked header."""
+    outer = _strict_json(text)
+    metadata = outer.pop("__metadata__", None)
+    if not isinstance(metadata, dict) or list(metadata) != [FORMAT] or not isinstance(metadata[FORMAT], str):
+        raise FormatError("no modifier file: a safetensors file of another kind")
+    inner = _strict_json(metadata[FORMAT])
+    version = inner.get("version")
+    if type(version) is not int or version < 1:
+        raise FormatError("its header has no version")
+    if version > VERSION:
+        raise FormatError(f"written in format version {version}, this Cascade reads up to {VERSION}: update it")
+    try:
+        header = Header.model_validate_json(metadata[FORMAT])
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise FormatError(f"its header is wrong at {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    return _slice_tensors(outer, payload), header
+
+
+def _strict_json(text: bytes | str) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) != len(pairs):
+            raise FormatError("its header names something twice")
+        return dict(pairs)
+
+    def refuse(constant: str) -> NoReturn:
+        raise FormatError(f"its header holds {constant}")
+
+    try:
+        value = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"its header is no JSON that can be read: {type(error).__name__}") from None
+    if not isinstance(value, dict):
+        raise FormatError("its header is no JSON object")
+    return value
+
+
+def _slice_tensors(table: dict[str, Any], payload: NDArray[np.uint8]) -> dict[str, NDArray[np.uint8]]:
+    """Views of the payload; the tensors must fill it one after the other without gap or overlap."""
+    tensors, at = {}, 0
+    for name, entry in table.items():
+        if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+            raise FormatError(f"tensor {name[:80]!r} is not described as safetensors does")
+        offsets, shape = entry["data_offsets"], entry["shape"]
+        plain = isinstance(offsets, list) and len(offsets) == 2 and all(type(x) is int for x in offsets)
+        if not plain or offsets[0] != at or not at <= offsets[1] <= payload.size:
+            raise FormatError(f"tensor {name[:80]!r} does not lie behind the one before it")
+        if entry["dtype"] != "U8" or shape != [offsets[1] - at] or type(shape[0]) is not int:
+            raise FormatError(f"tensor {name[:80]!r} is no flat array of bytes")
+        tensors[name] = payload[at : offsets[1]]
+        at = offsets[1]
+    if at != payload.size:
+        raise FormatError("bytes follow the last tensor")
+    return tensors
+
+
+def _assemble(header: Header, tensors: dict[str, NDArray[np.uint8]]) -> CompressedAdapter:
+    layers = tuple(LayerSpec(r[0], r[1], r[2], r[3], (r[4], r[5]), (r[6], r[7])) for r in header.layers)
+    if len({spec.name for spec in layers}) != len(layers):
+        raise FormatError("a layer is there twice")
+    if any(spec.kept[0] > spec.size("a") or spec.kept[1] > spec.size("b") for spec in layers):
+        raise FormatError("a layer keeps more numbers than it has")
+    a = _factor(header, layers, tensors, "a")
+    b = _factor(header, layers, tensors, "b")
+    if tensors or header.raw_bytes.keys() - _STREAMS:
+        raise FormatError("it holds streams that its recipe does not know")
+    return CompressedAdapter(
+        recipe=header.recipe,
+        layers=layers,
+        a=a,
+        b=b,
+        scaling=header.scaling,
+        rank=header.rank,
+        base=BaseRef(header.base.name, header.base.sha256),
+        target_modules=tuple(header.target_modules),
+        init_seed=header.init_seed,
+        expanded_sha256=header.expanded_sha256,
+    )
+
+
+def _factor(
+    header: Header, layers: tuple[LayerSpec, ...], tensors: dict[str, NDArray[np.uint8]], factor: FactorName
+) -> PackedFactor:
+    """One factor's streams, opened; their lengths are checked before anything is allocated."""
+    mask_bytes, value_bytes, scales = stream_sizes(header.recipe, layers, factor)
+    opened = {}
+    for kind, size in (("mask", mask_bytes), ("values", value_bytes), ("scales", 2 * scales)):
+        name = f"{factor}.{kind}"
+        if size is None:
+            continue
+        stored = tensors.pop(name, None)
+        if stored is None or header.raw_bytes.get(name, stored.size) != size:
+            raise FormatError(f"stream {name} is missing or has not the length that its layers need")
+        if name in header.raw_bytes:
+            if size > stored.size * _MAX_RATIO:
+                raise FormatError(f"stream {name} would grow beyond all measure")
+            stored = _grow(stored, size, planes=_in_planes(name, header.recipe))
+        opened[kind] = stored
+    return PackedFactor(opened.get("mask"), opened["values"], opened["scales"].view(np.float16))

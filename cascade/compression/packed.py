@@ -1,0 +1,289 @@
+"""A compressed adapter in memory, and the way from an adapter to it and back.
+
+For each of the two factors all layers lie one after the other in three flat streams: a bit mask of what was kept
+(absent when everything was), the packed numbers, and their scales. Every layer starts on a byte of its own, so that
+layers can be decoded one by one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Literal, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cascade.compression.adapter import AdapterWeights, BaseRef, LoraPair
+from cascade.compression.methods import Recipe
+from cascade.compression.prune import Changes, keep_mask, thresholds
+from cascade.compression.quantise import decode, encode, packed_bytes, scale_count, unit_exponent
+from cascade.compression.truncate import truncate
+from cascade.errors import DataError, FormatError
+from cascade.training.seeded_init import initial_lora_a
+
+FactorName = Literal["a", "b"]
+Number = TypeVar("Number", np.uint8, np.float16)
+Expanded = tuple[str, NDArray[np.float32], NDArray[np.float32]]
+"""Layer name, A of shape (rank, in), B transposed of shape (rank, out)."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """One layer's place in the streams.
+
+    Attributes:
+        kept: how many numbers were kept, of A and of B.
+        exponents: the powers of two that the stored numbers of A and of B are multiplied with.
+    """
+
+    name: str
+    rank: int
+    fan_in: int
+    fan_out: int
+    kept: tuple[int, int]
+    exponents: tuple[int, int]
+
+    def size(self, factor: FactorName) -> int:
+        """Numbers in the whole factor."""
+        return self.rank * (self.fan_in if factor == "a" else self.fan_out)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedFactor:
+    """All layers' A, or all layers' B transposed. `mask` and `values` are uint8, `scales` float16, all flat."""
+
+    mask: NDArray[np.uint8] | None
+    values: NDArray[np.uint8]
+    scales: NDArray[np.float16]
+
+
+@dataclass(frozen=True, slots=True)
+class CompressedAdapter:
+    """A modifier's content. Made by `compress`, or read from a file.
+
+    Attributes:
+        rank: the rank that the adapter was trained with; a layer's own is in `layers`.
+        init_seed: of A0, which is added to what A's streams hold; None when they hold A itself.
+        expanded_sha256: over names, A and B transposed of all layers in float32, in order.
+    """
+
+    recipe: Recipe
+    layers: tuple[LayerSpec, ...]
+    a: PackedFactor
+    b: PackedFactor
+    scaling: float
+    rank: int
+    base: BaseRef
+    target_modules: tuple[str, ...]
+    init_seed: int | None
+    expanded_sha256: str = ""
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in all factors once expanded."""
+        return sum(layer.size("a") + layer.size("b") for layer in self.layers)
+
+    def density(self, name: str) -> tuple[float, float]:
+        """Shares of a layer's A and B that were kept."""
+        layer = next(spec for spec in self.layers if spec.name == name)
+        return layer.kept[0] / layer.size("a"), layer.kept[1] / layer.size("b")
+
+
+def compress(adapter: AdapterWeights, recipe: Recipe) -> CompressedAdapter:
+    """Apply a recipe to an adapter.
+
+    Raises:
+        DataError: the adapter holds numbers that are not finite.
+    """
+    for name, pair in adapter.layers.items():
+        if not (np.isfinite(pair.a).all() and np.isfinite(pair.b).all()):
+            raise DataError(f"layer {name} holds numbers that are not finite: the training has diverged")
+    if recipe.truncate is not None:
+        how = recipe.truncate
+        adapter = truncate(adapter, keep=how.keep, energy=how.energy, allocation=how.allocation)
+    a = _pack(adapter, "a", recipe)
+    b = _pack(adapter, "b", recipe)
+    layers = tuple(
+        LayerSpec(name, pair.rank, pair.a.shape[1], pair.b.shape[0], (a.kept[i], b.kept[i]), (a.exps[i], b.exps[i]))
+        for i, (name, pair) in enumerate(adapter.layers.items())
+    )
+    packed = CompressedAdapter(
+        recipe=recipe,
+        layers=layers,
+        a=a.joined(),
+        b=b.joined(),
+        scaling=adapter.scaling,
+        rank=adapter.rank,
+        base=adapter.base,
+        target_modules=adapter.target_modules,
+        init_seed=adapter.init_seed,
+    )
+    return replace(packed, expanded_sha256=expanded_sha256(packed))
+
+
+def expand(compressed: CompressedAdapter, *, verify: bool = True) -> AdapterWeights:
+    """The adapter that a compressed one stands for, in float32, bit for bit the same everywhere.
+
+    Args:
+        verify: compare with the hash that was taken when it was compressed.
+
+    Raises:
+        FormatError: the streams are inconsistent, or the hash does not fit.
+    """
+    digest = hashlib.sha256()
+    layers = {}
+    for name, a, bt in iter_layers(compressed):
+        _update(digest, name, a, bt)
+        layers[name] = LoraPair(a, np.ascontiguousarray(bt.T))
+    if verify and digest.hexdigest() != compressed.expanded_sha256:
+        raise FormatError("the modifier expands to other numbers than when it was made: file or decoder is damaged")
+    return AdapterWeights(
+        layers=layers,
+        scaling=compressed.scaling,
+        rank=compressed.rank,
+        base=compressed.base,
+        target_modules=compressed.target_modules,
+        init_seed=compressed.init_seed,
+    )
+
+
+def expanded_sha256(compressed: CompressedAdapter) -> str:
+    """SHA-256 (hex) over names, A and B transposed (float32, row-major) of all layers, decoded one by one."""
+    digest = hashlib.sha256()
+    for name, a, bt in iter_layers(compressed):
+        _update(digest, name, a, bt)
+    return digest.hexdigest()
+
+
+def resident_bytes(compressed: CompressedAdapter, *, bytes_per_number: int = 2) -> int:
+    """What serving holds: both factors of every layer, dense, at the rank that truncation left.
+
+    Args:
+        bytes_per_number: of the type that the model computes in; 2 for bfloat16 and float16, 4 for float32.
+    """
+    return compressed.parameters * bytes_per_number
+
+
+def iter_layers(compressed: CompressedAdapter) -> Iterator[Expanded]:
+    """Decode layer by layer, holding one at a time.
+
+    Raises:
+        FormatError: a stream does not fit the layers.
+    """
+    a, b = _Reader(compressed, "a"), _Reader(compressed, "b")
+    for layer in compressed.layers:
+        matrix, transposed = a.next(layer), b.next(layer)
+        if compressed.init_seed is not None:
+            matrix += initial_lora_a(compressed.init_seed, layer.name, layer.rank, layer.fan_in)
+        yield layer.name, matrix, transposed
+    a.finish()
+    b.finish()
+
+
+def stream_sizes(recipe: Recipe, layers: tuple[LayerSpec, ...], factor: FactorName) -> tuple[int | None, int, int]:
+    """Lengths of a factor's mask (bytes, None if there is none), values (bytes) and scales (numbers)."""
+    which = 0 if factor == "a" else 1
+    mask = sum(-(-layer.size(factor) // 8) for layer in layers) if recipe.prune else None
+    values = sum(packed_bytes(recipe.codec, layer.kept[which]) for layer in layers)
+    return mask, values, sum(scale_count(recipe.codec, layer.kept[which], recipe.group) for layer in layers)
+
+
+# ------------------------------------------------------------------------------------------------- inside
+
+
+@dataclass
+class _Parts:
+    """A factor's streams while they are made: one array per layer."""
+
+    masks: list[NDArray[np.uint8]] = field(default_factory=list)
+    values: list[NDArray[np.uint8]] = field(default_factory=list)
+    scales: list[NDArray[np.float16]] = field(default_factory=list)
+    kept: list[int] = field(default_factory=list)
+    exps: list[int] = field(default_factory=list)
+
+    def joined(self) -> PackedFactor:
+        mask = np.concatenate(self.masks) if self.masks else None
+        return PackedFactor(mask, np.concatenate(self.values), np.concatenate(self.scales))
+
+
+def _changes(adapter: AdapterWeights, factor: FactorName) -> Changes:
+    """What training made of a factor: A - A0, and B transposed (rows of one component lie together)."""
+
+    def change(name: str) -> NDArray[np.float32]:
+        pair = adapter.layers[name]
+        if factor == "b":
+            return np.ascontiguousarray(pair.b.T, dtype=np.float32)
+        start = adapter.start(name)
+        return pair.a.astype(np.float32) if start is None else pair.a.astype(np.float32) - start
+
+    return change
+
+
+def _pack(adapter: AdapterWeights, factor: FactorName, recipe: Recipe) -> _Parts:
+    change, parts, prune = _changes(adapter, factor), _Parts(), recipe.prune
+    cuts: dict[str, float] = {}
+    if prune is not None:
+        density = prune.density_a if factor == "a" else prune.density_b
+        cuts = thresholds(adapter.layers, change, density, prune.scope, prune.weights)
+    for name in adapter.layers:
+        values = change(name).ravel()
+        if prune is not None:
+            mask = keep_mask(values, cuts[name])
+            values = values[mask] * np.float32(prune.rescale_a if factor == "a" else prune.rescale_b)
+            parts.masks.append(np.packbits(mask))
+        exponent = unit_exponent(values)
+        packed, scales = encode(np.ldexp(values, -exponent), recipe.codec, recipe.group)
+        parts.values.append(packed)
+        parts.scales.append(scales)
+        parts.kept.append(values.size)
+        parts.exps.append(exponent)
+    return parts
+
+
+class _Reader:
+    """Reads one factor's streams from front to back."""
+
+    def __init__(self, compressed: CompressedAdapter, factor: FactorName) -> None:
+        self._packed = compressed.a if factor == "a" else compressed.b
+        self._recipe = compressed.recipe
+        self._factor = factor
+        self._at = [0, 0, 0]  # in mask, values and scales
+
+    def next(self, layer: LayerSpec) -> NDArray[np.float32]:
+        """The next layer's factor, shape (rank, features)."""
+        which = 0 if self._factor == "a" else 1
+        kept, size, codec, group = layer.kept[which], layer.size(self._factor), self._recipe.codec, self._recipe.group
+        values = self._take(1, self._packed.values, packed_bytes(codec, kept))
+        scales = self._take(2, self._packed.scales, scale_count(codec, kept, group))
+        numbers = np.ldexp(decode(values, scales, codec, group, kept), layer.exponents[which])
+        if self._packed.mask is not None:
+            bits = self._take(0, self._packed.mask, -(-size // 8))
+            mask = np.unpackbits(bits, count=size).view(np.bool_)
+            if np.count_nonzero(mask) != kept:
+                raise FormatError(f"layer {layer.name}: the mask does not hold {kept} numbers")
+            dense = np.zeros(size, np.float32)
+            dense[mask] = numbers
+            numbers = dense
+        elif kept != size:
+            raise FormatError(f"layer {layer.name}: {kept} of {size} numbers and no mask")
+        return numbers.reshape(layer.rank, -1)
+
+    def finish(self) -> None:
+        lengths = (0 if self._packed.mask is None else self._packed.mask.size, self._packed.values.size)
+        if (*lengths, self._packed.scales.size) != tuple(self._at):
+            raise FormatError("the modifier holds more numbers than its layers")
+
+    def _take(self, stream: int, data: NDArray[Number], count: int) -> NDArray[Number]:
+        start = self._at[stream]
+        self._at[stream] += count
+        if self._at[stream] > data.size:
+            raise FormatError("the modifier holds fewer numbers than its layers")
+        return data[start : self._at[stream]]
+
+
+def _update(digest: hashlib._Hash, name: str, a: NDArray[np.float32], bt: NDArray[np.float32]) -> None:
+    digest.update(name.encode())
+    digest.update(a.data)
+    digest.update(bt.data)

@@ -1,0 +1,146 @@
+"""Numbers to few bits and back: fp16, 8 and 4 bit, ternary, signs, each with fp16 scales per group.
+
+Everything works on flat arrays of one layer's factor. Decoding is element-wise float32 arithmetic on table look-ups,
+so it gives the same bits on every machine.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cascade.errors import FormatError
+
+Codec = Literal["fp16", "int8", "int4", "ternary", "sign"]
+CODECS: tuple[Codec, ...] = get_args(Codec)
+VALUE_BITS: dict[Codec, float] = {"fp16": 16, "int8": 8, "int4": 4, "ternary": 1.6, "sign": 1}
+"""Bits per number, scales apart."""
+
+_TRITS = np.array([[i // 3**k % 3 - 1 for k in range(5)] for i in range(243)], dtype=np.int8)
+_TRIT_POWERS = np.array([3**k for k in range(5)], dtype=np.uint8)
+
+
+def bits_per_value(codec: Codec, group: int) -> float:
+    """Bits that one number costs, its share of the group's scale included."""
+    return VALUE_BITS[codec] + (0.0 if codec == "fp16" else 16.0 / group)
+
+
+def packed_bytes(codec: Codec, count: int) -> int:
+    """Bytes that `count` numbers take, scales apart."""
+    per_byte = {"fp16": 0.5, "int8": 1, "int4": 2, "ternary": 5, "sign": 8}[codec]
+    return math.ceil(count / per_byte)
+
+
+def scale_count(codec: Codec, count: int, group: int) -> int:
+    """How many scales go with `count` numbers."""
+    return 0 if codec == "fp16" else math.ceil(count / group)
+
+
+def unit_exponent(values: NDArray[np.float32]) -> int:
+    """The power of two that brings the largest magnitude into [0.5, 1): fp16 then neither over- nor underflows."""
+    top = float(np.max(np.abs(values), initial=0.0))
+    return math.frexp(top)[1] if top else 0
+
+
+def encode(values: NDArray[np.float32], codec: Codec, group: int) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:
+    """Pack a flat array whose magnitudes are at most 1.
+
+    Args:
+        values: float32, shape (count,).
+        codec: "sign" keeps the sign of every number, "ternary" also makes small ones 0.
+        group: numbers that share a scale.
+
+    Returns:
+        Packed bytes of shape (packed_bytes(codec, count),) and scales of shape (scale_count(...),).
+    """
+    if codec == "fp16":
+        return values.astype(np.float16).view(np.uint8), np.empty(0, np.float16)
+    rows = _grouped(values, group)
+    sizes = np.minimum(group, values.size - group * np.arange(len(rows)))
+    if codec in ("int8", "int4"):
+        top = 127 if codec == "int8" else 7
+        scales = (np.abs(rows).max(axis=1, initial=0.0) / top).astype(np.float16)
+        levels = _divide(rows, scales).round().clip(-top, top).astype(np.int8).ravel()[: values.size]
+    else:
+        levels_2d, scales = _ternary(rows, sizes, dense=codec == "ternary")
+        levels = levels_2d.ravel()[: values.size]
+    return _pack(levels, codec), scales
+
+
+def decode(
+    packed: NDArray[np.uint8], scales: NDArray[np.float16], codec: Codec, group: int, count: int
+) -> NDArray[np.float32]:
+    """The numbers that `encode` packed, float32 of shape (count,).
+
+    Raises:
+        FormatError: the bytes cannot come from `encode`.
+    """
+    if packed.size != packed_bytes(codec, count) or scales.size != scale_count(codec, count, group):
+        raise FormatError(f"packed numbers have the wrong length: {packed.size} bytes for {count} in {codec}")
+    numbers = packed.view(np.float16) if codec == "fp16" else scales
+    if not np.isfinite(numbers).all():
+        raise FormatError("packed numbers are not finite")
+    if codec == "fp16":
+        return numbers.astype(np.float32)
+    levels = _unpack(packed, codec, count).astype(np.float32)
+    whole = count - count % group
+    wide = scales.astype(np.float32)
+    levels[:whole].reshape(-1, group)[...] *= wide[: whole // group, None]
+    if whole < count:
+        levels[whole:] *= wide[-1]
+    return levels
+
+
+def _grouped(values: NDArray[np.float32], group: int) -> NDArray[np.float32]:
+    rows = math.ceil(values.size / group)
+    padded = np.zeros(rows * group, np.float32)
+    padded[: values.size] = values
+    return padded.reshape(rows, group)
+
+
+def _divide(rows: NDArray[np.float32], scales: NDArray[np.float16]) -> NDArray[np.float32]:
+    wide = scales.astype(np.float32)[:, None]
+    return np.divide(rows, wide, out=np.zeros_like(rows), where=wide > 0)
+
+
+def _ternary(
+    rows: NDArray[np.float32], sizes: NDArray[np.int64], *, dense: bool
+) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
+    """Signs times a scale per group; dense ones zero what is below 0.7 of the mean (ternary weight networks)."""
+    magnitude = np.abs(rows)
+    mean = magnitude.sum(axis=1) / sizes
+    kept = magnitude > 0.7 * mean[:, None] if dense else magnitude >= 0
+    levels = np.where(kept, np.where(rows < 0, -1, 1), 0).astype(np.int8)
+    number = kept.sum(axis=1) if dense else sizes
+    scales = np.where(kept, magnitude, 0).sum(axis=1) / np.maximum(number, 1)
+    return levels, scales.astype(np.float16)
+
+
+def _pack(levels: NDArray[np.int8], codec: Codec) -> NDArray[np.uint8]:
+    if codec == "int8":
+        return levels.view(np.uint8)
+    if codec == "sign":
+        return np.packbits(levels < 0)
+    width = 2 if codec == "int4" else 5
+    shifted = np.zeros(math.ceil(levels.size / width) * width, np.uint8)
+    shifted[: levels.size] = levels + (8 if codec == "int4" else 1)
+    rows = shifted.reshape(-1, width)
+    if codec == "int4":
+        return np.bitwise_or(rows[:, 0], rows[:, 1] << 4, dtype=np.uint8)
+    return np.asarray((rows * _TRIT_POWERS).sum(axis=1), dtype=np.uint8)
+
+
+def _unpack(packed: NDArray[np.uint8], codec: Codec, count: int) -> NDArray[np.int8]:
+    if codec == "int8":
+        return packed.view(np.int8)
+    if codec == "sign":
+        return 1 - 2 * np.unpackbits(packed, count=count).view(np.int8)
+    if codec == "int4":
+        nibbles = np.stack([packed & 15, packed >> 4], axis=1).ravel()[:count]
+        return nibbles.view(np.int8) - np.int8(8)
+    if packed.size and packed.max() >= len(_TRITS):
+        raise FormatError("packed ternary numbers are out of range")
+    return _TRITS[packed].ravel()[:count]

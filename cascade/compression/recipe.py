@@ -1,0 +1,160 @@
+"""Compression as the search sees it: recipes, their sizes, the space to search and points known to be good.
+
+The space's main axis is `size`, the share of the fp16 adapter that a candidate may weigh: `recipe_from` turns it
+into the density or rank that costs so much under the chosen method and number format. So every candidate is near
+the size it was asked for, whatever the rank, and the search spends its trials on what decides quality.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from cascade.compression.adapter import AdapterWeights, fp16_bytes
+from cascade.compression.format import disk_bytes
+from cascade.compression.methods import Prune, Recipe, Truncate
+from cascade.compression.packed import CompressedAdapter, compress, expand, resident_bytes
+from cascade.compression.prune import GROUPS, Group
+from cascade.compression.quantise import Codec, bits_per_value
+from cascade.config import Compression
+from cascade.errors import ConfigError
+
+__all__ = [
+    "CompressedAdapter",
+    "Prune",
+    "Recipe",
+    "Truncate",
+    "byte_limit",
+    "compress",
+    "disk_bytes",
+    "expand",
+    "recipe_from",
+    "resident_bytes",
+    "search_space",
+    "seed_points",
+]
+
+Uniform = tuple[Literal["uniform"], float, float]
+Choice = tuple[Literal["choice"], list[Any]]
+_FULL_BITS = 16.0
+_HEADER_SHARE = 0.97
+"""Of the size limit, what numbers and masks may take: the rest is for the header."""
+
+
+def byte_limit(adapter: AdapterWeights, compression: Compression) -> int:
+    """The most bytes that the compressed adapter may weigh on disk: the stricter of share and absolute target."""
+    limit = math.floor(compression.max_ratio * fp16_bytes(adapter))
+    return limit if compression.target_bytes is None else min(limit, compression.target_bytes)
+
+
+def search_space(compression: Compression, *, adapter: AdapterWeights | None = None) -> dict[str, Uniform | Choice]:
+    """What the search varies, by name, independent of any search library.
+
+    Args:
+        compression: gives the largest size.
+        adapter: with it, `target_bytes` bounds the size too.
+
+    Returns:
+        ("uniform", low, high) or ("choice", values) by name; a drawn mapping goes to `recipe_from`.
+            method: "sparse" prunes A - A0 and B, "low-rank" truncates, "rotated" truncates nothing but prunes the
+                SVD's factors.
+            values: number format of what is kept.
+            size: aimed at, as a share of the fp16 adapter.
+            balance: share of the bits that A gets (sparse and rotated).
+            rescale_a, rescale_b: factors on what is kept (sparse and rotated).
+            allocation: of ranks (low-rank).
+            mlp, early, late: weight of these groups of layers against attention and middle (sparse and rotated).
+    """
+    high = _largest_size(compression, adapter)
+    return {
+        "method": ("choice", ["sparse", "low-rank", "rotated"]),
+        "values": ("choice", ["fp16", "int8", "int4", "ternary"]),
+        "size": ("uniform", high / 6, high),
+        "balance": ("uniform", 0.2, 0.8),
+        "rescale_a": ("uniform", 0.5, 2.5),
+        "rescale_b": ("uniform", 1.0, 4.5),
+        "allocation": ("choice", ["uniform", "global"]),
+        "mlp": ("uniform", 0.5, 2.0),
+        "early": ("uniform", 0.5, 2.0),
+        "late": ("uniform", 0.5, 2.0),
+    }
+
+
+def seed_points(
+    compression: Compression | None = None, *, adapter: AdapterWeights | None = None
+) -> list[dict[str, Any]]:
+    """Points of `search_space` to try first, best bets first: each was good on trained adapters.
+
+    Args:
+        compression: the one whose space they shall lie in; sizes are adapted to it.
+    """
+    limits = compression or Compression()
+    high = _largest_size(limits, adapter)
+    neutral = {"balance": 0.5, "rescale_a": 1.0, "rescale_b": 1.0, "allocation": "uniform"}
+    neutral |= {"mlp": 1.0, "early": 1.0, "late": 1.0}
+    points: list[dict[str, Any]] = [
+        {"method": "low-rank", "values": "int4", "size": 1.0, "allocation": "global"},
+        {"method": "sparse", "values": "int4", "size": 1.0, "rescale_a": 1.0, "rescale_b": 1.2},
+        {"method": "sparse", "values": "fp16", "size": 1.0, "rescale_a": 1.0, "rescale_b": 3.0},
+        {"method": "sparse", "values": "int4", "size": 0.4, "rescale_a": 1.0, "rescale_b": 3.0},
+        {"method": "low-rank", "values": "int8", "size": 1.0},
+        {"method": "rotated", "values": "int4", "size": 0.6, "rescale_a": 1.2, "rescale_b": 1.2},
+        {"method": "sparse", "values": "ternary", "size": 0.4, "rescale_a": 1.0, "rescale_b": 3.0},
+    ]
+    return [{**neutral, **point, "size": point["size"] * high} for point in points]
+
+
+def recipe_from(params: Mapping[str, Any]) -> Recipe:
+    """The recipe of a point of `search_space`. Missing names take neutral values.
+
+    Raises:
+        ConfigError: a name is unknown.
+    """
+    unknown = set(params) - set(search_space(Compression()))
+    if unknown:
+        raise ConfigError(f"unknown compression parameters {sorted(unknown)}")
+    method, values, size = params.get("method", "sparse"), params.get("values", "int4"), params.get("size", 0.17)
+    bits = size * _FULL_BITS
+    if method == "low-rank":
+        keep = min(1.0, bits / bits_per_value(values, 64))
+        return Recipe(truncate=Truncate(keep=keep, allocation=params.get("allocation", "uniform")), values=values)
+    balance = params.get("balance", 0.5)
+    codec: Codec = "sign" if values == "ternary" else values
+    cost = bits_per_value(codec, 64)
+    prune = Prune(
+        density_a=density_for(2 * balance * bits, cost),
+        density_b=density_for(2 * (1 - balance) * bits, cost),
+        weights={g: w for g in GROUPS if (w := _weight(g, params)) != 1.0},
+        rescale_a=params.get("rescale_a", 1.0),
+        rescale_b=params.get("rescale_b", 1.0),
+    )
+    return Recipe(truncate=Truncate(keep=1.0) if method == "rotated" else None, prune=prune, values=values)
+
+
+def density_for(bits: float, value_bits: float) -> float:
+    """The density at which mask and values cost so many bits per number: H(d) + d * value_bits = bits.
+
+    Args:
+        bits: to spend per number, kept or not.
+        value_bits: per kept number.
+
+    Returns:
+        Density in [0.002, 0.9]; of masks, entropy coding reaches about their entropy H.
+    """
+    low, high = 0.002, 0.9 if value_bits >= 2 else 0.6  # from there on the cost would fall again
+    for _ in range(40):
+        middle = (low + high) / 2
+        entropy = -middle * math.log2(middle) - (1 - middle) * math.log2(1 - middle)
+        low, high = (middle, high) if min(1.0, 1.03 * entropy) + middle * value_bits < bits else (low, middle)
+    return low
+
+
+def _largest_size(compression: Compression, adapter: AdapterWeights | None) -> float:
+    share = compression.max_ratio if adapter is None else byte_limit(adapter, compression) / fp16_bytes(adapter)
+    return _HEADER_SHARE * share
+
+
+def _weight(group: Group, params: Mapping[str, Any]) -> float:
+    kind, depth = group.split("-")
+    return float(params.get("mlp", 1.0) if kind == "mlp" else 1.0) * float(params.get(depth, 1.0))

@@ -1,0 +1,171 @@
+"""The slot changes a model exactly as stock PEFT does with the exported folder, and leaves no trace when cleared."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import tracemalloc
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+
+from cascade.compression.adapter import AdapterWeights, BaseRef, LoraPair, save_peft_folder
+from cascade.compression.apply import LoraSlot
+from cascade.compression.methods import Prune, Recipe, Truncate
+from cascade.compression.packed import compress, expand
+from cascade.errors import DataError, FormatError
+
+RECIPES = {
+    "dense": Recipe(),
+    "pruned": Recipe(prune=Prune(density_a=0.12, density_b=0.12, rescale_b=3.0)),
+    "pruned int4": Recipe(prune=Prune(density_a=0.3, density_b=0.3), values="int4"),
+    "truncated": Recipe(truncate=Truncate(keep=0.5), values="int8"),
+    "ranks that differ": Recipe(truncate=Truncate(keep=0.4, allocation="global")),
+    "energy": Recipe(truncate=Truncate(energy=0.7), values="ternary"),
+}
+
+
+@pytest.fixture
+def model(llama):
+    return copy.deepcopy(llama)
+
+
+@torch.no_grad()
+def logits(model, tokens) -> torch.Tensor:
+    return model(input_ids=tokens).logits
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_logits_equal_stock_peft_with_the_exported_folder(model, llama, adapter, tokens, tmp_path: Path, recipe):
+    compressed = compress(adapter, recipe)
+    folder = save_peft_folder(expand(compressed), tmp_path / "peft")
+    peft = logits(PeftModel.from_pretrained(copy.deepcopy(llama), folder).eval(), tokens)
+    slot = LoraSlot(model, adapter.parameters)
+    slot.fill(compressed)
+    filled = logits(model, tokens)
+    assert (filled - peft).abs().max() < 1e-5
+    assert (filled - logits(llama, tokens)).abs().max() > 1e-2  # and it does change something
+    slot.fill(expand(compressed))
+    assert torch.equal(logits(model, tokens), filled)
+
+
+def test_empty_slot_is_the_base_bit_for_bit(model, llama, adapter, tokens):
+    before = logits(llama, tokens)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    slot = LoraSlot(model, adapter.parameters)
+    assert slot.is_empty
+    assert torch.equal(logits(model, tokens), before)
+    slot.fill(adapter)
+    assert not slot.is_empty
+    assert not torch.equal(logits(model, tokens), before)
+    slot.clear()
+    assert slot.is_empty
+    assert torch.equal(logits(model, tokens), before)
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    slot.fill(adapter)
+    slot.remove()
+    assert torch.equal(logits(model, tokens), before)
+
+
+def test_generation_uses_the_slot(model, adapter, tokens):
+    slot = LoraSlot(model, adapter.parameters)
+    plain = model.generate(tokens, max_new_tokens=12, do_sample=False, pad_token_id=0)
+    slot.fill(adapter)
+    changed = model.generate(tokens, max_new_tokens=12, do_sample=False, pad_token_id=0)
+    slot.clear()
+    again = model.generate(tokens, max_new_tokens=12, do_sample=False, pad_token_id=0)
+    assert plain.shape != changed.shape or not torch.equal(plain, changed)
+    assert torch.equal(plain, again)
+
+
+def test_a_refill_leaves_nothing_of_the_one_before(model, llama, adapter, tokens):
+    small = expand(compress(adapter, Recipe(truncate=Truncate(keep=0.3))))
+    fewer = replace(small, layers=dict(list(small.layers.items())[:4]))
+    slot = LoraSlot(model, adapter.parameters)
+    slot.fill(fewer)
+    alone = logits(model, tokens)
+    slot.fill(adapter)
+    slot.fill(fewer)
+    assert torch.equal(logits(model, tokens), alone)
+
+
+def test_a_thousand_fills_do_not_grow(model, adapter):
+    one = compress(adapter, RECIPES["pruned int4"])
+    two = expand(compress(adapter, RECIPES["truncated"]))
+    slot = LoraSlot(model, adapter.parameters)
+    for content in (one, two) * 5:
+        slot.fill(content)
+    gc.collect()
+    tensors = sum(torch.is_tensor(x) for x in gc.get_objects())
+    held, block = slot.resident_bytes, slot._buffer.data_ptr()
+    tracemalloc.start()
+    for i in range(1000):
+        slot.fill(one if i % 10 == 0 else two)
+    slot.fill(two)
+    gc.collect()
+    grown, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert sum(torch.is_tensor(x) for x in gc.get_objects()) <= tensors
+    assert grown < 100_000
+    assert (slot.resident_bytes, slot._buffer.data_ptr()) == (held, block)
+
+
+def test_slot_counts_what_it_holds(model, adapter):
+    assert LoraSlot(model, 1000, dtype=torch.bfloat16).resident_bytes == 2000
+    assert LoraSlot(model, adapter.parameters).resident_bytes == 4 * adapter.parameters
+
+
+def test_bfloat16_model(model, adapter, tokens, tmp_path: Path):
+    model = model.to(torch.bfloat16)
+    slot = LoraSlot(model, adapter.parameters)
+    slot.fill(adapter)
+    filled = logits(model, tokens).float()
+    slot.remove()
+    peft = PeftModel.from_pretrained(model, save_peft_folder(adapter, tmp_path / "peft")).eval()
+    assert filled.dtype == torch.float32
+    assert (filled - logits(peft, tokens).float()).abs().max() < 0.05
+
+
+def _renamed(adapter: AdapterWeights, old: str, new: str) -> AdapterWeights:
+    return replace(adapter, layers={n.replace(old, new): pair for n, pair in adapter.layers.items()})
+
+
+@pytest.mark.parametrize("kind", ["name", "shape", "base", "capacity"])
+def test_refused_adapters_leave_the_slot_as_it_was(model, adapter, tokens, kind):
+    slot = LoraSlot(model, adapter.parameters, base=adapter.base)
+    slot.fill(adapter)
+    before = logits(model, tokens)
+    layers = dict(adapter.layers)
+    first = next(iter(layers))
+    layers[first] = LoraPair(np.ones((8, 47), np.float32), layers[first].b)
+    wide = {n: LoraPair(np.tile(p.a, (2, 1)), np.tile(p.b, (1, 2))) for n, p in adapter.layers.items()}
+    bad = {
+        "name": _renamed(adapter, "layers.2", "layers.7"),
+        "shape": replace(adapter, layers=layers),
+        "base": replace(adapter, base=BaseRef("other", "c" * 64)),
+        "capacity": replace(adapter, layers=wide),
+    }[kind]
+    with pytest.raises(DataError):
+        slot.fill(bad)
+    assert torch.equal(logits(model, tokens), before)
+
+
+def test_a_failure_while_decoding_leaves_the_base(model, llama, adapter, tokens):
+    compressed = compress(adapter, RECIPES["pruned"])
+    broken = replace(compressed, b=replace(compressed.b, mask=compressed.b.mask ^ np.uint8(1)))
+    slot = LoraSlot(model, adapter.parameters)
+    slot.fill(adapter)
+    with pytest.raises(FormatError):
+        slot.fill(broken)
+    assert slot.is_empty
+    assert torch.equal(logits(model, tokens), logits(llama, tokens))
+
+
+def test_a_model_without_linear_layers_is_refused():
+    with pytest.raises(DataError, match="no linear layers"):
+        LoraSlot(torch.nn.LayerNorm(3), 10)
