@@ -50,7 +50,7 @@ def train_modifier(job: Job, examples: list[Example], style: PromptStyle) -> Met
     if not examples:
         raise DataError("there is no verified example to train on: no teacher answered a failed task rightly")
     job.run.write_table("examples", Example, examples)
-    execution, training = job.config.execution, job.config.training
+    execution = job.config.execution
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"config": job.config, "run": job.run, "style": style},
@@ -110,7 +110,13 @@ def _worker(settings: dict[str, Any]) -> None:
     plan = plan_steps(encoded.examples, config.training.lora, config.seed)
     model = add_lora(loaded, config.training.lora, config.seed)
     engine = DeepSpeedEngine(TargetLoss(model), config.training, loaded.device, loaded.model.dtype)
-    start = _restore(engine)
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is not None and _had_ended(checkpoint):  # only the hand-over to the driver was missing
+        with checkpoint.as_directory() as folder:
+            kept = Checkpoint.from_directory(folder) if rank == 0 else None
+            ray.train.report(_what_was_learned(plan, encoded), checkpoint=kept)
+        return
+    start = _restore(engine, checkpoint)
     steps = run_steps(
         engine, plan, config.training.lora, start=start, rank=rank, world=world, reduce_sum=_sum_over_workers
     )
@@ -149,14 +155,16 @@ def _encode(run: Run, config: Config, style: PromptStyle, loaded: LoadedBase) ->
     return encoded
 
 
-def _restore(engine: DeepSpeedEngine) -> int:
+def _had_ended(checkpoint: Checkpoint) -> bool:
+    with checkpoint.as_directory() as folder:
+        return (Path(folder) / ADAPTER).exists()
+
+
+def _restore(engine: DeepSpeedEngine, checkpoint: Checkpoint | None) -> int:
     """The step to go on with: 0, or where the last checkpoint was taken."""
-    checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
         return 0
     with checkpoint.as_directory() as folder:
-        if (Path(folder) / ADAPTER).exists():  # the final one: training had ended, only the hand-over is missing
-            raise DataError("training had already ended; remove the run's folder `train` and run again")
         return engine.load(folder)
 
 

@@ -1,0 +1,55 @@
+"""What a modifier is trained on: verified examples of all tiers, replayed passes, nothing that overlaps a test."""
+
+from __future__ import annotations
+
+import hashlib
+
+from cascade.scoring.decontaminate import find_overlaps
+from cascade.tasks import Completion, Example, Task, Verdict, message_hash
+from ray_jobs._context import Job, Metrics
+from ray_jobs._test import by_id, examples_up_to
+
+
+def training_examples(job: Job) -> tuple[list[Example], Metrics]:
+    """The training set, and how it came to be.
+
+    Examples that overlap a test task (13-grams or the same normalised text) are left out and counted.
+    """
+    taught = examples_up_to(job.runs, 3)
+    replayed = _replayed(job, round(len(taught) * job.config.training.replay_share))
+    everything = [*taught, *replayed]
+    leaked = {overlap.example_id for overlap in find_overlaps(everything, job.runs.test_tasks)}
+    kept = [e for e in everything if e.task_id not in leaked]
+    teachers = sorted({e.teacher for e in kept if e.tier > 0})
+    about: Metrics = {
+        "taught": len(taught),
+        "replayed": len(replayed),
+        "left_out_overlapping_test": len(leaked),
+        "teachers": teachers,
+        "by_tier": {str(tier): sum(e.tier == tier for e in kept) for tier in (0, 1, 2, 3)},
+    }
+    return kept, about
+
+
+def _replayed(job: Job, count: int) -> list[Example]:
+    """Tasks that the base passed, with its own answers, so that training does not take them away."""
+    if count == 0:
+        return []
+    run = job.runs.test_domain.require()
+    tasks = by_id(run.read("tasks", Task))
+    answers = {c.task_id: c for c in run.read("base_completions", Completion)}
+    passed = [v for v in run.read("base_verdicts", Verdict) if v.passed and tasks[v.task_id].form == "chat"]
+    passed.sort(key=lambda v: hashlib.sha256(f"{job.config.seed}:{v.task_id}".encode()).digest())
+    return [
+        Example.from_answer(
+            tasks[v.task_id],
+            answers[v.task_id].text.strip(),
+            v,
+            teacher=job.config.base.model,
+            tier=0,
+            cost_usd=0.0,
+            prompt_hash=message_hash(tasks[v.task_id].messages),
+        )
+        for v in passed[:count]
+        if answers[v.task_id].text.strip()
+    ]

@@ -1,0 +1,188 @@
+"""The pruning search: Ray Tune runs the trials, Optuna proposes them, held-out loss and bytes judge them.
+
+A trial compresses the trained adapter by a recipe, puts it on the base and measures the loss on the validation
+tasks' reference answers. The best few within the size limit are then compared by verdicts on validation tasks.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.samplers import TPESampler
+from ray import tune
+from ray.tune import ResultGrid
+from ray.tune.search.optuna import OptunaSearch
+
+from cascade import benchmarks
+from cascade.artifacts import Run
+from cascade.compression.adapter import AdapterWeights, fp16_bytes
+from cascade.compression.apply import LoraSlot
+from cascade.compression.recipe import compress, expand, recipe_from, search_space, seed_points
+from cascade.config import Config, PromptStyle
+from cascade.models.base import LoadedBase, end_token_ids, load_base
+from cascade.tasks import Message, Task
+from cascade.training.examples import encode_example
+from cascade.training.loop import TargetLoss, mean_loss
+from cascade.training.packing import Row, pack
+from ray_jobs._context import Job
+from ray_jobs._evaluate import limit_threads
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One recipe that was tried.
+
+    Attributes:
+        recipe: the recipe as JSON text.
+        disk_bytes: exact size of its modifier file.
+        loss: mean held-out loss per target token, nats.
+    """
+
+    recipe: str
+    disk_bytes: int
+    loss: float
+
+
+def size_limit(config: Config, adapter: AdapterWeights) -> int:
+    """The most bytes that the compressed modifier may have on disk."""
+    by_ratio = int(config.compression.max_ratio * fp16_bytes(adapter))
+    return min(by_ratio, config.compression.target_bytes or by_ratio)
+
+
+def search(job: Job, adapter: AdapterWeights, style: PromptStyle) -> list[Trial]:
+    """Try recipes; those of an interrupted search are not tried again. Trials are also written to the run."""
+    parameters = {
+        "config": job.config,
+        "run": job.run,
+        "adapter": adapter,
+        "held_out": held_out(job.runs.validation_tasks),
+        "style": style,
+        "limit": size_limit(job.config, adapter),
+    }
+    execution = job.config.execution
+    resources = {"cpu": execution.cpus_per_actor, "gpu": 1 if execution.use_gpu else 0}
+    trainable = tune.with_resources(tune.with_parameters(_trial, **parameters), resources)
+    path = f"{job.run.store.uri}/{job.run.folder}/search"
+    results = _tuner(job, trainable, path).fit()
+    trials = _trials_of(results)
+    job.run.write_table("trials", Trial, trials)
+    return trials
+
+
+def _tuner(job: Job, trainable: Any, path: str) -> tune.Tuner:
+    if tune.Tuner.can_restore(path):
+        return tune.Tuner.restore(path, trainable, resume_errored=True)
+    algorithm = OptunaSearch(
+        space=_distributions(search_space(job.config.compression)),
+        metric=["loss", "disk_bytes"],
+        mode=["min", "min"],
+        points_to_evaluate=seed_points()[: job.config.compression.trials],
+        sampler=TPESampler(seed=job.config.seed, n_startup_trials=4),
+    )
+    store = job.run.store
+    return tune.Tuner(
+        trainable,
+        tune_config=tune.TuneConfig(
+            search_alg=algorithm,
+            num_samples=job.config.compression.trials,
+            max_concurrent_trials=job.config.execution.tune_concurrency,
+            reuse_actors=True,
+        ),
+        run_config=tune.RunConfig(name="search", storage_path=f"{store.uri}/{job.run.folder}", verbose=0),
+    )
+
+
+def _distributions(space: dict[str, tuple[Any, ...]]) -> dict[str, BaseDistribution]:
+    """The library's plain description of the search space in Optuna's terms."""
+    kinds = {"uniform": FloatDistribution, "choice": CategoricalDistribution}
+    return {name: kinds[kind](*arguments) for name, (kind, *arguments) in space.items()}
+
+
+def _trials_of(results: ResultGrid) -> list[Trial]:
+    found = [
+        Trial(r.metrics["recipe"], int(r.metrics["disk_bytes"]), float(r.metrics["loss"]))
+        for r in results
+        if r.metrics and "loss" in r.metrics
+    ]
+    return sorted(found, key=lambda t: (t.loss, t.disk_bytes, t.recipe))
+
+
+def held_out(tasks: Sequence[Task]) -> list[tuple[str, tuple[Message, ...]]]:
+    """Validation tasks with their reference answers: what the search's loss is measured on."""
+    return [
+        (t.id, (*t.messages, Message("assistant", benchmarks.get(t.benchmark).reference_answer(t))))
+        for t in tasks
+        if t.form == "chat"
+    ]
+
+
+def _trial(
+    params: dict[str, Any],
+    config: Config,
+    run: Run,
+    adapter: AdapterWeights,
+    held_out: list[tuple[str, tuple[Message, ...]]],
+    style: PromptStyle,
+    limit: int,
+) -> None:
+    """One trial. The base is loaded once per Tune actor, which goes on to the next trial (`reuse_actors`)."""
+    recipe = recipe_from(params)
+    compressed = compress(adapter, recipe)
+    bench = _bench(config.model_dump_json(), style, tuple(held_out))
+    loss = bench.loss(expand(compressed))
+    tune.report(
+        {
+            "loss": loss,
+            "disk_bytes": compressed.disk_bytes,
+            "over_limit": max(0, compressed.disk_bytes - limit),
+            "recipe": recipe.model_dump_json(),
+        }
+    )
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """A base with a slot, and the rows on which loss is measured."""
+
+    loaded: LoadedBase
+    slot: LoraSlot
+    rows: list[Row]
+
+    def loss(self, adapter: AdapterWeights) -> float:
+        self.slot.fill(adapter)
+        return mean_loss(TargetLoss(self.loaded.model), self.rows, self.loaded.device)
+
+
+@functools.lru_cache(maxsize=1)
+def _bench(config_json: str, style: PromptStyle, held_out: tuple[tuple[str, tuple[Message, ...]], ...]) -> _Bench:
+    config = Config.model_validate(json.loads(config_json))
+    limit_threads(config)
+    loaded = load_base(config.base)
+    ends, longest = end_token_ids(loaded), config.training.lora.max_length
+    encoded = [
+        encode_example(task_id, messages, loaded.tokenizer, system=style.system, end_ids=ends)
+        for task_id, messages in held_out
+    ]
+    rows = pack([e for e in encoded if e.targets and len(e) <= longest], longest)
+    return _Bench(loaded, LoraSlot(loaded.model), rows)
+
+
+def uncompressed_loss(job: Job, adapter: AdapterWeights, style: PromptStyle) -> float:
+    """Held-out loss of the adapter as trained, to compare with."""
+    remote = ray.remote(num_cpus=job.config.execution.cpus_per_actor, num_gpus=1 if job.config.execution.use_gpu else 0)
+    measured: float = ray.get(
+        remote(_uncompressed_loss).remote(job.config, adapter, held_out(job.runs.validation_tasks), style)
+    )
+    return measured
+
+
+def _uncompressed_loss(
+    config: Config, adapter: AdapterWeights, held_out: list[tuple[str, tuple[Message, ...]]], style: PromptStyle
+) -> float:
+    return _bench(config.model_dump_json(), style, tuple(held_out)).loss(adapter)
