@@ -1,7 +1,7 @@
 """Batched decoding: left-padded, sorted by length, finished rows leave the batch.
 
 transformers' `generate` computes every row of a batch until the last one has ended; here a row that is done is
-dropped from the KV cache, and stop strings are checked row by row.
+dropped from the KV cache, stop strings are checked row by row, and a server can let rows join while others run.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from cascade.models.base import LoadedBase, end_token_ids
 from cascade.tasks import FinishReason
@@ -50,8 +51,8 @@ class Generated:
 
 
 @dataclass
-class _Row:
-    """A sequence in the running batch."""
+class Row:
+    """A sequence that is being continued. `finish` is None until it is done; then `text` is the whole answer."""
 
     index: int
     request: Request
@@ -59,6 +60,117 @@ class _Row:
     tokens: list[int] = field(default_factory=list)
     text: str = ""
     finish: FinishReason | None = None
+
+    @classmethod
+    def new(cls, index: int, request: Request, device: torch.device) -> Row:
+        """A row at its start; `index` is what `OnToken` is told."""
+        sampled = request.temperature > 0
+        return cls(index, request, torch.Generator(device=device).manual_seed(request.seed) if sampled else None)
+
+
+class Batch:
+    """Rows that are computed together; rows join, and leave when they are done, between any two steps."""
+
+    def __init__(self, loaded: LoadedBase) -> None:
+        self.rows: list[Row] = []
+        self._loaded = loaded
+        self._ends = end_token_ids(loaded)
+        self._cache = DynamicCache(config=loaded.model.config)
+        self._mask = torch.empty(0)  # (rows, cached tokens), 0 where padded
+        self._logits = torch.empty(0)  # (rows, vocabulary) of the token to choose next
+
+    @property
+    def open(self) -> bool:
+        """Whether rows can join now: always, unless running rows are in a cache that cannot be padded."""
+        return not self.rows or all(type(layer) is DynamicLayer for layer in self._cache.layers)
+
+    @property
+    def padded_tokens(self) -> int:
+        """Cached tokens of all rows, padding included."""
+        return self._mask.numel() if self.rows else 0
+
+    @torch.inference_mode()
+    def join(self, rows: Sequence[Row]) -> None:
+        """Compute the prompts of new rows and put them beside those that run.
+
+        Raises:
+            ValueError: the batch is not `open`.
+        """
+        if not self.open:
+            raise ValueError("rows run in a cache that others cannot join; wait until they are done")
+        if not rows:
+            return
+        pad = self._loaded.tokenizer.pad_token_id
+        longest = max(len(r.request.prompt) for r in rows)
+        ids = torch.tensor([[pad] * (longest - len(r.request.prompt)) + list(r.request.prompt) for r in rows])
+        mask = torch.tensor([[0] * (longest - len(r.request.prompt)) + [1] * len(r.request.prompt) for r in rows])
+        ids, mask = ids.to(self._loaded.device), mask.to(self._loaded.device)
+        cache = DynamicCache(config=self._loaded.model.config)
+        logits = _forward(self._loaded.model, ids, mask, cache)
+        if self.rows:
+            self._merge(cache, mask, logits)
+        else:
+            self._cache, self._mask, self._logits = cache, mask, logits
+        self.rows = [*self.rows, *rows]
+
+    @torch.inference_mode()
+    def step(self, on_token: OnToken | None = None) -> list[Row]:
+        """Add a token to every row; returns the rows that this finished, which have left the batch."""
+        chosen = _choose(self._logits, self.rows)
+        for row, token in zip(self.rows, chosen.tolist(), strict=True):
+            _append(row, token, self._ends, self._loaded, on_token)
+        done = [row for row in self.rows if row.finish is not None]
+        if done:
+            alive = [i for i, row in enumerate(self.rows) if row.finish is None]
+            chosen = chosen[alive]
+            self._keep(alive)
+        if self.rows:
+            self._mask = torch.cat([self._mask, self._mask.new_ones(len(self.rows), 1)], dim=1)
+            self._logits = _forward(self._loaded.model, chosen[:, None], self._mask, self._cache)
+        return done
+
+    def _keep(self, alive: list[int]) -> None:
+        """Drop the other rows, and the columns that only they had use for."""
+        self.rows = [self.rows[i] for i in alive]
+        if not alive:
+            self._cache = DynamicCache(config=self._loaded.model.config)
+            return
+        kept = torch.tensor(alive, device=self._mask.device, dtype=torch.long)
+        self._mask = self._mask[kept]
+        self._cache.batch_select_indices(kept)
+        unused = int(self._mask.any(dim=0).int().argmax())
+        if unused and self.open:
+            self._mask = self._mask[:, unused:]
+            for layer in self._cache.layers:
+                _set_states(layer, *(x[:, :, unused:] for x in _states(layer)))
+
+    def _merge(self, cache: DynamicCache, mask: torch.Tensor, logits: torch.Tensor) -> None:
+        """Put the rows of another cache below ours, both padded on the left to the longer."""
+        length = max(self._mask.shape[1], mask.shape[1])
+        for ours, new in zip(self._cache.layers, cache.layers, strict=True):
+            pairs = zip(_states(ours), _states(new), strict=True)
+            _set_states(ours, *(torch.cat([_pad_left(x, length) for x in pair]) for pair in pairs))
+        columns = [torch.nn.functional.pad(m, (length - m.shape[1], 0)) for m in (self._mask, mask)]
+        self._mask = torch.cat(columns)
+        self._logits = torch.cat([self._logits, logits])
+
+
+def _states(layer: object) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of a cache layer, each of shape (rows, heads, tokens, width)."""
+    assert isinstance(layer, DynamicLayer)
+    assert layer.keys is not None
+    assert layer.values is not None
+    return layer.keys, layer.values
+
+
+def _set_states(layer: object, keys: torch.Tensor, values: torch.Tensor) -> None:
+    assert isinstance(layer, DynamicLayer)
+    layer.keys, layer.values = keys, values
+
+
+def _pad_left(states: torch.Tensor, length: int) -> torch.Tensor:
+    """Keys or values of shape (rows, heads, tokens, width) with zeros before the first token."""
+    return torch.nn.functional.pad(states, (0, 0, length - states.shape[2], 0))
 
 
 def generate(
@@ -76,45 +188,14 @@ def generate(
     order = sorted(range(len(requests)), key=lambda i: (-len(requests[i].prompt), i))
     results: list[Generated | None] = [None] * len(requests)
     for start in range(0, len(order), batch_size):
-        rows = [_new_row(i, requests[i], loaded) for i in order[start : start + batch_size]]
-        _decode(loaded, [r for r in rows if r.request.max_tokens > 0], on_token)
+        rows = [Row.new(i, requests[i], loaded.device) for i in order[start : start + batch_size]]
+        batch = Batch(loaded)
+        batch.join([r for r in rows if r.request.max_tokens > 0])
+        while batch.rows:
+            batch.step(on_token)
         for row in rows:
             results[row.index] = Generated(tuple(row.tokens), row.text, row.finish or "length")
     return [r for r in results if r is not None]
-
-
-def _new_row(index: int, request: Request, loaded: LoadedBase) -> _Row:
-    generator = None
-    if request.temperature > 0:
-        generator = torch.Generator(device=loaded.device).manual_seed(request.seed)
-    return _Row(index, request, generator)
-
-
-@torch.inference_mode()
-def _decode(loaded: LoadedBase, rows: list[_Row], on_token: OnToken | None) -> None:
-    """Run one batch to its end, filling `tokens`, `text` and `finish` of its rows."""
-    if not rows:
-        return
-    ends, pad = end_token_ids(loaded), loaded.tokenizer.pad_token_id
-    longest = max(len(r.request.prompt) for r in rows)
-    ids = torch.tensor([[pad] * (longest - len(r.request.prompt)) + list(r.request.prompt) for r in rows])
-    mask = torch.tensor([[0] * (longest - len(r.request.prompt)) + [1] * len(r.request.prompt) for r in rows])
-    ids, mask = ids.to(loaded.device), mask.to(loaded.device)
-    cache = DynamicCache(config=loaded.model.config)
-    while rows:
-        logits = _forward(loaded.model, ids, mask, cache)
-        chosen = _choose(logits, rows)
-        for row, token in zip(rows, chosen.tolist(), strict=True):
-            _append(row, token, ends, loaded, on_token)
-        alive = [i for i, row in enumerate(rows) if row.finish is None]
-        if len(alive) < len(rows):
-            rows = [rows[i] for i in alive]
-            kept = torch.tensor(alive, device=loaded.device, dtype=torch.long)
-            chosen, mask = chosen[kept], mask[kept]
-            if rows:
-                cache.batch_select_indices(kept)
-        ids = chosen[:, None]
-        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
 
 
 def _forward(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
@@ -131,7 +212,7 @@ def _forward(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, cach
     return output.logits[:, -1].float()
 
 
-def _choose(logits: torch.Tensor, rows: list[_Row]) -> torch.Tensor:
+def _choose(logits: torch.Tensor, rows: list[Row]) -> torch.Tensor:
     """The next token of every row: the likeliest, or sampled with the row's own generator."""
     chosen = logits.argmax(-1)
     for i, row in enumerate(rows):
@@ -146,7 +227,7 @@ def _choose(logits: torch.Tensor, rows: list[_Row]) -> torch.Tensor:
     return chosen
 
 
-def _append(row: _Row, token: int, ends: frozenset[int], loaded: LoadedBase, on_token: OnToken | None) -> None:
+def _append(row: Row, token: int, ends: frozenset[int], loaded: LoadedBase, on_token: OnToken | None) -> None:
     """Add a token to a row and decide whether the row is done."""
     if token in ends:
         row.finish = "stop"
@@ -170,7 +251,7 @@ def decode(loaded: LoadedBase, token_ids: Sequence[int]) -> str:
     return text
 
 
-def _cut_at_stop(row: _Row, loaded: LoadedBase) -> bool:
+def _cut_at_stop(row: Row, loaded: LoadedBase) -> bool:
     """Whether a stop string has appeared; if so the text before it is the answer."""
     text = decode(loaded, row.tokens)
     found = [position for s in row.request.stop if (position := text.find(s)) >= 0]
