@@ -1,0 +1,142 @@
+"""The tasks of a domain: a split's sources mixed by weight, with nothing shared between splits.
+
+What a validation or test task asks is dropped from the training split, and what a test task asks from the validation
+split, by normalised prompt. In a split that is limited by a count the same conversation appears once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+from cascade import benchmarks
+from cascade.benchmarks.normalise import conversation_key, prompt_key
+from cascade.config import Config, Tasks, TaskSet, TaskSource
+from cascade.errors import DataError
+from cascade.tasks import Split, Task
+
+_PROTECTED: dict[Split, tuple[Split, ...]] = {"train": ("validation", "test"), "validation": ("test",), "test": ()}
+_ROUNDS = 8
+"""Times a source is asked for more when some of its tasks had to be dropped."""
+
+
+def load_tasks(config: Config, split: Split) -> list[Task]:
+    """The tasks of one split, in an order that depends on the config and its seed alone.
+
+    Args:
+        config: its `tasks`, `domain` and `seed` decide the result.
+        split: "train", "validation" or "test".
+
+    Returns:
+        Exactly `count` tasks, by weight from the sources (another fills up where one runs out); all of them if the
+        count is null. Ids are unique.
+
+    Raises:
+        DataError: all sources together have fewer tasks than asked (says how many), or two tasks have the same id.
+        ConfigError: an option of a source is wrong.
+    """
+    return list(_load(config.tasks.model_dump_json(), config.domain, config.seed, split))
+
+
+@lru_cache(maxsize=6)
+def _load(tasks_json: str, domain: str, seed: int, split: Split) -> tuple[Task, ...]:
+    task_set = Tasks.model_validate_json(tasks_json).split(split)
+    forbidden = {prompt_key(t) for other in _PROTECTED[split] for t in _load(tasks_json, domain, seed, other)}
+    feeds = [_Feed(source, split, domain, seed, forbidden) for source in task_set.sources]
+    tasks = _everything(feeds) if task_set.count is None else _mix(feeds, task_set.count)
+    if task_set.count is not None and len(tasks) < task_set.count:
+        raise DataError(_too_few(task_set, split, feeds, len(tasks)))
+    if not tasks:
+        raise DataError(f"tasks.{split}: its sources have no task")
+    _refuse_repeated_ids(tasks)
+    return tuple(tasks)
+
+
+class _Feed:
+    """One source, read in its own order, without what other splits hold."""
+
+    def __init__(self, source: TaskSource, split: Split, domain: str, seed: int, forbidden: set[str]) -> None:
+        self.source, self.split, self.domain, self.seed, self.forbidden = source, split, domain, seed, forbidden
+        self.dropped = 0
+
+    def first(self, count: int | None, *, unique: bool) -> list[Task]:
+        """Up to `count` usable tasks, asking the benchmark for more while usable ones are missing."""
+        asked = count
+        for _ in range(_ROUNDS):
+            loaded = self._load(asked)
+            kept = self._usable(loaded, unique)
+            exhausted = asked is None or count is None or len(loaded) < asked
+            if exhausted or len(kept) >= count:  # type: ignore[operator]
+                break
+            asked = 2 * asked  # type: ignore[operator]
+        return kept if count is None else kept[:count]
+
+    def _load(self, count: int | None) -> list[Task]:
+        benchmark = benchmarks.get(self.source.benchmark)
+        return benchmark.load(self.split, domain=self.domain, options=self.source.options, seed=self.seed, count=count)
+
+    def _usable(self, loaded: Sequence[Task], unique: bool) -> list[Task]:
+        kept = [task for task in loaded if prompt_key(task) not in self.forbidden]
+        if unique:
+            kept = list({conversation_key(task): task for task in reversed(kept)}.values())[::-1]
+        self.dropped = len(loaded) - len(kept)
+        return kept
+
+
+def _everything(feeds: Sequence[_Feed]) -> list[Task]:
+    unique = any(feed.split == "train" for feed in feeds)
+    return [task for feed in feeds for task in feed.first(None, unique=unique)]
+
+
+def _mix(feeds: Sequence[_Feed], count: int) -> list[Task]:
+    """Tasks of the feeds in turn by weight. A feed that runs out leaves its place to the others."""
+    total = sum(feed.source.weight for feed in feeds)
+    wanted = [min(count, round(count * feed.source.weight / total) + 8) for feed in feeds]
+    while True:
+        pools = [feed.first(want, unique=True) for feed, want in zip(feeds, wanted, strict=True)]
+        mixed, empty = _interleave(pools, [feed.source.weight for feed in feeds], count)
+        growing = [i for i in empty if len(pools[i]) == wanted[i] < count]
+        if len(mixed) == count and not growing:
+            return mixed
+        if not growing and not any(len(p) == w < count for p, w in zip(pools, wanted, strict=True)):
+            return mixed
+        wanted = [min(count, 2 * want) if len(p) == want else want for p, want in zip(pools, wanted, strict=True)]
+
+
+def _interleave(pools: Sequence[Sequence[Task]], weights: Sequence[float], count: int) -> tuple[list[Task], set[int]]:
+    """Smooth weighted round robin over the pools, repeated conversations left out; and the pools found empty."""
+    position, credit = [0] * len(pools), [0.0] * len(pools)
+    alive, empty = list(range(len(pools))), set[int]()
+    mixed: list[Task] = []
+    seen: set[str] = set()
+    while alive and len(mixed) < count:
+        for i in alive:
+            credit[i] += weights[i]
+        chosen = max(alive, key=lambda i: credit[i])
+        while position[chosen] < len(pools[chosen]) and conversation_key(pools[chosen][position[chosen]]) in seen:
+            position[chosen] += 1
+        if position[chosen] == len(pools[chosen]):
+            alive.remove(chosen)
+            empty.add(chosen)
+            continue
+        credit[chosen] -= sum(weights[i] for i in alive)
+        task = pools[chosen][position[chosen]]
+        seen.add(conversation_key(task))
+        mixed.append(task)
+    return mixed, empty
+
+
+def _too_few(task_set: TaskSet, split: Split, feeds: Sequence[_Feed], found: int) -> str:
+    parts = [f"{f.source.benchmark} (dropped {f.dropped} that repeat or are in another split)" for f in feeds]
+    return (
+        f"tasks.{split}.count asks for {task_set.count} tasks, but its sources have {found} different ones: "
+        f"{', '.join(parts)}. Lower the count, or add a source or generator."
+    )
+
+
+def _refuse_repeated_ids(tasks: Sequence[Task]) -> None:
+    seen: set[str] = set()
+    for task in tasks:
+        if task.id in seen:
+            raise DataError(f"two tasks have the id {task.id!r}: name each source and each task file once per split")
+        seen.add(task.id)

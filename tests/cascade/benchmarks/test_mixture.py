@@ -1,0 +1,85 @@
+"""Mixing by weight, and the rule that splits share no prompt."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cascade.benchmarks.mixture import load_tasks
+from cascade.benchmarks.normalise import prompt_key
+from cascade.config import Config, check_config
+from cascade.errors import DataError
+
+
+def task_file(folder: Path, name: str, prompts: list[str]) -> str:
+    path = folder / f"{name}.jsonl"
+    rows = [{"id": f"{name}-{i}", "kind": "exact", "prompt": p, "answer": "1"} for i, p in enumerate(prompts)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def config(**splits: Any) -> Config:
+    endpoint = {"base_url": "answer-key"}
+    tier = {"name": "answer-key-1", "endpoints": [endpoint], "input_usd_per_million": 1, "output_usd_per_million": 1}
+    tier |= {"answer_key": {"max_difficulty": 3}}
+    return check_config(
+        {"domain": "own", "base": {"model": "x"}, "tasks": splits, "tiers": [tier] * 3, "budget_usd": 1, "seed": 3}
+    )
+
+
+def source(path: str, weight: float = 1.0) -> dict[str, Any]:
+    return {"benchmark": "jsonl", "weight": weight, "options": {"path": path}}
+
+
+def split(*sources: dict[str, Any], count: int | None = None) -> dict[str, Any]:
+    return {"count": count, "sources": list(sources)}
+
+
+def test_prompts_of_later_splits_leave_the_earlier_ones(tmp_path: Path) -> None:
+    train = task_file(tmp_path, "train", [f"question {i}" for i in range(20)])
+    validation = task_file(tmp_path, "validation", ["Question  3", "question 30", "QUESTION 40"])
+    test = task_file(tmp_path, "test", ["question 5", "question 40", "question 41"])
+    c = config(train=split(source(train)), validation=split(source(validation)), test=split(source(test)))
+    prompts = {s: {prompt_key(t) for t in load_tasks(c, s)} for s in ("train", "validation", "test")}  # type: ignore[arg-type]
+    assert prompts["test"] == {"question 5", "question 40", "question 41"}
+    assert prompts["validation"] == {"question 3", "question 30"}
+    assert prompts["train"] == {f"question {i}" for i in range(20)} - {"question 3", "question 5"}
+
+
+def test_weights_fill_up_and_repeats_go(tmp_path: Path) -> None:
+    many = task_file(tmp_path, "many", [f"many {i}" for i in range(200)])
+    few = task_file(tmp_path, "few", [f"few {i}" for i in range(10)] + ["few 1"] * 30)
+    other = split(source(task_file(tmp_path, "other", ["other"])))
+    c = config(train=split(source(many, 1), source(few, 3), count=60), validation=other, test=other)
+    with pytest.raises(DataError, match="no task"):  # the validation task is a test task as well
+        load_tasks(c, "train")
+    other_test = split(source(task_file(tmp_path, "other-test", ["other test"])))
+    c = config(train=split(source(many, 1), source(few, 3), count=60), validation=other, test=other_test)
+    tasks = load_tasks(c, "train")
+    assert Counter(t.prompt.split()[0] for t in tasks) == {"many": 50, "few": 10}
+    assert Counter(t.prompt.split()[0] for t in tasks[:12]) == {"many": 3, "few": 9}
+    assert load_tasks(c, "train") == tasks
+    too_many = c.model_copy(
+        update={"tasks": c.tasks.model_copy(update={"train": c.tasks.train.model_copy(update={"count": 500})})}
+    )
+    with pytest.raises(DataError, match="asks for 500 tasks, but its sources have 210"):
+        load_tasks(too_many, "train")
+
+
+def test_generated_sources_give_what_a_dropped_task_leaves_open(tmp_path: Path) -> None:
+    gym = {"benchmark": "reasoning_gym", "options": {"generators": [{"name": "lcm", "options": {"max_value": 10}}]}}
+    own = split(source(task_file(tmp_path, "own", ["x"])))
+    c = config(train=split(gym, count=30), validation=own, test=split(gym, count=10))
+    assert len({prompt_key(t) for t in load_tasks(c, "train")} | {prompt_key(t) for t in load_tasks(c, "test")}) == 40
+
+
+def test_the_same_file_twice_is_refused(tmp_path: Path) -> None:
+    same = task_file(tmp_path, "same", ["a", "b"])
+    one = split(source(task_file(tmp_path, "one", ["c"])))
+    two = split(source(task_file(tmp_path, "two", ["d"])))
+    with pytest.raises(DataError, match="two tasks have the id"):
+        load_tasks(config(train=one, validation=two, test=split(source(same), source(same))), "test")
