@@ -1,0 +1,319 @@
+"""Asks one tier's teacher: through its endpoints, limits and budget, and never twice for the same thing.
+
+The official `openai` client with its own retries off does the talking. Every response is in the ledger before
+anything else happens to it; a request that the ledger knows is answered from there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+from weakref import WeakValueDictionary
+
+from cascade.config import ANSWER_KEY, Endpoint, Teacher
+from cascade.errors import TeacherError
+from cascade.tasks import Completion, FinishReason, Message, Task, message_hash
+from cascade.teachers.budget import Budget, price_usd
+from cascade.teachers.conversation import (
+    estimate_prompt_tokens,
+    final_answer,
+    most_prompt_tokens,
+    request_key,
+    request_parameters,
+    teacher_messages,
+    without_prefill,
+)
+from cascade.teachers.endpoint import EndpointClient, Failure, Response
+from cascade.teachers.ledger import Ledger, LedgerEntry
+from cascade.teachers.limits import Limiter, RateLimiter, Signal
+
+_PATIENCE_S = 900.0
+"""How long a request goes on waiting through 429s, which do not count as retries."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a teacher answered to one task.
+
+    Attributes:
+        text: what to verify and train on (reasoning removed unless the config keeps it); "" if there is an error.
+        cost_usd: what the request cost when it was paid, also if it was in an earlier run.
+        prompt_hash: `message_hash` of the messages sent.
+        from_ledger: no request was sent, it had been answered before.
+        error: why there is nothing to verify (nobody answered, cut off, empty), "" if there is.
+    """
+
+    task_id: str
+    attempt: int
+    teacher: str
+    tier: int
+    text: str
+    cost_usd: float
+    prompt_tokens: int
+    completion_tokens: int
+    seconds: float
+    prompt_hash: str
+    from_ledger: bool
+    error: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Whether there is an answer to verify."""
+        return not self.error
+
+    def completion(self) -> Completion:
+        """As the scorers take it."""
+        reason: FinishReason = "stop" if self.ok else "error"
+        return Completion(
+            task_id=self.task_id,
+            model=self.teacher,
+            modifier="",
+            text=self.text,
+            finish_reason=reason,
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=self.completion_tokens,
+            seconds=self.seconds,
+        )
+
+
+@dataclass(frozen=True)
+class _Request:
+    task: Task
+    attempt: int
+    messages: tuple[Message, ...]
+    parameters: dict[str, Any]
+    keys: dict[str, str]  # base_url as configured -> request key
+
+
+def missing_keys(teacher: Teacher) -> list[str]:
+    """The environment variables of API keys that the teacher's endpoints need and that are not set."""
+    names = {e.api_key_env for e in teacher.endpoints if e.api_key_env}
+    return sorted(name for name in names if not os.environ.get(name))
+
+
+class TeacherClient:
+    """One tier's teacher for the coroutines of one event loop. Close it, or use it as `async with`."""
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        tier: int,
+        domain: str,
+        ledger: Ledger,
+        budget: Budget,
+        *,
+        limiter: Callable[[Endpoint], Limiter] = RateLimiter.of,
+        resolve: Mapping[str, str] | None = None,
+    ) -> None:
+        """
+        Args:
+            teacher: from the config.
+            tier: its number, 1 to 3.
+            domain: for the ledger.
+            ledger: where answers are looked up and stored.
+            budget: shared by all who spend from it.
+            limiter: makes or finds the limiter of an endpoint; share one per `limits.limiter_key`.
+            resolve: base_url of the config -> real URL; the offline teacher needs {"answer-key": its URL}.
+
+        Raises:
+            TeacherError: an API key is not set, or the offline teacher's URL is not in `resolve`.
+        """
+        self.teacher, self.tier, self.domain = teacher, tier, domain
+        self._ledger, self._budget = ledger, budget
+        if missing := missing_keys(teacher):
+            raise TeacherError(
+                f"tier {tier} ({teacher.name}) needs its API key in the environment: set {' and '.join(missing)}"
+            )
+        urls = {e.base_url: (resolve or {}).get(e.base_url, e.base_url) for e in teacher.endpoints}
+        if ANSWER_KEY in urls.values():
+            raise TeacherError(
+                f"tier {tier} ({teacher.name}): the offline teacher is not running, its URL is not known"
+            )
+        self._endpoints = [EndpointClient(e, urls[e.base_url], teacher, limiter(e)) for e in teacher.endpoints]
+        self._asking: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._completion_tokens = float(teacher.max_tokens)
+
+    async def __aenter__(self) -> TeacherClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        async with AsyncExitStack() as stack:
+            for endpoint in self._endpoints:
+                stack.push_async_callback(endpoint.aclose)
+
+    async def answer(self, task: Task, attempt: int = 0) -> Answer:
+        """The teacher's answer to a task, from the ledger if it was ever given.
+
+        What concerns this task alone (nobody answered in the end, the request was refused, the answer was empty or
+        cut off) comes back as `Answer.error`.
+
+        Raises:
+            TeacherError: no endpoint can be used: refused key, unknown model, nobody answering any more.
+            BudgetExceeded: the request does not fit the budget.
+        """
+        request = self._request(task, attempt)
+        name = next(iter(request.keys.values()))
+        lock = self._asking.setdefault(name, asyncio.Lock())
+        async with lock:
+            known = self._known(request)
+            entry = known or await self._buy(request)
+        return self._answer(request, entry, from_ledger=known is not None)
+
+    def known(self, task: Task, attempt: int = 0) -> bool:
+        """Whether the ledger has the answer already, so that asking costs nothing."""
+        return any(key in self._ledger for key in self._request(task, attempt).keys.values())
+
+    def _request(self, task: Task, attempt: int) -> _Request:
+        messages = teacher_messages(task, self.teacher)
+        parameters = request_parameters(self.teacher, attempt)
+        decides: dict[str, Any] = dict(parameters)
+        if self.teacher.answer_key:
+            decides["answer_key"] = self.teacher.answer_key.model_dump(exclude={"latency_ms"})
+        keys = {
+            e.base_url: request_key(e.base_url, self.teacher.name, messages, decides, attempt)
+            for e in self.teacher.endpoints
+        }
+        return _Request(task, attempt, messages, parameters, keys)
+
+    def _known(self, request: _Request) -> LedgerEntry | None:
+        return next((e for key in request.keys.values() if (e := self._ledger.get(key)) is not None), None)
+
+    async def _buy(self, request: _Request) -> LedgerEntry:
+        worst = price_usd(self.teacher, most_prompt_tokens(request.messages), self.teacher.max_tokens)
+        lease = await self._budget.reserve(self.tier, worst)
+        spent = worst  # if this is cancelled or the ledger cannot be written, nobody knows better
+        try:
+            entry = await self._ask(request)
+            spent = entry.price_usd
+            return entry
+        except TeacherError:
+            spent = 0.0
+            raise
+        finally:
+            await asyncio.shield(self._budget.settle(lease, spent))
+
+    async def _ask(self, request: _Request) -> LedgerEntry:
+        """Try endpoint after endpoint until one responds or the retries are used up."""
+        failures, began, turn = 0, time.monotonic(), 0
+        while True:
+            endpoint = self._pick(turn)
+            outcome = await self._try(endpoint, request)
+            if isinstance(outcome, LedgerEntry):
+                return outcome
+            turn += 1
+            if outcome.kind == "refused":
+                return await self._record_failure(endpoint, request, outcome)
+            if outcome.kind == "limited":
+                if time.monotonic() - began > _PATIENCE_S:
+                    return await self._record_failure(endpoint, request, outcome)
+            elif outcome.kind == "broken":
+                failures += 1
+                if failures > self.teacher.retries:
+                    entry = await self._record_failure(endpoint, request, outcome)
+                    self._check_anyone_answers()
+                    return entry
+                await asyncio.sleep(endpoint.backoff(failures))
+
+    def _pick(self, turn: int) -> EndpointClient:
+        """The endpoint for a request's n-th try: the first that works; after a failure the next one."""
+        usable = [e for e in self._endpoints if not e.refusal]
+        if not usable:
+            reasons = "; ".join(e.refusal for e in self._endpoints)
+            raise TeacherError(f"tier {self.tier} cannot be asked: {reasons}. All answers bought so far are kept")
+        healthy = [e for e in usable if not e.resting] or usable
+        return healthy[turn % len(healthy)]
+
+    def _check_anyone_answers(self) -> None:
+        if all(e.refusal or e.is_down for e in self._endpoints):
+            reasons = "; ".join(e.refusal or e.trouble for e in self._endpoints)
+            raise TeacherError(
+                f"tier {self.tier} ({self.teacher.name}): nobody answers any more: {reasons}. "
+                "All answers bought so far are kept; run again when the endpoint is back"
+            )
+
+    async def _try(self, endpoint: EndpointClient, request: _Request) -> LedgerEntry | Failure:
+        expected = estimate_prompt_tokens(request.messages) + round(self._completion_tokens)
+        lease = await endpoint.limiter.acquire(expected)
+        result: Response | Failure = Failure("broken", "cancelled")
+        try:
+            result = await endpoint.complete(request.messages, request.parameters)
+            if isinstance(result, Failure):
+                return result
+            self._completion_tokens += 0.1 * (result.completion_tokens - self._completion_tokens)
+            entry = self._entry(endpoint, request, result)
+            await self._ledger.arecord(entry)
+            return entry
+        finally:
+            await asyncio.shield(endpoint.limiter.release(lease, *_signal(result)))
+
+    def _entry(self, endpoint: EndpointClient, request: _Request, response: Response) -> LedgerEntry:
+        price = price_usd(self.teacher, response.prompt_tokens, response.completion_tokens, response.cached_tokens)
+        return LedgerEntry(
+            **self._identity(endpoint, request),
+            prompt_tokens=response.prompt_tokens,
+            cached_tokens=response.cached_tokens,
+            completion_tokens=response.completion_tokens,
+            price_usd=price,
+            seconds=response.seconds,
+            outcome=response.outcome,
+            text=response.text,
+            finish_reason=response.finish_reason,
+        )
+
+    async def _record_failure(self, endpoint: EndpointClient, request: _Request, failure: Failure) -> LedgerEntry:
+        entry = LedgerEntry(**self._identity(endpoint, request), outcome="error", detail=failure.detail)
+        await self._ledger.arecord(entry)
+        return entry
+
+    def _identity(self, endpoint: EndpointClient, request: _Request) -> dict[str, Any]:
+        return {
+            "key": request.keys[endpoint.endpoint.base_url],
+            "domain": self.domain,
+            "tier": self.tier,
+            "task_id": request.task.id,
+            "attempt": request.attempt,
+            "teacher": self.teacher.name,
+            "endpoint": endpoint.endpoint.base_url,
+            "created": time.time(),
+        }
+
+    def _answer(self, request: _Request, entry: LedgerEntry, *, from_ledger: bool) -> Answer:
+        text = without_prefill(request.task, final_answer(entry.text, self.teacher.keep_reasoning))
+        error = {
+            "cut": f"cut off at {self.teacher.max_tokens} tokens",
+            "empty": f"empty answer (finish reason {entry.finish_reason!r})",
+            "error": entry.detail,
+        }.get(entry.outcome, "" if text.strip() else "no answer after the reasoning")
+        return Answer(
+            task_id=request.task.id,
+            attempt=request.attempt,
+            teacher=self.teacher.name,
+            tier=self.tier,
+            text="" if error else text,
+            cost_usd=entry.price_usd,
+            prompt_tokens=entry.prompt_tokens,
+            completion_tokens=entry.completion_tokens,
+            seconds=entry.seconds,
+            prompt_hash=message_hash(request.messages),
+            from_ledger=from_ledger,
+            error=error,
+        )
+
+
+def _signal(result: Response | Failure) -> tuple[Signal, int, float | None]:
+    """What the limiter learns of a call: what happened, the tokens used, seconds to wait."""
+    if isinstance(result, Response):
+        return "ok", result.prompt_tokens + result.completion_tokens, None
+    return "limited" if result.kind == "limited" else "failed", 0, result.retry_after

@@ -1,0 +1,223 @@
+"""One OpenAI-compatible endpoint: a single call, what its response or failure means, and whether it is well."""
+
+from __future__ import annotations
+
+import email.utils
+import os
+import random
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+import openai
+from openai.types.chat import ChatCompletion
+
+from cascade.config import Endpoint, Teacher
+from cascade.tasks import Message
+from cascade.teachers.conversation import estimate_prompt_tokens, estimate_tokens
+from cascade.teachers.ledger import RequestOutcome
+from cascade.teachers.limits import Limiter
+
+_DOWN_AFTER = 10
+_REST_S = 15.0
+_BACKOFF_S = 0.5
+_LONGEST_BACKOFF_S = 30.0
+_LONGEST_RETRY_AFTER_S = 600.0
+_REFUSED_IN_A_ROW = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """A response that the endpoint gave and charges for, usable or not."""
+
+    text: str
+    outcome: RequestOutcome
+    finish_reason: str
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A call without a response.
+
+    Attributes:
+        kind: "limited" (429: wait and ask again); "broken" (5xx, timeout, connection, nonsense: ask again); "refused"
+            (this request is not accepted); "unusable" (key, account or model refused: the endpoint is out).
+        retry_after: seconds that the endpoint asked to wait, None if it did not say.
+    """
+
+    kind: Literal["limited", "broken", "refused", "unusable"]
+    detail: str
+    retry_after: float | None = None
+
+
+class EndpointClient:
+    """One endpoint with its limiter and its circuit breaker.
+
+    After 10 failures in a row it rests (others are asked first) until a call succeeds or the rest is over. A refused
+    key or an unknown model takes it out for good.
+
+    Attributes:
+        refusal: why the endpoint is out for good, "" if it is not.
+        trouble: its last failure.
+    """
+
+    def __init__(self, endpoint: Endpoint, url: str, teacher: Teacher, limiter: Limiter) -> None:
+        self.endpoint, self.limiter = endpoint, limiter
+        self.refusal = self.trouble = ""
+        self._url, self._teacher = url, teacher
+        self._failures = self._refused = 0
+        self._failed_at = 0.0
+        self._client: openai.AsyncOpenAI | None = None
+
+    @property
+    def is_down(self) -> bool:
+        """Whether it has failed so often in a row that nobody seems to be there."""
+        return self._failures >= _DOWN_AFTER
+
+    @property
+    def resting(self) -> bool:
+        """Whether others should be asked first."""
+        return self.is_down and time.monotonic() - self._failed_at < _REST_S
+
+    def backoff(self, failures: int) -> float:
+        """Seconds to wait after a request's n-th failure: exponential, with jitter of half to one."""
+        return min(_LONGEST_BACKOFF_S, _BACKOFF_S * 2.0 ** (failures - 1)) * random.uniform(0.5, 1.0)
+
+    async def complete(self, messages: Sequence[Message], parameters: Mapping[str, Any]) -> Response | Failure:
+        """One call, without retries."""
+        began = time.monotonic()
+        try:
+            call: Any = {"messages": [m.as_dict() for m in messages], **parameters}
+            raw = await self._open().chat.completions.create(model=self._teacher.name, **call)
+            result: Response | Failure = read_response(raw, messages, time.monotonic() - began)
+        except openai.APIStatusError as error:
+            result = self._status(error)
+        except openai.APITimeoutError:
+            result = Failure("broken", f"no answer from {self._url} within {self._teacher.timeout_s:g} s")
+        except openai.APIConnectionError as error:
+            result = Failure("broken", f"cannot reach {self._url}: {error.__cause__ or error}")
+        except (openai.OpenAIError, ValueError) as error:
+            result = Failure("broken", f"nonsense from {self._url}: {error}")
+        self._judge(result)
+        return result
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        if self._client is not None:
+            await self._client.close()
+            self._client = None
+
+    def _open(self) -> openai.AsyncOpenAI:
+        if self._client is None:
+            key = os.environ.get(self.endpoint.api_key_env, "") if self.endpoint.api_key_env else ""
+            omit: dict[str, Any] = {"OpenAI-Organization": openai.Omit(), "OpenAI-Project": openai.Omit()}
+            if not key:  # the SDK would send OPENAI_API_KEY to whoever is asked
+                omit["Authorization"] = openai.Omit()
+            local = urlsplit(self._url).hostname in ("127.0.0.1", "localhost", "::1")
+            self._client = openai.AsyncOpenAI(
+                base_url=self._url,
+                api_key=key or "none",
+                max_retries=0,
+                timeout=self._teacher.timeout_s,
+                default_headers=omit,
+                http_client=openai.DefaultAsyncHttpxClient(trust_env=False) if local else None,
+            )
+        return self._client
+
+    def _status(self, error: openai.APIStatusError) -> Failure:
+        status, said = error.status_code, _message(error)
+        where = f"{self._url} (model {self._teacher.name})"
+        if status in (401, 403):
+            variable = self.endpoint.api_key_env
+            mend = f"check the environment variable {variable}" if variable else "set api_key_env for this endpoint"
+            return Failure("unusable", f"{where} refuses the API key ({status}: {said}); {mend}")
+        if status == 404:
+            return Failure("unusable", f"{where} knows no such model or path (404: {said}); check name and base_url")
+        if status == 402 or (status == 429 and error.code == "insufficient_quota"):
+            return Failure("unusable", f"{where} has no credit left ({status}: {said})")
+        if status == 429:
+            return Failure("limited", f"{where} is over its limit: {said}", retry_after(error.response.headers))
+        if status in (408, 409, 425) or status >= 500:
+            wait = retry_after(error.response.headers)
+            return Failure("limited" if wait else "broken", f"{where} answered {status}: {said}", wait)
+        return Failure("refused", f"{where} does not accept the request ({status}: {said})")
+
+    def _judge(self, result: Response | Failure) -> None:
+        """Keep account of failures in a row."""
+        if isinstance(result, Response):
+            self._failures, self._refused, self.trouble = 0, 0, ""
+            return
+        self.trouble = result.detail
+        if result.kind == "unusable":
+            self.refusal = result.detail
+        elif result.kind == "refused":
+            self._failures, self._refused = 0, self._refused + 1
+            if self._refused >= _REFUSED_IN_A_ROW:
+                self.refusal = f"{self._refused} requests in a row were refused, the last one so: {result.detail}"
+        elif result.kind == "broken":
+            self._failures, self._failed_at = self._failures + 1, time.monotonic()
+
+
+def read_response(raw: Any, messages: Sequence[Message], seconds: float) -> Response:
+    """What a chat completion says and costs. Tokens that the endpoint does not report are estimated.
+
+    Reasoning that comes apart from the content is put before it, in <think>.
+
+    Raises:
+        ValueError: it is no chat completion, e.g. an error in a response with status 200.
+    """
+    choices = getattr(raw, "choices", None)
+    if not isinstance(raw, ChatCompletion) or not choices or getattr(choices[0], "message", None) is None:
+        raise ValueError(f"not a chat completion: {str(raw)[:200]}")
+    choice = choices[0]
+    content = _clean(choice.message.content)
+    reasoning = _clean(getattr(choice.message, "reasoning_content", None) or getattr(choice.message, "reasoning", None))
+    usage, details = raw.usage, getattr(raw.usage, "prompt_tokens_details", None)
+    outcome: RequestOutcome = "answered"
+    if choice.finish_reason == "length":
+        outcome = "cut"
+    elif not content.strip() or choice.finish_reason == "content_filter":
+        outcome = "empty"
+    return Response(
+        text=f"<think>\n{reasoning}\n</think>\n{content}" if reasoning else content,
+        outcome=outcome,
+        finish_reason=str(choice.finish_reason or ""),
+        prompt_tokens=usage.prompt_tokens if usage else estimate_prompt_tokens(messages),
+        cached_tokens=int(getattr(details, "cached_tokens", None) or 0),
+        completion_tokens=usage.completion_tokens if usage else estimate_tokens(reasoning + content),
+        seconds=seconds,
+    )
+
+
+def retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds of a Retry-After (or retry-after-ms) header, given as a number or a date; None without one."""
+    milliseconds, value = headers.get("retry-after-ms"), headers.get("retry-after")
+    try:
+        if milliseconds:
+            seconds = float(milliseconds) / 1000
+        elif value and value.strip().replace(".", "", 1).isdigit():
+            seconds = float(value)
+        elif value:
+            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+        else:
+            return None
+    except ValueError:
+        return None
+    return min(max(seconds, 0.0), _LONGEST_RETRY_AFTER_S)
+
+
+def _message(error: openai.APIStatusError) -> str:
+    body = error.body
+    said = body.get("message") if isinstance(body, dict) else None
+    return str(said or error.message)[:300]
+
+
+def _clean(text: Any) -> str:
+    """The text without lone surrogates, which can be neither stored nor tokenized."""
+    return str(text or "").encode("utf-8", "replace").decode()
