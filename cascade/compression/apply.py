@@ -39,19 +39,25 @@ class _Patch:
 class LoraSlot:
     """Room for one adapter on a model.
 
-    The buffer is one block of `capacity` numbers in the model's dtype on its device; adapters of any rank, also of
-    different ranks per layer, lie in it one after the other, so nothing is padded and nothing grows.
+    The buffer is one block of numbers in the model's dtype on its device; adapters of any rank, also of different
+    ranks per layer, lie in it one after the other, so nothing is padded.
     The caller sees to it that nobody computes with the model while the slot is being filled or cleared.
     """
 
     def __init__(
-        self, model: nn.Module, capacity: int, *, base: BaseRef | None = None, dtype: torch.dtype | None = None
+        self,
+        model: nn.Module,
+        capacity: int | None = None,
+        *,
+        base: BaseRef | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         """Install the hooks.
 
         Args:
             model: any module; its `nn.Linear` layers, by name, can be adapted.
-            capacity: numbers that fit: `adapter.parameters` of the largest adapter.
+            capacity: numbers that fit: `adapter.parameters` of the largest adapter, which keeps the memory promise;
+                larger adapters are refused. None: the buffer grows to the largest adapter that ever came.
             base: what the model is; adapters that name another base are then refused.
             dtype: of the buffer, where not the model's own.
         """
@@ -60,7 +66,8 @@ class LoraSlot:
             raise DataError("the model has no linear layers that an adapter could change")
         weight = next(iter(self._layers.values())).weight
         self._base = base
-        self._buffer = torch.zeros(capacity, dtype=dtype or weight.dtype, device=weight.device)
+        self._may_grow = capacity is None
+        self._buffer = torch.zeros(capacity or 0, dtype=dtype or weight.dtype, device=weight.device)
         self._patches = {name: _Patch() for name in self._layers}
         self._handles = [m.register_forward_hook(self._patches[n].hook) for n, m in self._layers.items()]
 
@@ -118,13 +125,15 @@ class LoraSlot:
                     f"layer {name} has {layer.in_features} inputs and {layer.out_features} outputs, the adapter "
                     f"{fan_in} and {fan_out}: it was made for another base"
                 )
-        if adapter.parameters > self.capacity:
+        if adapter.parameters > self.capacity and not self._may_grow:
             raise DataError(
                 f"the adapter has {adapter.parameters} numbers, the slot holds {self.capacity}: "
                 "make the slot with the capacity of the largest adapter"
             )
 
     def _copy(self, adapter: Adapter) -> None:
+        if adapter.parameters > self.capacity:
+            self._buffer = self._buffer.new_zeros(adapter.parameters)
         offset = 0
         with torch.no_grad():
             for name, a, bt in _expanded(adapter):

@@ -34,6 +34,7 @@ from cascade.compression.packed import (
     stream_sizes,
 )
 from cascade.errors import FormatError
+from cascade.scoring.statistics import Score
 
 FORMAT = "cascade-modifier"
 VERSION = 1
@@ -44,21 +45,6 @@ _DIGEST = re.compile(rb'\\"sha256\\":\\"([0-9a-f]{64})\\"}"}')
 _MAX_HEADER = 4 << 20
 _MAX_RATIO = 32
 """A stream that zstandard would shrink more than this is stored as it is, so that no file can blow up when opened."""
-
-
-class Score(Settings):
-    """One measured figure with its uncertainty.
-
-    Attributes:
-        value: a share in [0, 1] for accuracies.
-        n: on how many tasks.
-        low, high: 95 % interval.
-    """
-
-    value: float
-    n: int = Field(ge=0)
-    low: float
-    high: float
 
 
 class _Base(Settings):
