@@ -22,7 +22,7 @@ from cascade.artifacts import Run, Store
 from cascade.compression.adapter import AdapterWeights, load_peft_folder
 from cascade.compression.apply import LoraSlot
 from cascade.compression.format import load_modifier
-from cascade.compression.recipe import expand
+from cascade.compression.packed import CompressedAdapter
 from cascade.config import Config, PromptStyle
 from cascade.models.base import load_base
 from cascade.models.student import Student, WorkedExamples
@@ -156,10 +156,10 @@ class StudentActor:
         self.filled = adapter
 
 
-def read_adapter(store: Store, path: str) -> AdapterWeights:
+def read_adapter(store: Store, path: str) -> AdapterWeights | CompressedAdapter:
     """An adapter from the store: a PEFT folder, or a compressed modifier file."""
     local = store.local_copy(path, tempfile.gettempdir())
-    return load_peft_folder(local) if local.is_dir() else expand(load_modifier(local))
+    return load_peft_folder(local) if local.is_dir() else load_modifier(local)
 
 
 def score(task: Task, completion: Completion) -> Verdict:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+from cascade import modifiers
 from cascade.artifacts import Run, Store, fingerprint, open_run
 from cascade.benchmarks.mixture import load_tasks
 from cascade.config import Config, Teacher
@@ -55,6 +56,10 @@ class Runs:
     def test_tasks(self) -> list[Task]:
         return load_tasks(self.config, "test")
 
+    @cached_property
+    def base_sha256(self) -> str:
+        return base_sha256(self.config.base)
+
     def run(self, job: str) -> Run:
         """The run of a job of this config, whether it exists yet or not."""
         run: Run = getattr(self, job)
@@ -64,7 +69,7 @@ class Runs:
     def test_domain(self) -> Run:
         return self._open(
             "test_domain",
-            base=base_sha256(self.config.base),
+            base=self.base_sha256,
             dtype=self.config.base.dtype,
             student=self.config.student,
             seed=self.config.seed,
@@ -118,7 +123,16 @@ class Runs:
 
     @cached_property
     def train_router(self) -> Run:
-        return self._open("train_router", modifier=self.validate_modifier.fingerprint, router=self.config.router)
+        return self._open(
+            "train_router",
+            modifier=self.validate_modifier.fingerprint,
+            router=self.config.router,
+            others=[current.sha256 for d in self._other_domains if (current := modifiers.current(self.store, d))],
+        )
+
+    @property
+    def _other_domains(self) -> list[str]:
+        return [d for d in modifiers.list_domains(self.store) if d != self.config.domain]
 
     def generate(self, tier: int) -> Run:
         return self.run(f"generate_tier{tier}")

@@ -6,6 +6,7 @@ tasks' reference answers. The best few within the size limit are then compared b
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from collections.abc import Sequence
@@ -21,9 +22,18 @@ from ray.tune.search.optuna import OptunaSearch
 
 from cascade import benchmarks
 from cascade.artifacts import Run
-from cascade.compression.adapter import AdapterWeights, fp16_bytes
+from cascade.compression.adapter import AdapterWeights
 from cascade.compression.apply import LoraSlot
-from cascade.compression.recipe import compress, expand, recipe_from, search_space, seed_points
+from cascade.compression.packed import CompressedAdapter
+from cascade.compression.recipe import (
+    byte_limit,
+    compress,
+    disk_bytes,
+    recipe_from,
+    resident_bytes,
+    search_space,
+    seed_points,
+)
 from cascade.config import Config, PromptStyle
 from cascade.models.base import LoadedBase, end_token_ids, load_base
 from cascade.tasks import Message, Task
@@ -40,19 +50,16 @@ class Trial:
 
     Attributes:
         recipe: the recipe as JSON text.
-        disk_bytes: exact size of its modifier file.
+        disk_bytes: exact size of its modifier file; resident_bytes: what serving holds of it.
+        fits: whether the file keeps the size limit.
         loss: mean held-out loss per target token, nats.
     """
 
     recipe: str
     disk_bytes: int
+    resident_bytes: int
     loss: float
-
-
-def size_limit(config: Config, adapter: AdapterWeights) -> int:
-    """The most bytes that the compressed modifier may have on disk."""
-    by_ratio = int(config.compression.max_ratio * fp16_bytes(adapter))
-    return min(by_ratio, config.compression.target_bytes or by_ratio)
+    fits: bool
 
 
 def search(job: Job, adapter: AdapterWeights, style: PromptStyle) -> list[Trial]:
@@ -63,26 +70,27 @@ def search(job: Job, adapter: AdapterWeights, style: PromptStyle) -> list[Trial]
         "adapter": adapter,
         "held_out": held_out(job.runs.validation_tasks),
         "style": style,
-        "limit": size_limit(job.config, adapter),
+        "limit": byte_limit(adapter, job.config.compression),
     }
     execution = job.config.execution
     resources = {"cpu": execution.cpus_per_actor, "gpu": 1 if execution.use_gpu else 0}
     trainable = tune.with_resources(tune.with_parameters(_trial, **parameters), resources)
     path = f"{job.run.store.uri}/{job.run.folder}/search"
-    results = _tuner(job, trainable, path).fit()
+    results = _tuner(job, trainable, path, adapter).fit()
     trials = _trials_of(results)
     job.run.write_table("trials", Trial, trials)
     return trials
 
 
-def _tuner(job: Job, trainable: Any, path: str) -> tune.Tuner:
+def _tuner(job: Job, trainable: Any, path: str, adapter: AdapterWeights) -> tune.Tuner:
     if tune.Tuner.can_restore(path):
         return tune.Tuner.restore(path, trainable, resume_errored=True)
+    compression = job.config.compression
     algorithm = OptunaSearch(
-        space=_distributions(search_space(job.config.compression)),
+        space=_distributions(search_space(compression, adapter=adapter)),
         metric=["loss", "disk_bytes"],
         mode=["min", "min"],
-        points_to_evaluate=seed_points()[: job.config.compression.trials],
+        points_to_evaluate=seed_points(compression, adapter=adapter)[: compression.trials],
         sampler=TPESampler(seed=job.config.seed, n_startup_trials=4),
     )
     store = job.run.store
@@ -90,7 +98,7 @@ def _tuner(job: Job, trainable: Any, path: str) -> tune.Tuner:
         trainable,
         tune_config=tune.TuneConfig(
             search_alg=algorithm,
-            num_samples=job.config.compression.trials,
+            num_samples=compression.trials,
             max_concurrent_trials=job.config.execution.tune_concurrency,
             reuse_actors=True,
         ),
@@ -106,7 +114,7 @@ def _distributions(space: dict[str, tuple[Any, ...]]) -> dict[str, BaseDistribut
 
 def _trials_of(results: ResultGrid) -> list[Trial]:
     found = [
-        Trial(r.metrics["recipe"], int(r.metrics["disk_bytes"]), float(r.metrics["loss"]))
+        Trial(**{f.name: r.metrics[f.name] for f in dataclasses.fields(Trial)})
         for r in results
         if r.metrics and "loss" in r.metrics
     ]
@@ -135,12 +143,13 @@ def _trial(
     recipe = recipe_from(params)
     compressed = compress(adapter, recipe)
     bench = _bench(config.model_dump_json(), style, tuple(held_out))
-    loss = bench.loss(expand(compressed))
+    size = disk_bytes(compressed)
     tune.report(
         {
-            "loss": loss,
-            "disk_bytes": compressed.disk_bytes,
-            "over_limit": max(0, compressed.disk_bytes - limit),
+            "loss": bench.loss(compressed),
+            "disk_bytes": size,
+            "resident_bytes": resident_bytes(compressed),
+            "fits": size <= limit,
             "recipe": recipe.model_dump_json(),
         }
     )
@@ -154,7 +163,7 @@ class _Bench:
     slot: LoraSlot
     rows: list[Row]
 
-    def loss(self, adapter: AdapterWeights) -> float:
+    def loss(self, adapter: AdapterWeights | CompressedAdapter) -> float:
         self.slot.fill(adapter)
         return mean_loss(TargetLoss(self.loaded.model), self.rows, self.loaded.device)
 

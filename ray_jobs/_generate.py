@@ -1,0 +1,260 @@
+"""The `generate_*` jobs: a tier's teacher answers what is unsolved, and what passes the task's scorer is an example.
+
+Teachers are asked by async actors over Ray Data. All actors share one limiter per endpoint and key and one budget,
+which live in an actor of their own; every response is in the ledger before anything else happens to it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import ray
+import ray.data
+from ray.actor import ActorHandle
+from ray.data import ActorPoolStrategy
+
+from cascade.artifacts import Run
+from cascade.config import ANSWER_KEY, Config, Endpoint
+from cascade.errors import BudgetExceeded, CascadeError, TeacherError
+from cascade.tasks import Example, Task, Verdict, from_table, to_table
+from cascade.teachers.budget import LocalBudget, budget_state
+from cascade.teachers.client import Answer, TeacherClient
+from cascade.teachers.ledger import Ledger
+from cascade.teachers.limits import RateLimiter, Signal, limiter_key
+from cascade.teachers.offline import answer_key_server
+from ray_jobs._context import Job, Metrics
+from ray_jobs._evaluate import score
+from ray_jobs._test import unsolved_before
+
+ANSWERS, VERDICTS, EXAMPLES = "answers", "verdicts", "examples"
+_STOPPED = {"budget": BudgetExceeded, "teacher": TeacherError}
+
+
+def generate_answers(job: Job, tier: int) -> Metrics:
+    """Ask a tier's teacher all that is unsolved; verified answers become examples.
+
+    Raises:
+        BudgetExceeded: a budget is reached. What was bought is kept, and used when the job runs again.
+        TeacherError: the teacher cannot be asked (key refused, model unknown, nobody answering).
+    """
+    teacher = job.config.tier(tier)
+    tasks = unsolved_before(job.runs, tier)
+    decided = {v.task_id for v in job.run.read(VERDICTS, Verdict)}
+    pending = [t for t in tasks if t.id not in decided]
+    with ExitStack() as stack:
+        resolve: dict[str, str] = {}
+        if teacher.is_answer_key and pending:
+            server = answer_key_server(job.runs.train_tasks, job.config.tiers, job.config.seed)
+            resolve[ANSWER_KEY] = stack.enter_context(server)
+        _ask_all(job, tier, pending, resolve, total=len(tasks))
+    verdicts = job.run.read(VERDICTS, Verdict)
+    return _metrics(job.run, tier, teacher.name, verdicts)
+
+
+def _ask_all(job: Job, tier: int, pending: list[Task], resolve: dict[str, str], *, total: int) -> None:
+    """Fan the tasks out; raises only after all that was in flight has come back."""
+    if not pending:
+        return
+    execution = job.config.execution
+    desk = _Desk.remote(job.config)  # type: ignore[attr-defined]
+    size = execution.task_block
+    blocks = [to_table(Task, pending[i : i + size]) for i in range(0, len(pending), size)]
+    rows = ray.data.from_arrow(blocks).map_batches(
+        TeacherActor,
+        batch_size=None,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(size=min(execution.teacher_actors, len(blocks))),
+        num_cpus=0.25,
+        fn_constructor_kwargs={
+            "config": job.config,
+            "run": job.run,
+            "tier": tier,
+            "resolve": resolve,
+            "desk": desk,
+        },
+    )
+    done, passed, spent = total - len(pending), 0, 0.0
+    stopped: CascadeError | None = None
+    for batch in rows.iter_batches(batch_size=None, batch_format="pyarrow"):
+        for row in batch.to_pylist():
+            if row["stopped"]:
+                stopped = stopped or _STOPPED[row["stopped"]](row["note"])
+                continue
+            done, passed, spent = done + 1, passed + row["passed"], spent + row["cost_usd"]
+        job.progress.update(job.run.job, done, total, f"asked, {passed} verified, ${spent:.4f}")
+    if stopped is not None:
+        raise stopped
+
+
+@ray.remote(num_cpus=0, max_concurrency=10_000)
+class _Desk:
+    """One per run of a job: the budget, and a limiter for each endpoint and key, for all teacher actors."""
+
+    def __init__(self, config: Config) -> None:
+        from cascade.artifacts import Store
+
+        self.budget = LocalBudget(budget_state(config, Ledger(Store(config.storage), config.domain)))
+        self.limiters: dict[str, RateLimiter] = {}
+
+    def _limiter(self, endpoint: Endpoint) -> RateLimiter:
+        return self.limiters.setdefault(limiter_key(endpoint), RateLimiter.of(endpoint))
+
+    async def acquire(self, endpoint: Endpoint, tokens: int) -> str:
+        return await self._limiter(endpoint).acquire(tokens)
+
+    async def release(
+        self, endpoint: Endpoint, lease: str, signal: Signal, used_tokens: int, retry_after: float | None
+    ) -> None:
+        await self._limiter(endpoint).release(lease, signal, used_tokens, retry_after)
+
+    async def reserve(self, tier: int, usd: float) -> str:
+        return await self.budget.reserve(tier, usd)
+
+    async def settle(self, lease: str, usd: float) -> None:
+        await self.budget.settle(lease, usd)
+
+
+@dataclass(frozen=True)
+class _SharedLimiter:
+    """`cascade.teachers.limits.Limiter`, kept by the desk."""
+
+    desk: ActorHandle
+    endpoint: Endpoint
+
+    async def acquire(self, tokens: int) -> str:
+        lease: str = await self.desk.acquire.remote(self.endpoint, tokens)
+        return lease
+
+    async def release(self, lease: str, signal: Signal, used_tokens: int, retry_after: float | None = None) -> None:
+        await self.desk.release.remote(self.endpoint, lease, signal, used_tokens, retry_after)
+
+
+@dataclass(frozen=True)
+class _SharedBudget:
+    """`cascade.teachers.budget.Budget`, kept by the desk."""
+
+    desk: ActorHandle
+
+    async def reserve(self, tier: int, usd: float) -> str:
+        lease: str = await self.desk.reserve.remote(tier, usd)
+        return lease
+
+    async def settle(self, lease: str, usd: float) -> None:
+        await self.desk.settle.remote(lease, usd)
+
+
+@dataclass(frozen=True)
+class _Solved:
+    """What came of one task: every attempt, and the verdict on the last."""
+
+    task: Task
+    answers: list[Answer]
+    verdict: Verdict
+
+    @property
+    def cost_usd(self) -> float:
+        return sum(a.cost_usd for a in self.answers)
+
+    def example(self, teacher: str, tier: int) -> Example:
+        last = self.answers[-1]
+        return Example.from_answer(
+            self.task,
+            last.text,
+            self.verdict,
+            teacher=teacher,
+            tier=tier,
+            cost_usd=self.cost_usd,
+            prompt_hash=last.prompt_hash,
+        )
+
+
+class TeacherActor:
+    """Asks one tier's teacher, many tasks at once, and verifies the answers."""
+
+    def __init__(self, config: Config, run: Run, tier: int, resolve: dict[str, str], desk: ActorHandle) -> None:
+        self.run, self.tier, self.domain = run, tier, config.domain
+        self.teacher = config.tier(tier)
+        self.make_client = lambda: TeacherClient(
+            self.teacher,
+            tier,
+            config.domain,
+            Ledger(run.store, config.domain),
+            _SharedBudget(desk),
+            limiter=lambda endpoint: _SharedLimiter(desk, endpoint),
+            resolve=resolve,
+        )
+        self.client: TeacherClient | None = None
+
+    async def __call__(self, block: pa.Table) -> AsyncIterator[pa.Table]:
+        """One output row per task, as its verdict is known; the run's tables are written when all are.
+
+        What a kill in between loses is only verdicts: the answers are in the ledger and are verified again.
+        """
+        self.client = self.client or self.make_client()
+        solved: list[_Solved] = []
+        asking = [asyncio.ensure_future(self._solve(task, solved)) for task in from_table(Task, block)]
+        for next_done in asyncio.as_completed(asking):
+            yield pa.Table.from_pylist([await next_done])
+        await asyncio.to_thread(self._keep, solved)
+
+    async def _solve(self, task: Task, solved: list[_Solved]) -> dict[str, Any]:
+        """Up to `samples` attempts; the first verified answer wins."""
+        answers: list[Answer] = []
+        verdicts: list[Verdict] = []
+        try:
+            for attempt in range(self.teacher.samples):
+                answers.append(await self._client.answer(task, attempt))
+                verdicts.append(await self._verdict(task, answers[-1]))
+                if verdicts[-1].passed:
+                    break
+        except BudgetExceeded as error:
+            return _row(stopped="budget", note=_message(error))
+        except TeacherError as error:
+            return _row(stopped="teacher", note=_message(error))
+        solved.append(_Solved(task, answers, verdicts[-1]))
+        return _row(passed=verdicts[-1].passed, cost_usd=solved[-1].cost_usd)
+
+    @property
+    def _client(self) -> TeacherClient:
+        assert self.client is not None
+        return self.client
+
+    async def _verdict(self, task: Task, answer: Answer) -> Verdict:
+        if not answer.ok:
+            return Verdict(task.id, answer.teacher, "", "error", evidence=answer.error)
+        return await asyncio.to_thread(score, task, answer.completion())
+
+    def _keep(self, solved: list[_Solved]) -> None:
+        """Write what came of a block; verdicts last, since they mark their tasks as decided."""
+        self.run.write_part(EXAMPLES, [s.example(self.teacher.name, self.tier) for s in solved if s.verdict.passed])
+        self.run.write_part(ANSWERS, [answer for s in solved for answer in s.answers])
+        self.run.write_part(VERDICTS, [s.verdict for s in solved])
+
+
+def _row(*, stopped: str = "", note: str = "", passed: bool = False, cost_usd: float = 0.0) -> dict[str, Any]:
+    return {"stopped": stopped, "note": note, "passed": passed, "cost_usd": cost_usd}
+
+
+def _message(error: Exception) -> str:
+    """What the error says, without the traceback that Ray adds to one from another actor."""
+    cause = getattr(error, "cause", None)
+    return str(cause if isinstance(cause, CascadeError) else error)
+
+
+def _metrics(run: Run, tier: int, teacher: str, verdicts: list[Verdict]) -> Metrics:
+    answers = run.read(ANSWERS, Answer)
+    return {
+        "tier": tier,
+        "teacher": teacher,
+        "asked": len(verdicts),
+        "verified": sum(v.passed for v in verdicts),
+        "unparsed": sum(v.outcome == "unparsed" for v in verdicts),
+        "errors": sum(v.outcome == "error" for v in verdicts),
+        "requests": len(answers),
+        "cost_usd": sum(a.cost_usd for a in answers),
+    }

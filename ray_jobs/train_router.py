@@ -1,0 +1,53 @@
+"""train_router: learn from verdicts which requests the base answers well and which want a modifier.
+
+`python -m ray_jobs.train_router --config configs/quickstart.yaml`
+
+Base and every current modifier of the store answer the same validation tasks: this domain's, and those of every
+other domain that has been tested with the same storage.
+"""
+
+from __future__ import annotations
+
+from cascade import modifiers
+from cascade.artifacts import Run
+from cascade.routing.model import publish
+from cascade.routing.train import train_router
+from cascade.tasks import Task
+from ray_jobs._context import Job, Metrics, main
+from ray_jobs._evaluate import Assignment, evaluate
+from ray_jobs._test import training_style
+
+BASE = "base"
+
+
+def work(job: Job) -> Metrics:
+    job.runs.validate_modifier.require()
+    tasks = [*job.runs.validation_tasks, *_tasks_of_other_domains(job)]
+    style, store = training_style(job.runs), job.run.store
+    assignments = [Assignment(BASE, tasks, style)]
+    for domain in modifiers.list_domains(store):
+        modifier = modifiers.current(store, domain)
+        if modifier is not None and modifier.base_sha256 == job.runs.base_sha256:
+            assignments.append(Assignment(domain, tasks, style, modifier.path, modifier.version))
+    verdicts = evaluate(job, assignments)
+    outcomes = {name: [v.passed for v in column] for name, column in verdicts.items()}
+    model, report = train_router([t.prompt for t in tasks], outcomes, job.config.router, job.config.seed)
+    version = publish(store, model, report.as_dict())
+    return {"version": version, "candidates": ", ".join(outcomes), "queries": len(tasks), "report": report.as_dict()}
+
+
+def _tasks_of_other_domains(job: Job) -> list[Task]:
+    """Validation tasks that other domains' latest `test_domain` runs left in the store."""
+    store, found = job.run.store, []
+    for domain in modifiers.list_domains(store):
+        if domain == job.config.domain:
+            continue
+        names = [n for n in store.list(domain) if n.startswith("test_domain@")]
+        runs = [Run(store, domain, *name.split("@")) for name in names]
+        finished = sorted((r for r in runs if r.done), key=lambda r: r.manifest["finished"])
+        found += finished[-1].read("validation_tasks", Task) if finished else []
+    return found
+
+
+if __name__ == "__main__":
+    main("train_router", work)

@@ -1,0 +1,67 @@
+"""validate_modifier: base, modifier and compressed modifier on the held-out test tasks; publishes the modifier.
+
+`python -m ray_jobs.validate_modifier --config configs/quickstart.yaml`
+"""
+
+from __future__ import annotations
+
+import tempfile
+
+from cascade import modifiers
+from cascade.compression import format as modifier_format
+from cascade.reports.summary import MODELS
+from cascade.scoring.statistics import Score, mcnemar_exact
+from cascade.tasks import Example, Task, Verdict
+from ray_jobs._context import Job, Metrics, main
+from ray_jobs._evaluate import Assignment, evaluate
+from ray_jobs._test import base_style, training_style
+from ray_jobs._train import ADAPTER
+from ray_jobs.compress_modifier import FILE
+
+
+def work(job: Job) -> Metrics:
+    runs, tasks = job.runs, job.runs.test_tasks
+    trained, compressed = runs.train_modifier.require(), runs.compress_modifier.require()
+    file = f"{compressed.folder}/{FILE}"
+    style = training_style(runs)
+    job.run.write_table("tasks", Task, tasks)
+    assignments = (
+        Assignment("base", tasks, base_style(runs)),
+        Assignment("modifier", tasks, style, f"{trained.folder}/{ADAPTER}", "modifier"),
+        Assignment("compressed", tasks, style, file, "compressed"),
+    )
+    verdicts = evaluate(job, assignments, runs.train_tasks)
+    version = _publish(job, file, verdicts)
+    base, final = ([v.passed for v in verdicts[name]] for name in ("base", "compressed"))
+    scores = {name: Score.of(verdicts[name]) for name in MODELS}
+    return {
+        "n": len(tasks),
+        **{f"{name}_accuracy": score.accuracy for name, score in scores.items()},
+        "mcnemar_p": mcnemar_exact(base, final),
+        "version": version,
+        **{f"{name}_interval": [score.low, score.high] for name, score in scores.items()},
+    }
+
+
+def _publish(job: Job, file: str, verdicts: dict[str, list[Verdict]]) -> str:
+    """Add the compressed modifier with its scores to the registry and make it the current one."""
+    local = job.run.store.local_copy(file, tempfile.gettempdir())
+    trained = job.runs.train_modifier
+    teachers = tuple(sorted({e.teacher for e in trained.read("examples", Example) if e.tier > 0}))
+    scores = {
+        name: modifier_format.Score(value=s.accuracy, n=s.n, low=s.low, high=s.high)
+        for name, s in ((name, Score.of(v)) for name, v in verdicts.items())
+    }
+    modifier = modifiers.publish(
+        job.run.store,
+        job.config.domain,
+        modifier_format.load_modifier(local),
+        fp16_size=job.runs.compress_modifier.metrics["fp16_bytes"],
+        scores=scores,
+        teachers=teachers,
+    )
+    return modifier.version
+
+
+if __name__ == "__main__":
+    main("validate_modifier", work)
