@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -59,6 +59,7 @@ class ApiError(Exception):
         param: name of the parameter at fault, if one is.
         code: OpenAI's word for it.
         retry_after_s: sent as Retry-After.
+        known_headers: what was known of the route when it failed.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class ApiError(Exception):
         super().__init__(message)
         self.status, self.message, self.code, self.param = status, message, code, param
         self.retry_after_s = retry_after_s
+        self.known_headers: dict[str, str] = {}
 
     def body(self) -> dict[str, Any]:
         kinds = {404: "invalid_request_error", 429: "rate_limit_error"}
@@ -167,7 +169,7 @@ def parse_chat_request(body: bytes) -> ChatRequest:
     if len(body) > MAX_BODY_BYTES:
         raise ApiError(413, f"the request body has {len(body)} bytes; at most {MAX_BODY_BYTES} are allowed")
     try:
-        raw = json.loads(body)
+        raw = json.loads(body, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the request body is not valid JSON: {error}", code="invalid_json") from None
     if not isinstance(raw, dict):
@@ -181,6 +183,10 @@ def parse_chat_request(body: bytes) -> ChatRequest:
         raise _as_api_error(error) from None
     except ValueError:  # a lone surrogate, which no text can be made of
         raise ApiError(400, "the request holds characters that are not valid Unicode", code="invalid_json") from None
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _refuse_unless_off(name: str, value: Any) -> None:

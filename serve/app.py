@@ -1,0 +1,95 @@
+"""What `serve run`, `serve build` and `serve deploy` are pointed at.
+
+    CASCADE_CONFIG=configs/quickstart.yaml serve run serve.app:app
+    serve run serve.app:build config=configs/code.yaml
+
+Several configs of one base and one storage may be named, separated by ":"; each domain's modifier is then asked under
+its own config's system message.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+from ray.serve import Application
+
+from cascade import modifiers
+from cascade.artifacts import Store
+from cascade.config import Base, Config, load_config
+from cascade.errors import ConfigError
+from serve.engine import Limits
+from serve.ingress import EngineReplica, Ingress, Served
+
+CONFIG_VARIABLE = "CASCADE_CONFIG"
+DEFAULT_CONFIG = "configs/quickstart.yaml"
+
+
+class Arguments(BaseModel):
+    """Arguments of `build`, as `serve run serve.app:build name=value` or `args:` in a Serve config give them.
+
+    Attributes:
+        config: YAML file, or several separated by ":".
+        replicas: engines, each with a base and a slot of its own.
+        rows: sequences an engine computes together.
+        waiting: work that an engine lets wait before it answers 429.
+        patience_s: see `serve.engine`.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    config: str = Field(default_factory=lambda: os.environ.get(CONFIG_VARIABLE) or DEFAULT_CONFIG)
+    replicas: int = Field(1, ge=1)
+    rows: int = Field(Limits.rows, ge=1)
+    waiting: int = Field(Limits.waiting, ge=1)
+    patience_s: float = Field(Limits.patience_s, ge=0)
+
+
+def build(args: Arguments) -> Application:
+    """The application: an ingress in front of engines.
+
+    Raises:
+        ConfigError: a config cannot be used, several do not go together, or nothing was trained yet.
+    """
+    configs = [load_config(path) for path in args.config.split(os.pathsep)]
+    first = configs[0]
+    storage = Store(first.storage)
+    for other in configs[1:]:
+        if (other.base, Store(other.storage).uri) != (first.base, storage.uri):
+            raise ConfigError(f"{args.config}: configs that are served together need the same base and storage")
+    if not any(modifiers.current(storage, domain) for domain in modifiers.list_domains(storage)):
+        raise ConfigError(
+            f"there is no modifier in {storage.uri} yet: run `make run` first (or `cascade run {args.config}`)"
+        )
+    served = Served(
+        base=_absolute(first.base),
+        storage=storage.uri,
+        execution=first.execution,
+        systems=_systems(configs),
+        limits=Limits(rows=args.rows, waiting=args.waiting, patience_s=args.patience_s),
+    )
+    options: dict[str, Any] = {"num_cpus": first.execution.cpus_per_actor}
+    if first.execution.use_gpu:
+        options["num_gpus"] = 1
+    engine = EngineReplica.options(num_replicas=args.replicas, ray_actor_options=options)  # type: ignore[attr-defined]
+    return Ingress.bind(served, engine.bind(served))  # type: ignore[attr-defined]
+
+
+def _absolute(base: Base) -> Base:
+    """The base with a local folder's full path: replicas may run in another folder."""
+    folder = Path(base.model).expanduser()
+    return base.model_copy(update={"model": str(folder.absolute())}) if folder.is_dir() else base
+
+
+def _systems(configs: list[Config]) -> dict[str, str]:
+    """Per domain the system message of the style that its modifier was trained in."""
+    styles = {config.domain: config.student.prompts[0] for config in configs}
+    return {domain: style.system for domain, style in styles.items() if style.system}
+
+
+def __getattr__(name: str) -> Application:
+    """`app`, built from the environment when it is asked for, so that importing `build` needs no config."""
+    if name == "app":
+        return build(Arguments())
+    raise AttributeError(f"module {__name__} has no attribute {name}")

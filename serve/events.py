@@ -1,0 +1,88 @@
+"""What passes between the gateway and the engine: a piece of work one way, its events the other."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from typing import Protocol
+
+from cascade.tasks import Message
+
+
+@dataclass(frozen=True)
+class Work:
+    """One conversation to continue.
+
+    Attributes:
+        choice: "base" or a modifier's domain.
+        max_tokens: None for the server's default.
+        seed: of the sampling.
+    """
+
+    choice: str
+    messages: tuple[Message, ...]
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Started:
+    """The work has its modifier and joins the running batch.
+
+    Attributes:
+        version: of the modifier, "" for the base.
+        queue_ms: from arrival in the engine until now, the swap included.
+        swap_ms: time of the swap that was made for the group this work came in with; 0 without one.
+    """
+
+    version: str
+    prompt_tokens: int
+    queue_ms: float
+    swap_ms: float
+
+
+@dataclass(frozen=True)
+class Delta:
+    """More text of the answer."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The answer is complete: finish reason "stop" or "length"."""
+
+    finish_reason: str
+    completion_tokens: int
+
+
+@dataclass(frozen=True)
+class Failed:
+    """There will be no (more) answer.
+
+    Attributes:
+        status: HTTP status that fits.
+        retry_after_s: when it is worth trying again, None if never.
+    """
+
+    status: int
+    message: str
+    code: str | None = None
+    param: str | None = None
+    retry_after_s: int | None = None
+
+
+Event = Started | Delta | Finished | Failed
+
+
+class Backend(Protocol):
+    """Whatever generates: the engine itself, or a handle on its replicas."""
+
+    def stream(self, work: Work) -> AsyncGenerator[Event, None]:
+        """Started, any number of Delta, then Finished; Failed may come instead at any point. Closing it cancels."""
+
+    async def healthy(self) -> bool:
+        """Whether work would be done."""

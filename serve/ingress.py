@@ -1,0 +1,145 @@
+"""The Ray Serve deployments: engines that generate, and the ingress that speaks HTTP and routes.
+
+They are apart so that the ingress, which only waits, stays responsive whatever the engines compute, and so that
+engines can be added without adding routers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+
+import torch
+from fastapi import FastAPI
+from ray import serve as ray_serve
+from ray.serve.config import BackpressureConfig
+from ray.serve.exceptions import BackPressureError
+from ray.serve.handle import DeploymentHandle
+
+from cascade.artifacts import Store
+from cascade.config import Base, Execution
+from cascade.models.base import cache_folder, load_base
+from serve.engine import Engine, Limits
+from serve.events import Event, Failed, Work
+from serve.gateway import Gateway, build_api
+from serve.live import LiveModifiers, LiveRouter
+
+logger = logging.getLogger("ray.serve")
+
+RETRY_AFTER_S = 1
+_GRACE_S = 120.0
+"""How long a replica that is to stop may finish the answers it has begun."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """What is served: everything that a replica on any node needs to know.
+
+    Attributes:
+        storage: URI of the store.
+        systems: per domain the system message of its prompts.
+    """
+
+    base: Base
+    storage: str
+    execution: Execution
+    systems: dict[str, str]
+    limits: Limits = Limits()
+
+
+@ray_serve.deployment(
+    name="engine",
+    # More than the engine takes: its own limit answers 429 at once, these are what is left when that is not reached.
+    max_ongoing_requests=256,
+    max_queued_requests=64,
+    graceful_shutdown_timeout_s=_GRACE_S,
+    health_check_period_s=5,
+    health_check_timeout_s=30,
+)
+class EngineReplica:
+    """A replica that generates: one base, one modifier slot, one computing thread."""
+
+    def __init__(self, served: Served) -> None:
+        torch.set_num_threads(served.execution.threads or max(1, int(served.execution.cpus_per_actor)))
+        loaded = load_base(served.base)
+        modifiers = LiveModifiers(Store(served.storage), base_sha256=loaded.sha256)
+        self._engine = Engine(loaded, modifiers, served.limits)
+
+    async def stream(self, work: Work) -> AsyncGenerator[Event, None]:
+        """See `Backend.stream`."""
+        events = self._engine.stream(work)
+        try:
+            async for event in events:
+                yield event
+        finally:
+            await events.aclose()
+
+    async def healthy(self) -> bool:
+        """See `Backend.healthy`."""
+        return await self._engine.healthy()
+
+    async def check_health(self) -> None:
+        """Called by Ray Serve, which replaces a replica for which this raises."""
+        if not await self._engine.healthy():
+            raise RuntimeError("the engine's thread has ended or hangs")
+
+    def __del__(self) -> None:
+        if hasattr(self, "_engine"):
+            self._engine.close()
+
+
+class RemoteEngine:
+    """A handle on the engine replicas as a `Backend`."""
+
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self._handle = handle
+
+    async def stream(self, work: Work) -> AsyncGenerator[Event, None]:
+        """See `Backend.stream`. A full queue is answered as a 429, a lost replica as a 503."""
+        response = self._handle.options(stream=True).stream.remote(work)
+        try:
+            async for event in response:
+                yield event
+        except BackPressureError:
+            yield Failed(429, "the server is busy, try again shortly", "overloaded", retry_after_s=RETRY_AFTER_S)
+        except (asyncio.CancelledError, GeneratorExit):
+            raise
+        except Exception:
+            logger.exception("an engine replica failed")
+            yield Failed(503, "the engine was lost, try again", "engine_lost", retry_after_s=RETRY_AFTER_S)
+        finally:
+            response.cancel()
+
+    async def healthy(self) -> bool:
+        """See `Backend.healthy`. A full queue is no illness."""
+        try:
+            return bool(await self._handle.healthy.remote())
+        except BackPressureError:
+            return True
+        except Exception:
+            logger.exception("no engine replica answers")
+            return False
+
+
+@ray_serve.deployment(
+    name="gateway",
+    max_ongoing_requests=1000,
+    max_queued_requests=200,
+    backpressure_config=BackpressureConfig(status_code=429, retry_after_s=RETRY_AFTER_S),
+    graceful_shutdown_timeout_s=_GRACE_S,
+    ray_actor_options={"num_cpus": 0.1},
+)
+@ray_serve.ingress()
+class Ingress:
+    """The HTTP side: router, protocol and chat page."""
+
+    def __init__(self, served: Served, engine: DeploymentHandle) -> None:
+        torch.set_num_threads(1)
+        store = Store(served.storage)
+        router = LiveRouter(store, cache_folder() / "router")
+        self._gateway = Gateway(RemoteEngine(engine), LiveModifiers(store), router, served.systems)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:  # noqa: PLW3201 (Ray Serve's name for it)
+        return build_api(self._gateway)
