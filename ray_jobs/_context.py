@@ -93,13 +93,20 @@ def _ds_accelerator(config: Config) -> str:
 
 def main(name: str, work: Work) -> None:
     """`python -m ray_jobs.<job> --config FILE`: exit code 0 when done, 2 for something that the user must mend."""
+    path = parse_config(name)
+    exit_with_message(lambda: run_one(name, work, path))
+
+
+def parse_config(name: str) -> str:
+    """The --config of a job module's command line."""
     parser = argparse.ArgumentParser(prog=f"python -m ray_jobs.{name}")
     parser.add_argument("--config", required=True, help="YAML file of the domain, e.g. configs/quickstart.yaml")
-    arguments = parser.parse_args()
-    exit_with_message(lambda: _run_one(name, work, arguments.config))
+    path: str = parser.parse_args().config
+    return path
 
 
-def _run_one(name: str, work: Work, path: str) -> None:
+def run_one(name: str, work: Work, path: str) -> None:
+    """One job of a config file, with a progress display and its figures at the end."""
     runs = Runs(load_config(path))
     connect_ray(runs.config)
     with Progress.live(f"{runs.config.domain}: {name}") as progress:

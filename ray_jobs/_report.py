@@ -1,0 +1,169 @@
+"""From the runs of a finished pipeline to what its report shows."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from cascade import benchmarks
+from cascade.compression.methods import Recipe
+from cascade.reports.data import CurvePoint, FailureRow, ReferenceRow, ReportData, Sample, TrialRow
+from cascade.reports.summary import MODELS, Summary
+from cascade.scoring.statistics import Score
+from cascade.tasks import Completion, Task, Verdict
+from cascade.teachers.economics import CascadeReport, tier_report
+from cascade.teachers.ledger import Ledger
+from cascade.training.loop import StepReport
+from ray_jobs._runs import JOBS, Runs
+from ray_jobs._search import Trial
+from ray_jobs._test import by_id
+
+SAMPLES = 12
+
+
+def report_data(runs: Runs, config_path: str, peak_rss_bytes: int) -> ReportData:
+    """Everything that the report of a finished pipeline shows."""
+    validated = runs.validate_modifier.require()
+    tasks = validated.read("tasks", Task)
+    verdicts = {name: validated.read(f"{name}_verdicts", Verdict) for name in MODELS}
+    cascade = cascade_report(runs)
+    return ReportData(
+        summary=_summary(runs, config_path, peak_rss_bytes, verdicts, cascade),
+        tasks=tasks,
+        verdicts=verdicts,
+        tiers=cascade.tiers,
+        curve=_curve(runs),
+        trials=_trials(runs),
+        router=runs.train_router.require().metrics["report"],
+        samples=_samples(runs, by_id(tasks), verdicts),
+        failures=_failures(by_id(tasks), verdicts["compressed"]),
+        references=_references(runs, by_id(tasks), verdicts["compressed"]),
+    )
+
+
+def cascade_report(runs: Runs) -> CascadeReport:
+    """What the tiers did and cost, from the ledger and the verdicts on the teachers' answers."""
+    verdicts = {tier: runs.generate(tier).require().read("verdicts", Verdict) for tier in (1, 2, 3)}
+    return tier_report(Ledger(runs.store, runs.config.domain).entries(), verdicts, runs.config.tiers)
+
+
+def _summary(
+    runs: Runs,
+    config_path: str,
+    peak_rss_bytes: int,
+    verdicts: dict[str, list[Verdict]],
+    cascade: CascadeReport,
+) -> Summary:
+    config, compressed = runs.config, runs.compress_modifier.metrics
+    return Summary.of(
+        domain=config.domain,
+        base_model=config.base.model,
+        base=verdicts["base"],
+        modifier=verdicts["modifier"],
+        compressed=verdicts["compressed"],
+        tiers=cascade.tiers,
+        examples=runs.train_modifier.metrics["examples"],
+        cost_single_teacher_usd=cascade.cost_single_teacher_usd,
+        adapter_bytes=compressed["fp16_bytes"],
+        compressed_bytes=compressed["disk_bytes"],
+        wall_seconds=sum(runs.run(job).manifest["seconds"] for job in JOBS),
+        peak_rss_bytes=peak_rss_bytes,
+        max_ratio=config.compression.max_ratio,
+        modifier_version=runs.validate_modifier.metrics["version"],
+        config=config_path,
+        prompt_style=runs.test_domain.metrics["style"],
+        seed=config.seed,
+    )
+
+
+def _curve(runs: Runs) -> list[CurvePoint]:
+    points = runs.train_modifier.read("curve", StepReport)
+    return [CurvePoint(p.step, p.loss, p.learning_rate, p.tokens / p.seconds) for p in points]
+
+
+def _trials(runs: Runs) -> list[TrialRow]:
+    run = runs.compress_modifier
+    accuracy: dict[str, float] = {}
+    finalists = [t for t in run.read("trials", Trial) if t.fits][: runs.config.compression.finalists]
+    for number, trial in enumerate(finalists):
+        accuracy[trial.recipe] = Score.of(run.read(f"candidate{number}_verdicts", Verdict)).accuracy
+    return [
+        TrialRow(
+            recipe=_in_words(t.recipe),
+            bytes=t.disk_bytes,
+            loss=t.loss,
+            accuracy=accuracy.get(t.recipe),
+            chosen=t.recipe == run.metrics["recipe"],
+        )
+        for t in run.read("trials", Trial)
+    ]
+
+
+def _in_words(recipe: str) -> str:
+    """A recipe in a few words, e.g. "prune A to 12 %, B to 9 %, B × 3.0, int4"."""
+    parsed, words = Recipe.model_validate_json(recipe), []
+    if parsed.truncate is not None and parsed.truncate.keep < 1:
+        words.append(f"rank truncated to {parsed.truncate.keep:.0%} ({parsed.truncate.allocation})")
+    elif parsed.truncate is not None:
+        words.append("rotated by SVD")
+    if parsed.prune is not None:
+        p = parsed.prune
+        words.append(f"prune A to {p.density_a:.0%} × {p.rescale_a:.1f}, B to {p.density_b:.0%} × {p.rescale_b:.1f}")
+    return ", ".join([*words, parsed.values])
+
+
+def _samples(runs: Runs, tasks: dict[str, Task], verdicts: dict[str, list[Verdict]]) -> list[Sample]:
+    """Answers before and after: of every category in turn, a gain first, then whatever comes."""
+    run = runs.validate_modifier
+    answers = {
+        name: {c.task_id: c.text for c in run.read(f"{name}_completions", Completion)}
+        for name in ("base", "compressed")
+    }
+    outcome = {name: {v.task_id: v.outcome for v in verdicts[name]} for name in ("base", "compressed")}
+
+    def interest(task_id: str) -> tuple[int, str]:
+        before, after = (outcome[name][task_id] == "pass" for name in ("base", "compressed"))
+        return (0 if after and not before else 1 if before != after else 2, task_id)
+
+    by_category: dict[str, list[str]] = {}
+    for task_id in sorted(tasks, key=interest):
+        by_category.setdefault(tasks[task_id].category, []).append(task_id)
+    turns = [ids[n] for n in range(SAMPLES) for ids in by_category.values() if n < len(ids)]
+    return [
+        Sample(
+            task_id=i,
+            category=tasks[i].category,
+            prompt=tasks[i].prompt,
+            base_answer=answers["base"][i],
+            modifier_answer=answers["compressed"][i],
+            reference=benchmarks.get(tasks[i].benchmark).reference_answer(tasks[i]),
+            base_outcome=outcome["base"][i],
+            modifier_outcome=outcome["compressed"][i],
+        )
+        for i in turns[:SAMPLES]
+    ]
+
+
+def _failures(tasks: dict[str, Task], verdicts: list[Verdict]) -> list[FailureRow]:
+    """What the compressed modifier still fails, by kind, most first."""
+    kinds = Counter(
+        f"{tasks[v.task_id].category}, difficulty {tasks[v.task_id].difficulty}" for v in verdicts if not v.passed
+    )
+    return [FailureRow(kind, n) for kind, n in kinds.most_common()]
+
+
+def _references(runs: Runs, tasks: dict[str, Task], verdicts: list[Verdict]) -> list[ReferenceRow]:
+    """Published scores beside ours, for the benchmarks that both have."""
+    reference = runs.config.reference
+    if reference is None:
+        return []
+    rows = []
+    for benchmark, published in reference.scores.items():
+        score = Score.of([v for v in verdicts if tasks[v.task_id].benchmark == benchmark])
+        if score.n:
+            ours, (low, high) = 100 * score.accuracy, reference.target_ratio
+            rows.append(
+                ReferenceRow(
+                    benchmark, reference.model, published, reference.source, ours, ours / published, score.n, low, high
+                )
+            )
+    return rows

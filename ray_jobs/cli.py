@@ -1,0 +1,98 @@
+"""The console script `cascade`: the jobs, the pipeline and the plan under one name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from cascade.config import load_config
+from cascade.teachers.economics import plan as plan_tiers
+from cascade.teachers.ledger import Ledger
+from ray_jobs._context import exit_with_message, run_one
+from ray_jobs._runs import JOBS, Runs
+from ray_jobs.pipeline import WORK, run_pipeline
+
+ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file of a domain")]
+app = typer.Typer(
+    help="Make a small language model strong where it is weak, for little money, and serve the result.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command()
+def run(config: ConfigFile) -> None:
+    """Run all jobs of a domain in order; what was done before is reused."""
+    exit_with_message(lambda: run_pipeline(config))
+
+
+@app.command()
+def plan(config: ConfigFile) -> None:
+    """Show the steps, the tasks, and what the teachers are expected to be asked and to cost. Spends nothing."""
+    exit_with_message(lambda: _print_plan(config))
+
+
+def _print_plan(path: str) -> None:
+    config = load_config(path)
+    runs = Runs(config)
+    console = Console()
+    steps = Table(title=f"{config.domain}: steps", title_justify="left")
+    for heading in ("step", "state", "fingerprint"):
+        steps.add_column(heading)
+    for job in JOBS:
+        found = runs.run(job)
+        steps.add_row(job, "done" if found.done else found.manifest.get("state", "to do"), found.fingerprint)
+    console.print(steps)
+    counts = {s: len(getattr(runs, f"{s}_tasks")) for s in ("train", "validation", "test")}
+    console.print(", ".join(f"{n} {split} tasks" for split, n in counts.items()))
+    console.print(_cost_table(runs))
+
+
+def _cost_table(runs: Runs) -> Table:
+    config, tested = runs.config, runs.test_domain
+    measured = {"failure_rate": tested.metrics["unsolved"] / tested.metrics["tested"]} if tested.done else {}
+    rows = plan_tiers(config, runs.train_tasks, ledger=Ledger(runs.store, config.domain).entries(), **measured)
+    source = "measured" if measured else "assumed"
+    rate = measured.get("failure_rate", 0.9)
+    table = Table(title=f"Teachers ({rate:.0%} of the tasks failed by the base, {source})", title_justify="left")
+    for heading in ("tier", "teacher", "tasks", "calls", "tokens in", "tokens out", "cost", "tokens"):
+        table.add_column(heading, justify="left" if heading in ("teacher", "tokens") else "right")
+    for row in rows:
+        table.add_row(
+            str(row.tier),
+            row.teacher,
+            f"{row.tasks:.0f}",
+            f"{row.calls:.0f}",
+            f"{row.prompt_tokens:.0f}",
+            f"{row.completion_tokens:.0f}",
+            f"${row.cost_usd:.4f}",
+            row.tokens_from,
+        )
+    total = sum(row.cost_usd for row in rows)
+    table.caption = f"together ${total:.4f} of the budget of ${config.budget_usd:.2f}; nothing was spent for this plan"
+    return table
+
+
+def _job_command(name: str) -> Callable[[str], None]:
+    def command(config: ConfigFile) -> None:
+        exit_with_message(lambda: run_one(name, WORK[name], config))
+
+    command.__doc__ = f"Run the job {name} alone (the jobs before it must be done)."
+    return command
+
+
+for _job in JOBS:
+    app.command(_job.replace("_", "-"))(_job_command(_job))
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

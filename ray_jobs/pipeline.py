@@ -1,0 +1,100 @@
+"""All jobs of a domain in order, resuming where it stopped, with the report at the end.
+
+`python -m ray_jobs.pipeline --config configs/quickstart.yaml`
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+
+from cascade.config import load_config
+from cascade.reports.console import print_summary
+from cascade.reports.html import write_report
+from cascade.reports.summary import Summary
+from ray_jobs import (
+    compress_modifier,
+    generate_tier1,
+    generate_tier2,
+    generate_tier3,
+    test_domain,
+    test_tier1,
+    test_tier2,
+    train_modifier,
+    train_router,
+    validate_modifier,
+)
+from ray_jobs._context import Work, connect_ray, exit_with_message, parse_config, run_job
+from ray_jobs._memory import PeakMemory
+from ray_jobs._progress import Progress
+from ray_jobs._report import report_data
+from ray_jobs._runs import JOBS, Runs
+
+WORK: dict[str, Work] = {
+    "test_domain": test_domain.work,
+    "generate_tier1": generate_tier1.work,
+    "test_tier1": test_tier1.work,
+    "generate_tier2": generate_tier2.work,
+    "test_tier2": test_tier2.work,
+    "generate_tier3": generate_tier3.work,
+    "train_modifier": train_modifier.work,
+    "compress_modifier": compress_modifier.work,
+    "validate_modifier": validate_modifier.work,
+    "train_router": train_router.work,
+}
+
+
+def run_pipeline(config_path: str) -> Summary:
+    """Run what has not been run, write the report, and say where it is."""
+    runs = Runs(load_config(config_path))
+    with PeakMemory() as memory, Progress.live(f"cascade: {runs.config.domain}", JOBS) as progress:
+        for name in JOBS:
+            if not runs.run(name).done:
+                connect_ray(runs.config)
+            run_job(name, WORK[name], runs, progress)
+    summary = _write_report(runs, config_path, memory.peak_bytes)
+    print_summary(summary)
+    _say_what_next(runs, config_path)
+    return summary
+
+
+def _write_report(runs: Runs, config_path: str, peak_bytes: int) -> Summary:
+    """`report.html`, its tables and `summary.json` in the domain's folder; `summary.json` at the storage's root too."""
+    domain, store = runs.config.domain, runs.store
+    note = f"{domain}/pipeline.json"
+    before = store.read_json(note) if store.exists(note) else {}
+    runs_before = before.get("runs") == _fingerprints(runs)
+    peak = max(peak_bytes, before.get("peak_rss_bytes", 0)) if runs_before else peak_bytes
+    store.write_json(note, {"runs": _fingerprints(runs), "peak_rss_bytes": peak})
+    data = report_data(runs, config_path, peak)
+    with tempfile.TemporaryDirectory() as folder:
+        write_report(data, Path(folder) / "report.html")
+        store.upload_folder(folder, domain)
+    text = data.summary.model_dump_json(indent=2).encode() + b"\n"
+    for path in ("summary.json", f"{domain}/summary.json"):
+        store.write_bytes(path, text)
+    return data.summary
+
+
+def _fingerprints(runs: Runs) -> dict[str, str]:
+    return {name: runs.run(name).fingerprint for name in JOBS}
+
+
+def _say_what_next(runs: Runs, config_path: str) -> None:
+    console = Console()
+    console.print(f"\nReport:  {runs.store.uri}/{runs.config.domain}/report.html", soft_wrap=True)
+    console.print(f"Figures: {runs.store.uri}/summary.json", soft_wrap=True)
+    quickstart = config_path == "configs/quickstart.yaml"
+    command = "make serve" if quickstart else f"CASCADE_CONFIG={config_path} serve run serve.app:app"
+    console.print(f"Serve:   {command}   (then http://127.0.0.1:8000)", soft_wrap=True)
+
+
+def main() -> None:
+    path = parse_config("pipeline")
+    exit_with_message(lambda: run_pipeline(path))
+
+
+if __name__ == "__main__":
+    main()
