@@ -156,7 +156,7 @@ def _answer_tokens(answer: str) -> int:
 
 def _draw(split: Split, generators: list[Generator], seed: int, count: int) -> list[dict[str, Any]]:
     """Entries from the child process (see `cascade.benchmarks.procedural`)."""
-    request = {"seed": seed, "split": split, "count": count}
+    request: dict[str, Any] = {"seed": seed, "split": split, "count": count}
     request["generators"] = [g.model_dump(mode="json", include={"name", "weight", "options"}) for g in generators]
     root = str(Path(cascade.__file__).parents[1])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])

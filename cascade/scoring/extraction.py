@@ -113,7 +113,7 @@ def _decide(text: str, find: Finder, last_resort: Iterable[tuple[str, Finder]]) 
 # ------------------------------------------------------------------------------------------------- numbers
 
 _NUMBER = re.compile(r"(?<![\w.])(?:[-+−–]\s?(?=[\d$€£.]))?[$€£]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?![\w]*\d)")
-_WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"]
+_WORDS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen".split()  # noqa: SIM905
 _NUMBER_WORD = re.compile(rf"\b({'|'.join(_WORDS)})\b", re.IGNORECASE)
 _CLOSING_VALUE = re.compile(
     r"(?:\bis|\bare|\bequals?|\bequal\s+to|\bbe|\bhas|\bhave|=|:|→|->)\s+(?P<span>[^\s=][^=\n]*)$"

@@ -63,7 +63,7 @@ def test_weights_and_labels(tasks: dict[str, list[Task]]) -> None:
     per = {
         name: sum(t.category == name for t in tasks["train"]) for name in ("aiw", "family_relationships", "syllogism")
     }
-    assert per["aiw"] == per["family_relationships"]
+    assert abs(per["aiw"] - per["family_relationships"]) <= 1
     assert abs(per["syllogism"] * 2 - per["aiw"]) <= 4
     assert {t.difficulty for t in tasks["train"] if t.category == "aiw"} == {1, 2}
 
