@@ -10,10 +10,9 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import pyarrow as pa
-import ray
 import ray.data
 from ray.data import ActorPoolStrategy
 
@@ -88,7 +87,10 @@ def _blocks(assignment: Assignment, tasks: Sequence[Task], size: int) -> list[pa
     return blocks
 
 
-def _run_blocks(job: Job, assignments: Sequence[Assignment], blocks: list[pa.Table], pool: Sequence[Task]) -> Any:
+def _run_blocks(
+    job: Job, assignments: Sequence[Assignment], blocks: list[pa.Table], pool: Sequence[Task]
+) -> Iterator[tuple[str, list[Verdict]]]:
+    """Verdicts by assignment name, block by block, as they are done."""
     execution = job.config.execution
     actors = min(execution.student_actors, len(blocks))
     settings = {a.name: (a.style, a.adapter, a.label) for a in assignments}
@@ -99,9 +101,15 @@ def _run_blocks(job: Job, assignments: Sequence[Assignment], blocks: list[pa.Tab
         compute=ActorPoolStrategy(size=actors),
         num_cpus=execution.cpus_per_actor,
         num_gpus=1 if execution.use_gpu else 0,
-        fn_constructor_kwargs={"config": job.config, "run": job.run, "settings": settings, "pool": ray.put(list(pool))},
+        fn_constructor_kwargs={
+            "config": job.config,
+            "run": job.run,
+            "settings": settings,
+            "examples": WorkedExamples.from_pool(pool),
+        },
     )
-    for table in results.iter_batches(batch_size=None, batch_format="pyarrow"):
+    for batch in results.iter_batches(batch_size=None, batch_format="pyarrow"):
+        table = cast(pa.Table, batch)
         names = table.column("assignment").to_pylist()
         verdicts = from_table(Verdict, table)
         for name in dict.fromkeys(names):
@@ -112,11 +120,15 @@ class StudentActor:
     """Holds one base; answers and scores a block of tasks of one assignment at a time."""
 
     def __init__(
-        self, config: Config, run: Run, settings: dict[str, tuple[PromptStyle, str | None, str]], pool: Any
+        self,
+        config: Config,
+        run: Run,
+        settings: dict[str, tuple[PromptStyle, str | None, str]],
+        examples: WorkedExamples,
     ) -> None:
         limit_threads(config)
         self.config, self.run, self.settings = config, run, settings
-        self.examples = WorkedExamples(ray.get(pool))
+        self.examples = examples
         self.loaded = load_base(config.base)
         self.slot: LoraSlot | None = None
         self.filled: str | None = None

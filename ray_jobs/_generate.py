@@ -10,12 +10,11 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 import ray
 import ray.data
-from ray.actor import ActorHandle
 from ray.data import ActorPoolStrategy
 
 from cascade.artifacts import Run
@@ -61,7 +60,8 @@ def _ask_all(job: Job, tier: int, pending: list[Task], resolve: dict[str, str], 
     if not pending:
         return
     execution = job.config.execution
-    desk = _Desk.remote(job.config)  # type: ignore[attr-defined]
+    remote: Any = ray.remote(_Desk)
+    desk = remote.options(num_cpus=0, max_concurrency=10_000).remote(job.config)
     size = execution.task_block
     blocks = [to_table(Task, pending[i : i + size]) for i in range(0, len(pending), size)]
     rows = ray.data.from_arrow(blocks).map_batches(
@@ -81,7 +81,7 @@ def _ask_all(job: Job, tier: int, pending: list[Task], resolve: dict[str, str], 
     done, passed, spent = total - len(pending), 0, 0.0
     stopped: CascadeError | None = None
     for batch in rows.iter_batches(batch_size=None, batch_format="pyarrow"):
-        for row in batch.to_pylist():
+        for row in cast(pa.Table, batch).to_pylist():
             if row["stopped"]:
                 stopped = stopped or _STOPPED[row["stopped"]](row["note"])
                 continue
@@ -91,7 +91,6 @@ def _ask_all(job: Job, tier: int, pending: list[Task], resolve: dict[str, str], 
         raise stopped
 
 
-@ray.remote(num_cpus=0, max_concurrency=10_000)
 class _Desk:
     """One per run of a job: the budget, and a limiter for each endpoint and key, for all teacher actors."""
 
@@ -123,7 +122,7 @@ class _Desk:
 class _SharedLimiter:
     """`cascade.teachers.limits.Limiter`, kept by the desk."""
 
-    desk: ActorHandle
+    desk: Any
     endpoint: Endpoint
 
     async def acquire(self, tokens: int) -> str:
@@ -138,7 +137,7 @@ class _SharedLimiter:
 class _SharedBudget:
     """`cascade.teachers.budget.Budget`, kept by the desk."""
 
-    desk: ActorHandle
+    desk: Any
 
     async def reserve(self, tier: int, usd: float) -> str:
         lease: str = await self.desk.reserve.remote(tier, usd)
@@ -176,7 +175,7 @@ class _Solved:
 class TeacherActor:
     """Asks one tier's teacher, many tasks at once, and verifies the answers."""
 
-    def __init__(self, config: Config, run: Run, tier: int, resolve: dict[str, str], desk: ActorHandle) -> None:
+    def __init__(self, config: Config, run: Run, tier: int, resolve: dict[str, str], desk: Any) -> None:
         self.run, self.tier, self.domain = run, tier, config.domain
         self.teacher = config.tier(tier)
         self.make_client = lambda: TeacherClient(

@@ -7,7 +7,7 @@ fold's own tasks, so that no task is tested by a probe that saw its answer.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import ray
 
@@ -44,7 +44,7 @@ def cross_fitted_probes(
     found = {v.task_id: v for v in job.run.read(VERDICTS, Verdict)}
     folds = deal_folds([*tasks, *(e for e in examples)], job.config.probe.folds)
     execution = job.config.execution
-    remote = ray.remote(num_cpus=execution.cpus_per_actor, num_gpus=1 if execution.use_gpu else 0)(_probe_fold)
+    remote: Any = ray.remote(num_cpus=execution.cpus_per_actor, num_gpus=1 if execution.use_gpu else 0)(_probe_fold)
     shared = [ray.put(value) for value in (job.config, job.run, list(examples), list(tasks), folds, style)]
     missing = {fold for t in tasks if t.id not in found and (fold := folds[t.id]) is not None}
     events = [remote.options(num_returns="streaming", max_retries=3).remote(*shared, fold) for fold in sorted(missing)]
@@ -63,10 +63,10 @@ def deal_folds(items: Sequence[Task | Example], folds: int) -> dict[str, int]:
 def _watch(job: Job, generators: list[Any]) -> None:
     """Report the folds' progress until all are done; raises what a fold raised."""
     state: dict[Any, tuple[int, int]] = {}
-    waiting = list(generators)
+    waiting: list[Any] = list(generators)
     while waiting:
         ready, _ = ray.wait(waiting, num_returns=1)
-        for generator in ready:
+        for generator in cast(list[Any], ready):
             try:
                 phase, done, total = ray.get(next(generator))
             except StopIteration:

@@ -101,8 +101,9 @@ def _trials(runs: Runs) -> list[TrialRow]:
 def _in_words(recipe: str) -> str:
     """A recipe in a few words, e.g. "prune A to 12 %, B to 9 %, B × 3.0, int4"."""
     parsed, words = Recipe.model_validate_json(recipe), []
-    if parsed.truncate is not None and parsed.truncate.keep < 1:
-        words.append(f"rank truncated to {parsed.truncate.keep:.0%} ({parsed.truncate.allocation})")
+    if parsed.truncate is not None and (parsed.truncate.keep or 0.0) < 1:
+        by = f"{parsed.truncate.keep:.0%}" if parsed.truncate.keep else f"{parsed.truncate.energy:.0%} of its energy"
+        words.append(f"rank truncated to {by} ({parsed.truncate.allocation})")
     elif parsed.truncate is not None:
         words.append("rotated by SVD")
     if parsed.prune is not None:

@@ -115,7 +115,7 @@ def _distributions(space: dict[str, tuple[Any, ...]]) -> dict[str, BaseDistribut
 def _trials_of(results: ResultGrid) -> list[Trial]:
     found = [
         Trial(**{f.name: r.metrics[f.name] for f in dataclasses.fields(Trial)})
-        for r in results
+        for r in (results[i] for i in range(len(results)))
         if r.metrics and "loss" in r.metrics
     ]
     return sorted(found, key=lambda t: (t.loss, t.disk_bytes, t.recipe))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import tempfile
 
 from cascade import modifiers
-from cascade.compression import format as modifier_format
+from cascade.compression.format import load_modifier
 from cascade.reports.summary import MODELS
 from cascade.scoring.statistics import Score, mcnemar_exact
 from cascade.tasks import Example, Task, Verdict
@@ -48,14 +48,11 @@ def _publish(job: Job, file: str, verdicts: dict[str, list[Verdict]]) -> str:
     local = job.run.store.local_copy(file, tempfile.gettempdir())
     trained = job.runs.train_modifier
     teachers = tuple(sorted({e.teacher for e in trained.read("examples", Example) if e.tier > 0}))
-    scores = {
-        name: modifier_format.Score(value=s.accuracy, n=s.n, low=s.low, high=s.high)
-        for name, s in ((name, Score.of(v)) for name, v in verdicts.items())
-    }
+    scores = {name: Score.of(v) for name, v in verdicts.items()}
     modifier = modifiers.publish(
         job.run.store,
         job.config.domain,
-        modifier_format.load_modifier(local),
+        load_modifier(local),
         fp16_size=job.runs.compress_modifier.metrics["fp16_bytes"],
         scores=scores,
         teachers=teachers,

@@ -83,7 +83,8 @@ def base_folder(base: Base) -> Path:
     except Exception as error:
         raise ConfigError(
             f"base.model: {base.model!r} is no local folder and the hub did not give it "
-            f"({type(error).__name__}: {error}). Give a hub name that can be reached from here, a local folder, or one of {', '.join(WHEEL_MODELS)}"
+            f"({type(error).__name__}: {error}). Give a hub name that can be reached from here, a local folder, "
+            f"or one of {', '.join(WHEEL_MODELS)}"
         ) from error
 
 
@@ -168,6 +169,9 @@ def _convert_gguf(gguf: Path, target: Path) -> None:
     Without `dequantize=True` transformers keeps the weights packed: slow to compute and not saveable.
     """
     from transformers import GgufConfig
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
     partial = target.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)

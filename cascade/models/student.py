@@ -7,8 +7,9 @@ come from the training split, of the same category first, and never the task its
 from __future__ import annotations
 
 import hashlib
+import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from cascade import benchmarks
@@ -20,22 +21,38 @@ from cascade.tasks import Completion, Message, Task
 
 @dataclass(frozen=True)
 class WorkedExamples:
-    """Training tasks to show before a question, with their reference answers."""
+    """Training tasks to show before a question, with their reference answers.
 
-    pool: Sequence[Task]
+    Attributes:
+        by_category: (benchmark, category) -> a few tasks. See `from_pool`.
+    """
+
+    by_category: Mapping[tuple[str, str], Sequence[Task]]
+
+    @classmethod
+    def from_pool(cls, pool: Sequence[Task], most: int = 8) -> WorkedExamples:
+        """Keep the first `most` + 1 chat tasks of each category: one may have to be left out as the question."""
+        kept: dict[tuple[str, str], list[Task]] = {}
+        for task in pool:
+            if task.form == "chat" and len(task.messages) == 1:
+                same = kept.setdefault((task.benchmark, task.category), [])
+                if len(same) <= most:
+                    same.append(task)
+        return cls(kept)
 
     def for_task(self, task: Task, count: int) -> list[Message]:
-        """`count` question-answer pairs, the same for every task of a category (so that prefixes can be shared)."""
+        """`count` question-answer pairs: of the task's own category, then of others; never the question itself."""
         if count == 0 or task.form != "chat" or len(task.messages) != 1:
             return []
-        same = [t for t in self.pool if t.category == task.category and t.benchmark == task.benchmark]
-        rest = [t for t in self.pool if t not in same] if len(same) <= count else []
-        shown = [t for t in [*same, *rest] if t.id != task.id and t.prompt != task.prompt][:count]
+        own = (task.benchmark, task.category)
+        others = (t for key, tasks in self.by_category.items() if key != own for t in tasks)
+        candidates = itertools.chain(self.by_category.get(own, ()), others)
+        shown = itertools.islice((t for t in candidates if t.id != task.id and t.prompt != task.prompt), count)
         pairs = [(t.messages[-1], Message("assistant", benchmarks.get(t.benchmark).reference_answer(t))) for t in shown]
         return [message for pair in pairs for message in pair]
 
 
-NO_EXAMPLES = WorkedExamples(())
+NO_EXAMPLES = WorkedExamples({})
 
 
 def styled_messages(task: Task, style: PromptStyle, examples: WorkedExamples = NO_EXAMPLES) -> list[Message]:

@@ -71,7 +71,7 @@ class DeepSpeedEngine:
         return float(norm) if norm is not None else float("nan")
 
     def save(self, folder: str | Path, step: int) -> None:
-        """This worker's part of a checkpoint: trainable weights, optimiser, and the next step. Every worker calls it."""
+        """This worker's part of a checkpoint: trainable weights, optimiser, next step. Every worker calls it."""
         self.engine.save_checkpoint(
             str(folder), tag="state", client_state={"next_step": step}, exclude_frozen_parameters=True
         )

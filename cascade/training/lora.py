@@ -28,9 +28,9 @@ def add_lora(loaded: LoadedBase, settings: Lora, seed: int) -> PeftModel:
     )
     model = get_peft_model(loaded.model, config)
     for name, layer in lora_layers(model).items():
-        weight = layer.lora_A["default"].weight
-        start = initial_lora_a(seed, name, *weight.shape)
-        weight.data.copy_(torch.from_numpy(start))
+        weight: torch.Tensor = layer.lora_A["default"].weight  # type: ignore[assignment]
+        rank, fan_in = weight.shape
+        weight.data.copy_(torch.from_numpy(initial_lora_a(seed, name, rank, fan_in)))
     return model
 
 

@@ -38,7 +38,10 @@ class Row:
             input_ids, position_ids: shape (1, tokens). target_index: positions whose *next* token is learned,
             shape (targets,). target_ids: those next tokens, shape (targets,).
         """
-        ids, positions, index, targets = [], [], [], []
+        ids: list[int] = []
+        positions: list[int] = []
+        index: list[int] = []
+        targets: list[int] = []
         for example in self.examples:
             start = len(ids)
             ids += example.input_ids
