@@ -1,0 +1,175 @@
+"""What a report is made of, and the Parquet tables that lie beside it.
+
+Every number of a report comes from these rows: `save_tables` writes them next to the page, `load_tables` reads them
+back, and the page made from what was read is the same page.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from cascade.errors import DataError
+from cascade.reports.summary import MODELS, Summary, TierRow, read_summary, write_summary
+from cascade.tasks import Outcome, Task, Verdict, from_table, to_table
+
+
+@dataclass(frozen=True, slots=True)
+class CurvePoint:
+    """One optimiser step of the modifier's training.
+
+    Attributes:
+        loss: mean cross-entropy (nats) of the step's trained tokens.
+        tokens_per_s: trained and prompt tokens per second of the step.
+        validation_loss: on held-out examples, where it was measured after this step.
+    """
+
+    step: int
+    loss: float
+    learning_rate: float
+    tokens_per_s: float
+    validation_loss: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TrialRow:
+    """One recipe that the compression search tried.
+
+    Attributes:
+        recipe: in words.
+        loss: cross-entropy (nats) on held-out examples with the compressed adapter.
+        accuracy: on validation tasks, if it was a finalist.
+        chosen: whether it became the compressed modifier.
+    """
+
+    recipe: str
+    bytes: int
+    loss: float
+    accuracy: float | None = None
+    chosen: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One test task with the answers before and after."""
+
+    task_id: str
+    category: str
+    prompt: str
+    base_answer: str
+    modifier_answer: str
+    reference: str
+    base_outcome: Outcome
+    modifier_outcome: Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class FailureRow:
+    """How many of the test tasks that the compressed modifier failed are of one kind."""
+
+    kind: str
+    n: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceRow:
+    """A published score beside ours. `score` and `ours` are in percent, `ratio` is ours over theirs."""
+
+    benchmark: str
+    model: str
+    score: float
+    source: str
+    ours: float
+    ratio: float
+    n: int
+    target_low: float
+    target_high: float
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """All that one report shows.
+
+    Attributes:
+        tasks: the test tasks.
+        verdicts: of "base", "modifier" and "compressed" on them.
+        router: what `train_router` reports: `reliability` (candidate -> bins with lower, upper, n, confidence,
+            accuracy, low, high), `ece` (candidate -> error) and `policies` (name -> accuracy, low, high, n, or a
+            plain accuracy). Other keys are listed as they are.
+    """
+
+    summary: Summary
+    tasks: Sequence[Task]
+    verdicts: Mapping[str, Sequence[Verdict]]
+    tiers: Sequence[TierRow]
+    curve: Sequence[CurvePoint] = ()
+    trials: Sequence[TrialRow] = ()
+    router: Mapping[str, Any] = field(default_factory=dict)
+    samples: Sequence[Sample] = ()
+    failures: Sequence[FailureRow] = ()
+    references: Sequence[ReferenceRow] = ()
+
+    def __post_init__(self) -> None:
+        if set(self.verdicts) != set(MODELS):
+            raise DataError(f"a report needs the verdicts of {', '.join(MODELS)}, got {', '.join(self.verdicts)}")
+
+
+_ROWS: dict[str, type] = {
+    "tasks": Task,
+    "tiers": TierRow,
+    "curve": CurvePoint,
+    "trials": TrialRow,
+    "samples": Sample,
+    "failures": FailureRow,
+    "references": ReferenceRow,
+}
+
+
+def tables_folder(report: Path) -> Path:
+    """Where the tables of a report lie: `report.html` -> `report.tables/`."""
+    return report.with_name(f"{report.stem}.tables")
+
+
+def save_tables(data: ReportData, report: Path) -> None:
+    """Write every row that the report shows as Parquet beside it."""
+    folder = tables_folder(report)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, record in _ROWS.items():
+        pq.write_table(to_table(record, list(getattr(data, name))), folder / f"{name}.parquet")
+    for model, verdicts in data.verdicts.items():
+        pq.write_table(to_table(Verdict, list(verdicts)), folder / f"verdicts-{model}.parquet")
+    (folder / "router.json").write_text(json.dumps(plain(data.router), indent=2) + "\n", encoding="utf-8")
+    write_summary(data.summary, folder / "summary.json")
+
+
+def load_tables(report: Path) -> ReportData:
+    """What `save_tables` wrote.
+
+    Raises:
+        DataError: a table is missing or of another schema.
+    """
+    folder = tables_folder(report)
+    try:
+        rows: dict[str, Any] = {n: from_table(r, pq.read_table(folder / f"{n}.parquet")) for n, r in _ROWS.items()}
+        verdicts = {m: from_table(Verdict, pq.read_table(folder / f"verdicts-{m}.parquet")) for m in MODELS}
+        router = json.loads((folder / "router.json").read_text(encoding="utf-8"))
+        return ReportData(summary=read_summary(folder / "summary.json"), verdicts=verdicts, router=router, **rows)
+    except FileNotFoundError as error:
+        raise DataError(f"{error.filename} is missing: the tables of {report.name} are not complete") from error
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses inside a router report as plain dictionaries, so that JSON takes them."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    return value

@@ -1,0 +1,148 @@
+"""One self-contained HTML page per pipeline run, with its numbers as Parquet beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from cascade.reports import figures
+from cascade.reports.console import duration, megabytes, p_value, points
+from cascade.reports.data import ReportData, plain, save_tables, tables_folder
+from cascade.reports.summary import MODELS, ModelScore
+from cascade.scoring.statistics import Score, breakdown
+
+MAX_SAMPLES = 24
+"""Sample answers shown; the table beside the page has all that were given."""
+MAX_GROUPS = 30
+"""Categories drawn; a benchmark with more is shown by its largest."""
+
+
+def write_report(data: ReportData, path: str | Path) -> Path:
+    """Write the page and, in `<name>.tables/`, the Parquet tables from which each of its numbers can be recomputed.
+
+    Args:
+        path: of the HTML file; a file that is there is replaced.
+
+    Returns:
+        The path of the page.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    save_tables(data, target)
+    partial = target.with_name(target.name + ".tmp")
+    partial.write_text(render(data, tables=tables_folder(target).name), encoding="utf-8")
+    partial.replace(target)
+    return target
+
+
+def render(data: ReportData, *, tables: str) -> str:
+    """The page as text.
+
+    Args:
+        tables: name of the folder beside the page that holds the tables.
+    """
+    environment = Environment(
+        loader=PackageLoader("cascade.reports"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "percent": lambda x: f"{x:.1%}",
+        "points": points,
+        "megabytes": megabytes,
+        "duration": duration,
+        "usd": usd,
+        "count": lambda n: f"{n:,}",
+    }
+    return environment.get_template("report.html").render(
+        data=data,
+        summary=data.summary,
+        models=MODELS,
+        p_value=p_value(data.summary),
+        figure=_figures(data),
+        categories=by_group(data, "category"),
+        difficulties=by_group(data, "difficulty"),
+        outcomes=outcomes(data),
+        policies=policies(data.router),
+        router_figures=_router_figures(data.router),
+        samples=list(data.samples)[:MAX_SAMPLES],
+        tables=tables,
+    )
+
+
+def usd(value: float) -> str:
+    """Dollars with the digits that small runs need."""
+    return f"${value:,.4f}" if value < 1 else f"${value:,.2f}"
+
+
+def by_group(data: ReportData, key: str) -> dict[str, dict[str, Score]]:
+    """Scores of the three models per category or difficulty, largest groups first kept, in sorted order."""
+    rows: dict[str, dict[str, Score]] = {}
+    for model in MODELS:
+        group: Any = key
+        for name, score in breakdown(data.tasks, data.verdicts[model], group).items():
+            rows.setdefault(str(name) or "(none)", {})[model] = score
+    kept = sorted(rows, key=lambda name: -rows[name][MODELS[0]].n)[:MAX_GROUPS]
+    return {name: scores for name, scores in rows.items() if name in kept}
+
+
+def outcomes(data: ReportData) -> dict[str, dict[str, int]]:
+    """Outcome -> model -> number of test tasks."""
+    table = {o: dict.fromkeys(MODELS, 0) for o in ("pass", "fail", "unparsed", "timeout", "error")}
+    for model in MODELS:
+        for verdict in data.verdicts[model]:
+            table[verdict.outcome][model] += 1
+    return table
+
+
+def policies(router: Any) -> list[tuple[str, str]]:
+    """Routing policies with their accuracies in words."""
+    rows = []
+    for name, value in plain(router.get("policies", {})).items():
+        if isinstance(value, dict):
+            interval = f" [{value['low']:.1%}, {value['high']:.1%}]" if "low" in value else ""
+            rows.append((name, f"{value['accuracy']:.1%}{interval} (n = {value['n']})"))
+        else:
+            rows.append((name, f"{value:.1%}"))
+    return rows
+
+
+def _router_figures(router: Any) -> list[tuple[str, str]]:
+    """What else the router reports, as name and text."""
+    rows = []
+    for name, value in plain(router).items():
+        if name in ("reliability", "policies"):
+            continue
+        items = value.items() if isinstance(value, dict) else [("", value)]
+        rows += [(f"{name} {key}".strip(), f"{v:.4g}" if isinstance(v, float) else str(v)) for key, v in items]
+    return rows
+
+
+def _figures(data: ReportData) -> dict[str, Markup]:
+    """Name -> SVG; a figure without data is left out."""
+    s = data.summary
+    overall = {"all test tasks": {m: _as_score(s.scores[m]) for m in MODELS}}
+    categories, difficulties = by_group(data, "category"), by_group(data, "difficulty")
+    limit = s.max_ratio * s.adapter_bytes if s.max_ratio is not None else None
+    reliability = plain(data.router.get("reliability", {}))
+    draw: dict[str, tuple[bool, Callable[[], str]]] = {
+        "overall": (True, lambda: figures.accuracy(overall, "Accuracy on all test tasks")),
+        "category": (len(categories) > 1, lambda: figures.accuracy(categories, "Accuracy by category")),
+        "difficulty": (len(difficulties) > 1, lambda: figures.accuracy(difficulties, "Accuracy by difficulty")),
+        "flow": (bool(data.tiers), lambda: figures.tier_flow(data.tiers)),
+        "cost": (bool(data.tiers), lambda: figures.cost(data.tiers, s.cost_single_teacher_usd)),
+        "loss": (bool(data.curve), lambda: figures.loss_curve(data.curve)),
+        "pareto": (bool(data.trials), lambda: figures.pareto(data.trials, limit)),
+        "reliability": (bool(reliability), lambda: figures.reliability(reliability)),
+    }
+    return {name: Markup(make()) for name, (wanted, make) in draw.items() if wanted}
+
+
+def _as_score(s: ModelScore) -> Score:
+    return Score(n=s.n, passed=s.passed, unparsed=s.unparsed, accuracy=s.accuracy, low=s.low, high=s.high)
