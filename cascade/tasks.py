@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 import pyarrow as pa
 
@@ -205,6 +205,7 @@ _ARROW: dict[Any, pa.DataType] = {
     int: pa.int64(),
     float: pa.float64(),
     bool: pa.bool_(),
+    float | None: pa.float64(),
     tuple[Message, ...]: _MESSAGES,
     tuple[str, ...]: pa.list_(pa.string()),
     tuple[int, ...]: pa.list_(pa.int64()),
@@ -225,7 +226,7 @@ def schema_of(record: type) -> pa.Schema:
     for name, kind in _field_types(record).items():
         if getattr(kind, "__origin__", None) is Literal:
             kind = str
-        fields.append(pa.field(name, _ARROW[kind], nullable=False))
+        fields.append(pa.field(name, _ARROW[kind], nullable=type(None) in get_args(kind)))
     return pa.schema(fields, metadata={"record": record.__name__})
 
 
