@@ -8,7 +8,7 @@ part in the run, so that a killed job repeats at most the batches in flight.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
