@@ -12,6 +12,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from cascade import benchmarks
@@ -145,7 +146,7 @@ def _shift_number(text: str, draw: random.Random) -> str:
 def _swap_words(text: str, draw: random.Random) -> str:
     """Two neighbouring different words in each other's place."""
     words = list(_WORD.finditer(text))
-    pairs = [(a, b) for a, b in zip(words, words[1:], strict=False) if a[0].lower() != b[0].lower()]
+    pairs = [(a, b) for a, b in pairwise(words) if a[0].lower() != b[0].lower()]
     if not pairs:
         return text
     a, b = draw.choice(pairs)

@@ -132,10 +132,8 @@ def expected_samples(solved: float, samples: int) -> float:
         solved: probability that one of all the samples passes.
         samples: most attempts.
     """
-    if solved >= 1.0:
-        return 1.0
-    once = 1.0 - (1.0 - solved) ** (1.0 / samples)
-    return solved / once if once > 1e-12 else float(samples)
+    missed = (1.0 - solved) ** (1.0 / samples)  # by one sample
+    return sum(missed**already for already in range(samples))
 
 
 def _guess_completion(teacher: Teacher, tasks: Sequence[Task], count_tokens: Callable[[str], int]) -> float:

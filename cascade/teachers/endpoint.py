@@ -93,7 +93,7 @@ class EndpointClient:
         """One call, without retries."""
         began = time.monotonic()
         try:
-            call: Any = {"messages": [m.as_dict() for m in messages], **parameters}
+            call: Any = {"messages": [m.as_dict() for m in messages], **parameters, "extra_headers": self._headers()}
             raw = await self._open().chat.completions.create(model=self._teacher.name, **call)
             result: Response | Failure = read_response(raw, messages, time.monotonic() - began)
         except openai.APIStatusError as error:
@@ -116,19 +116,20 @@ class EndpointClient:
     def _open(self) -> openai.AsyncOpenAI:
         if self._client is None:
             key = os.environ.get(self.endpoint.api_key_env, "") if self.endpoint.api_key_env else ""
-            omit: dict[str, Any] = {"OpenAI-Organization": openai.Omit(), "OpenAI-Project": openai.Omit()}
-            if not key:  # the SDK would send OPENAI_API_KEY to whoever is asked
-                omit["Authorization"] = openai.Omit()
             local = urlsplit(self._url).hostname in ("127.0.0.1", "localhost", "::1")
             self._client = openai.AsyncOpenAI(
                 base_url=self._url,
                 api_key=key or "none",
                 max_retries=0,
                 timeout=self._teacher.timeout_s,
-                default_headers=omit,
                 http_client=openai.DefaultAsyncHttpxClient(trust_env=False) if local else None,
             )
         return self._client
+
+    def _headers(self) -> dict[str, openai.Omit]:
+        """Headers not to send: the SDK takes organization and key from the environment, whoever is asked."""
+        names = ["OpenAI-Organization", "OpenAI-Project"]
+        return {name: openai.Omit() for name in [*names, *([] if self.endpoint.api_key_env else ["Authorization"])]}
 
     def _status(self, error: openai.APIStatusError) -> Failure:
         status, said = error.status_code, _message(error)

@@ -179,7 +179,7 @@ class Ledger:
                 self._read[writer.path] = writer.end
             raise
         with self._lock:
-            self._read[place.path] = place.offset + place.length
+            self._read[place.path] = max(self._read.get(place.path, 0), place.offset + place.length)
             self._count(entry, place)
         return writer
 
@@ -226,7 +226,7 @@ class Ledger:
         """Close this writer's files; a later row opens new ones."""
         with self._lock:
             for writer in self._writers.values():
-                self._read.setdefault(writer.path, writer.end)
+                self._read[writer.path] = writer.end
                 writer.close()
             self._writers.clear()
 

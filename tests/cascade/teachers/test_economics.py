@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cascade.config import ANSWER_KEY, check_config
+from cascade.tasks import Verdict
+from cascade.teachers.budget import price_usd
+from cascade.teachers.economics import expected_samples, plan, single_teacher_cost, tier_report
+from cascade.teachers.ledger import LedgerEntry
+
+PRICES = ((0.05, 0.05), (0.2, 0.2), (1.0, 1.0))
+
+
+@pytest.fixture
+def tiers(make_teacher):
+    return [
+        make_teacher(f"http://t{n}/v1", name=f"t{n}", input_usd_per_million=i, output_usd_per_million=o)
+        for n, (i, o) in enumerate(PRICES, 1)
+    ]
+
+
+def config(tiers, **changes):
+    source = {"sources": [{"benchmark": "jsonl"}]}
+    tasks = {"train": source, "validation": source, "test": source}
+    raw = {"domain": "reasoning", "base": {"model": "m"}, "tasks": tasks, "budget_usd": 9.0}
+    return check_config(raw | {"tiers": [t.model_dump() for t in tiers]} | changes)
+
+
+def row(tier: int, task: str, tokens: int = 1000, **changes) -> LedgerEntry:
+    price = tokens * 2 * PRICES[tier - 1][0] / 1e6
+    values = {"key": f"{tier}{task}", "domain": "reasoning", "tier": tier, "task_id": task, "attempt": 0}
+    values |= {"teacher": f"t{tier}", "endpoint": "u", "prompt_tokens": tokens, "completion_tokens": tokens}
+    return LedgerEntry(**values | {"price_usd": price} | changes)
+
+
+def verdicts(tier: int, **outcomes: str) -> list[Verdict]:
+    return [Verdict(task, f"t{tier}", "", outcome) for task, outcome in outcomes.items()]
+
+
+def test_shares_costs_and_saving(tiers) -> None:
+    judged = {
+        1: verdicts(1, a="pass", b="pass", c="fail", d="fail"),
+        2: verdicts(2, b="pass", c="pass", d="unparsed"),  # a probe still failed b
+        3: verdicts(3, d="fail"),
+    }
+    rows = [row(1, t) for t in "abcd"] + [row(2, t) for t in "bcd"] + [row(3, "d"), row(3, "d", attempt=1)]
+    rows += [row(1, "zz"), row(1, "a", outcome="error", price_usd=0.0)]
+    report = tier_report(rows, judged, tiers)
+    assert report.failures == 4
+    assert report.shares == {1: 0.25, 2: 0.5, 3: 0.0}
+    assert report.unsolved_share == 0.25
+    assert [t.tasks_in for t in report.tiers] == [4, 3, 1]
+    assert [t.verified for t in report.tiers] == [2, 2, 0]
+    assert [t.escalated for t in report.tiers] == [3, 1, 1]
+    assert [t.requests for t in report.tiers] == [4, 3, 2]
+    assert report.cost_usd == pytest.approx((4 * 0.05 + 3 * 0.2 + 2 * 1.0) * 2e-3)
+    assert report.cost_single_teacher_usd == pytest.approx((3 * 1.0 + 2 * 1.0) * 2e-3)
+    assert report.saving == pytest.approx(1 - 2.8 / 5)
+    assert report.saving_interval.low < report.saving < report.saving_interval.high
+    assert 0.25 in report.share_intervals[1]
+
+
+def test_the_expected_shares_save_three_quarters(tiers) -> None:
+    tasks = [f"t{n}" for n in range(1000)]
+    judged = {
+        1: verdicts(1, **{t: "pass" if n < 650 else "fail" for n, t in enumerate(tasks)}),
+        2: verdicts(2, **{t: "pass" if n < 225 else "fail" for n, t in enumerate(tasks[650:])}),
+        3: verdicts(3, **dict.fromkeys(tasks[875:], "pass")),
+    }
+    rows = [row(k, v.task_id, random.Random(v.task_id).randint(50, 500)) for k in judged for v in judged[k]]
+    report = tier_report(rows, judged, tiers)
+    assert report.shares == {1: 0.65, 2: 0.225, 3: 0.125}
+    assert report.saving == pytest.approx(1 - (0.05 + 0.35 * 0.2 + 0.125), abs=0.03)
+    assert report.saving in report.saving_interval
+
+
+def test_an_empty_or_unfinished_cascade_has_a_report(tiers) -> None:
+    assert tier_report([], {}, tiers).saving == 0.0
+    report = tier_report([row(1, "a"), row(1, "b")], {1: verdicts(1, a="pass", b="fail")}, tiers)
+    assert report.shares == {1: 0.5, 2: 0.0, 3: 0.0}
+    assert report.unsolved_share == 0.5
+
+
+def test_one_teacher_alone_is_not_charged_for_the_cheap_tiers_retries(tiers) -> None:
+    rows = [row(1, "a", 100), row(1, "a", 300), row(1, "b", 100), row(3, "b", 500), row(3, "b", 700)]
+    costs = single_teacher_cost(rows, ["a", "b", "c"], tiers[2], 3)
+    assert costs["a"] == pytest.approx(price_usd(tiers[2], 200, 200))
+    assert costs["b"] == pytest.approx(2 * (500 + 700) / 1e6)
+    assert costs["c"] == 0.0
+
+
+@given(st.floats(0.0, 1.0), st.integers(1, 8))
+def test_expected_samples_are_between_one_and_all(solved: float, samples: int) -> None:
+    assert expected_samples(solved, samples) + 1e-9 >= 1.0
+    assert expected_samples(solved, samples) <= samples + 1e-9
+
+
+def test_expected_samples_agree_with_a_simulation() -> None:
+    draw, total = random.Random(0), 0
+    for _ in range(20_000):
+        for attempt in range(1, 4):
+            if draw.random() < 0.4 or attempt == 3:
+                total += attempt
+                break
+    assert expected_samples(1 - 0.6**3, 3) == pytest.approx(total / 20_000, rel=0.02)
+
+
+def test_the_plan_follows_shares_prompts_and_prices(tiers, make_task) -> None:
+    tasks = [make_task(n) for n in range(10, 60)]  # 16 to 18 characters: 4 or 5 tokens and the frame
+    rows = plan(config(tiers), tasks, failure_rate=0.9, n_tasks=10_000)
+    assert [r.tasks for r in rows] == [9000, 3150, 1125]
+    assert [r.calls for r in rows] == [9000, 3150, 1125]
+    assert rows[0].prompt_tokens == 9000 * (4 + 4)
+    assert rows[0].completion_tokens == 9000 * 25
+    assert rows[0].cost_usd == pytest.approx(9000 * 33 * 0.05 / 1e6)
+    assert rows[2].cost_usd == pytest.approx(1125 * 33 / 1e6)
+    assert all(r.worst_cost_usd > r.cost_usd for r in rows)
+    assert rows[0].budget_usd == 9.0
+    measured = plan(config(tiers), tasks, n_tasks=10_000, ledger=[row(1, str(n), 40) for n in range(5)])
+    assert (measured[0].tokens_from, measured[1].tokens_from) == ("measured", "estimated")
+    assert measured[0].completion_tokens == 9000 * 40
+
+
+def test_the_plan_knows_what_an_answer_key_will_say(make_teacher, make_task) -> None:
+    teachers = [
+        make_teacher(ANSWER_KEY, name=f"answer-key-{n}", answer_key={"max_difficulty": n}, samples=2, expected_share=s)
+        for n, s in ((1, 0.5), (2, 0.5), (3, 0.0))
+    ]
+    rows = plan(config(teachers), [make_task(n) for n in range(10, 50)], failure_rate=1.0, n_tasks=100)
+    assert [r.tasks for r in rows] == [100, 50, 0]
+    assert rows[0].calls == round(100 * 0.5 / (1 - 0.5**0.5))
+    assert rows[1].calls == 50
+    assert rows[0].completion_tokens == rows[0].calls
