@@ -33,6 +33,7 @@ class Arguments(BaseModel):
     Attributes:
         config: YAML file, or several separated by ":".
         replicas: engines, each with a base and a slot of its own.
+        threads: of an engine's computing; null: execution.threads, else as many as help.
         rows: sequences an engine computes together.
         waiting: work that an engine lets wait before it answers 429.
         patience_s: see `serve.engine`.
@@ -41,6 +42,7 @@ class Arguments(BaseModel):
     model_config = ConfigDict(extra="forbid")
     config: str = Field(default_factory=lambda: os.environ.get(CONFIG_VARIABLE) or DEFAULT_CONFIG)
     replicas: int = Field(1, ge=1)
+    threads: int | None = Field(None, ge=1)
     rows: int = Field(Limits.rows, ge=1)
     waiting: int = Field(Limits.waiting, ge=1)
     patience_s: float = Field(Limits.patience_s, ge=0)
@@ -65,9 +67,9 @@ def build(args: Arguments) -> Application:
     served = Served(
         base=_absolute(first.base),
         storage=storage.uri,
-        execution=first.execution,
         systems=_systems(configs),
         limits=Limits(rows=args.rows, waiting=args.waiting, patience_s=args.patience_s),
+        threads=args.threads or first.execution.threads,
     )
     options: dict[str, Any] = {"num_cpus": first.execution.cpus_per_actor}
     if first.execution.use_gpu:

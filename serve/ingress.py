@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from fastapi import FastAPI
 from ray import serve as ray_serve
 from ray.serve.config import BackpressureConfig
 from ray.serve.exceptions import BackPressureError
-from ray.serve.handle import DeploymentHandle
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from cascade.artifacts import Store
-from cascade.config import Base, Execution
+from cascade.config import Base
 from cascade.models.base import cache_folder, load_base
 from serve.engine import Engine, Limits
 from serve.events import Event, Failed, Work
@@ -29,6 +31,7 @@ from serve.live import LiveModifiers, LiveRouter
 logger = logging.getLogger("ray.serve")
 
 RETRY_AFTER_S = 1
+_MOST_THREADS = 8
 _GRACE_S = 120.0
 """How long a replica that is to stop may finish the answers it has begun."""
 
@@ -40,13 +43,14 @@ class Served:
     Attributes:
         storage: URI of the store.
         systems: per domain the system message of its prompts.
+        threads: of an engine's computing; None takes the machine's cores, as far as they still help.
     """
 
     base: Base
     storage: str
-    execution: Execution
     systems: dict[str, str]
-    limits: Limits = Limits()
+    limits: Limits = field(default_factory=Limits)
+    threads: int | None = None
 
 
 @ray_serve.deployment(
@@ -62,7 +66,7 @@ class EngineReplica:
     """A replica that generates: one base, one modifier slot, one computing thread."""
 
     def __init__(self, served: Served) -> None:
-        torch.set_num_threads(served.execution.threads or max(1, int(served.execution.cpus_per_actor)))
+        torch.set_num_threads(served.threads or min(os.cpu_count() or 1, _MOST_THREADS))
         loaded = load_base(served.base)
         modifiers = LiveModifiers(Store(served.storage), base_sha256=loaded.sha256)
         self._engine = Engine(loaded, modifiers, served.limits)
@@ -93,12 +97,13 @@ class EngineReplica:
 class RemoteEngine:
     """A handle on the engine replicas as a `Backend`."""
 
-    def __init__(self, handle: DeploymentHandle) -> None:
+    def __init__(self, handle: DeploymentHandle[Any]) -> None:
         self._handle = handle
 
     async def stream(self, work: Work) -> AsyncGenerator[Event, None]:
         """See `Backend.stream`. A full queue is answered as a 429, a lost replica as a 503."""
         response = self._handle.options(stream=True).stream.remote(work)
+        assert isinstance(response, DeploymentResponseGenerator)
         try:
             async for event in response:
                 yield event
@@ -135,11 +140,11 @@ class RemoteEngine:
 class Ingress:
     """The HTTP side: router, protocol and chat page."""
 
-    def __init__(self, served: Served, engine: DeploymentHandle) -> None:
+    def __init__(self, served: Served, engine: DeploymentHandle[Any]) -> None:
         torch.set_num_threads(1)
         store = Store(served.storage)
         router = LiveRouter(store, cache_folder() / "router")
         self._gateway = Gateway(RemoteEngine(engine), LiveModifiers(store), router, served.systems)
 
-    def __serve_build_asgi_app__(self) -> FastAPI:  # noqa: PLW3201 (Ray Serve's name for it)
+    def __serve_build_asgi_app__(self) -> FastAPI:
         return build_api(self._gateway)

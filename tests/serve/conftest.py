@@ -1,0 +1,74 @@
+"""A stand-in store, an engine on it, and what each request must answer when it is alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from stand_in import StandIn, build_stand_in
+
+from cascade import modifiers
+from cascade.compression.apply import LoraSlot
+from cascade.models.base import LoadedBase, load_base
+from cascade.models.generation import Request, generate
+from cascade.tasks import Message
+from serve.engine import Engine, Limits
+from serve.events import Work
+from serve.live import LiveModifiers
+
+
+@pytest.fixture(scope="session")
+def stand_in(tmp_path_factory: pytest.TempPathFactory) -> StandIn:
+    torch.set_num_threads(1)
+    return build_stand_in(tmp_path_factory.mktemp("stand-in"))
+
+
+@pytest.fixture(scope="session")
+def loaded(stand_in: StandIn) -> LoadedBase:
+    return load_base(stand_in.config.base, torch.device("cpu"))
+
+
+class Reference:
+    """Answers of a base of its own, one request at a time, with no engine in between."""
+
+    def __init__(self, stand_in: StandIn) -> None:
+        self._loaded = load_base(stand_in.config.base, torch.device("cpu"))
+        self._slot, self._store = LoraSlot(self._loaded.model), stand_in.store
+
+    def __call__(self, work: Work) -> str:
+        self._slot.clear()
+        if work.choice != "base":
+            self._slot.fill(modifiers.load_current(self._store, work.choice)[1])
+        text = self._loaded.tokenizer.apply_chat_template(
+            [m.as_dict() for m in work.messages], tokenize=False, add_generation_prompt=True
+        )
+        prompt = self._loaded.tokenizer(text, add_special_tokens=False).input_ids
+        assert work.max_tokens is not None
+        request = Request(prompt, work.max_tokens, work.stop, work.temperature, work.top_p, work.seed)
+        return generate(self._loaded, [request])[0].text
+
+
+@pytest.fixture(scope="session")
+def reference(stand_in: StandIn) -> Reference:
+    return Reference(stand_in)
+
+
+@pytest.fixture
+def engine(stand_in: StandIn, loaded: LoadedBase) -> Iterator[Engine]:
+    made = Engine(loaded, LiveModifiers(stand_in.store, base_sha256=loaded.sha256), Limits(patience_s=0.2))
+    yield made
+    made.close()
+    made._slot.remove()  # the base is shared by the tests
+
+
+def work(choice: str, question: str = "What is 1 plus 2?", max_tokens: int = 16, **more: object) -> Work:
+    """A greedy request."""
+    fields: dict[str, object] = {"temperature": 0.0} | more
+    return Work(choice, (Message("user", question),), max_tokens, **fields)  # type: ignore[arg-type]
+
+
+@pytest.fixture(name="work")
+def work_fixture() -> object:
+    return work

@@ -1,0 +1,222 @@
+"""The engine: nobody gets another's modifier, the one who has gone is not computed for, and nothing is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import shutil
+import time
+
+import pytest
+from stand_in import CONTEXT, build_stand_in, compressed_adapter
+
+from cascade import modifiers
+from serve.engine import Engine, Limits
+from serve.events import Delta, Failed, Finished, Started
+from serve.live import LiveModifiers
+
+CHOICES = ("base", "letters", "sums")
+
+
+async def collect(engine, piece):
+    """All events of a piece of work."""
+    return [event async for event in engine.stream(piece)]
+
+
+def text_of(events):
+    return "".join(e.text for e in events if isinstance(e, Delta))
+
+
+async def test_events_come_in_order_with_their_figures(engine, work, reference):
+    piece = work("letters", max_tokens=9)
+    events = await collect(engine, piece)
+    assert isinstance(events[0], Started)
+    assert events[0].swap_ms > 0
+    assert events[0].queue_ms >= events[0].swap_ms
+    assert events[0].version == engine._modifiers.version("letters")
+    assert isinstance(events[-1], Finished)
+    assert (events[-1].finish_reason, events[-1].completion_tokens) == ("length", 9)
+    assert text_of(events) == reference(piece)
+
+
+async def test_concurrent_requests_answer_as_if_alone(engine, work, reference):
+    rng = random.Random(3)
+    pieces = [
+        work(rng.choice(CHOICES), f"question {'x' * rng.randint(0, 60)} {i}", rng.randint(1, 30)) for i in range(60)
+    ]
+    swaps = 0
+    gate = asyncio.Semaphore(12)
+
+    async def client(i, piece):
+        nonlocal swaps
+        async with gate:
+            await asyncio.sleep(rng.random() * 0.01)
+            if i % 7 == 3:  # leaves after its first event
+                stream = engine.stream(piece)
+                await anext(stream)
+                await stream.aclose()
+                return None
+            events = await collect(engine, piece)
+            swaps += events[0].swap_ms > 0
+            return text_of(events)
+
+    texts = await asyncio.gather(*(client(i, p) for i, p in enumerate(pieces)))
+    expected = {p: reference(p) for p in pieces}
+    assert len({reference(work(c, "the same question", 12)) for c in CHOICES}) == 3
+    compared = [(t, expected[p]) for t, p in zip(texts, pieces, strict=True) if t is not None]
+    assert len(compared) >= 50
+    assert all(got == wanted for got, wanted in compared)
+    assert swaps >= 3
+
+
+async def test_sampling_depends_on_the_seed_alone(engine, work, reference):
+    hot = [work("sums", "How?", 20, temperature=1.0, top_p=0.9, seed=seed) for seed in (1, 2)]
+    crowd = [work("sums", f"another {i}", 25) for i in range(5)]
+    events = await asyncio.gather(*(collect(engine, p) for p in [*crowd, *hot]))
+    first, second = map(text_of, events[-2:])
+    assert first == reference(hot[0])
+    assert second == reference(hot[1])
+    assert first != second
+
+
+async def test_stop_strings_are_cut_and_never_sent(engine, work, reference):
+    whole = reference(work("base", "stop here", 40))
+    stop = next(whole[i : i + 2] for i in range(8, 30) if whole[i : i + 2].isascii() and whole[i : i + 2].isprintable())
+    piece = work("base", "stop here", 40, stop=(stop,))
+    events = await collect(engine, piece)
+    assert text_of(events) == whole[: whole.index(stop)] == reference(piece)
+    assert events[-1].finish_reason == "stop"
+
+
+async def test_whoever_leaves_is_no_longer_computed_for(engine, work):
+    stream = engine.stream(work("letters", max_tokens=400))
+    assert isinstance(await anext(stream), Started)
+    left = time.perf_counter()
+    await stream.aclose()
+    while engine.load != (0, 0):
+        assert time.perf_counter() - left < 0.25
+        await asyncio.sleep(0.005)
+
+
+async def test_nobody_starves_while_another_modifier_is_asked_for(engine, work):
+    stop = asyncio.Event()
+
+    async def crowd():
+        while not stop.is_set():
+            await collect(engine, work("letters", max_tokens=30))
+
+    crowds = [asyncio.create_task(crowd()) for _ in range(4)]
+    await asyncio.sleep(0.2)
+    arrived = time.perf_counter()
+    events = await asyncio.wait_for(collect(engine, work("sums", max_tokens=5)), 20)
+    waited = time.perf_counter() - arrived
+    stop.set()
+    await asyncio.gather(*crowds)
+    assert isinstance(events[-1], Finished)
+    # Patience is 0.2 s, then at most one answer of 30 tokens runs out; without a deadline this waits for ever.
+    assert waited < 5
+
+
+async def test_work_beyond_the_limits_is_refused_at_once(stand_in, loaded, work):
+    engine = Engine(loaded, LiveModifiers(stand_in.store), Limits(rows=1, waiting=2))
+    try:
+        tasks = [asyncio.create_task(collect(engine, work("base", max_tokens=300))) for _ in range(8)]
+        results = await asyncio.gather(*tasks)
+    finally:
+        engine.close()
+        engine._slot.remove()
+    refused = [r[0] for r in results if isinstance(r[0], Failed)]
+    assert 4 <= len(refused) <= 6
+    assert {(f.status, f.code) for f in refused} == {(429, "overloaded")}
+    assert all(isinstance(r[-1], Finished) for r in results if not isinstance(r[0], Failed))
+
+
+async def test_too_long_for_the_context(engine, work):
+    events = await collect(engine, work("base", "y" * CONTEXT))
+    assert [type(e) for e in events] == [Failed]
+    assert (events[0].status, events[0].code) == (400, "context_length_exceeded")
+    events = await collect(engine, work("base", "y", CONTEXT))
+    assert events[0].code == "context_length_exceeded"
+
+
+async def test_unknown_modifier_fails_and_the_rest_goes_on(engine, work, reference):
+    bad, good = await asyncio.gather(collect(engine, work("nobody")), collect(engine, work("sums")))
+    assert (bad[0].status, bad[0].code) == (503, "modifier_unavailable")
+    assert text_of(good) == reference(work("sums"))
+
+
+async def test_a_failing_step_loses_its_own_work_alone(engine, work, reference, monkeypatch):
+    def broken(on_token=None):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(engine._batch, "step", broken)
+    events = await collect(engine, work("letters"))
+    assert isinstance(events[-1], Failed)
+    assert events[-1].status == 500
+    assert "out of memory" not in events[-1].message
+    assert await engine.healthy()
+    assert text_of(await collect(engine, work("letters"))) == reference(work("letters"))
+
+
+async def test_new_versions_go_live_and_bad_ones_do_not(tmp_path, work):
+    mine = build_stand_in(tmp_path)
+    from cascade.models.base import load_base
+
+    engine = Engine(load_base(mine.config.base), LiveModifiers(mine.store, refresh_s=0.0))
+    try:
+        first = await collect(engine, work("letters"))
+        other = compressed_adapter(tmp_path / "base", seed=77)
+        newer = modifiers.publish(mine.store, "letters", other, fp16_size=10_000)
+        second = await collect(engine, work("letters"))
+        assert second[0].version == newer.version != first[0].version
+        assert text_of(second) != text_of(first)
+
+        bad = modifiers.publish(mine.store, "letters", compressed_adapter(tmp_path / "base", 78), fp16_size=10_000)
+        path = mine.store.path(bad.path)
+        data = bytearray(open(path, "rb").read())
+        data[-5] ^= 255
+        with open(path, "wb") as f:
+            f.write(data)
+        third = await collect(engine, work("letters"))
+        assert third[0].version == newer.version
+        assert text_of(third) == text_of(second)
+
+        shutil.rmtree(mine.store.path("modifiers/sums"))
+        gone = await collect(engine, work("sums"))
+        assert gone[0].code == "modifier_unavailable"
+    finally:
+        engine.close()
+
+
+async def test_closing_fails_what_is_not_done(stand_in, loaded, work):
+    engine = Engine(loaded, LiveModifiers(stand_in.store))
+    task = asyncio.create_task(collect(engine, work("base", max_tokens=400)))
+    await asyncio.sleep(0.05)
+    await asyncio.to_thread(engine.close)
+    engine._slot.remove()
+    events = await task
+    assert events[-1].code == "shutting_down"
+    assert not await engine.healthy()
+    assert (await collect(engine, work("base")))[0].code == "shutting_down"
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+async def test_the_batch_stays_within_its_bounds(stand_in, loaded, work, reference, rows):
+    engine = Engine(loaded, LiveModifiers(stand_in.store), Limits(rows=rows, tokens=200))
+    seen = []
+    original = engine._batch.__class__.step
+
+    def step(batch, on_token=None):
+        seen.append((len(batch.rows), batch.padded_tokens))
+        return original(batch, on_token)
+
+    engine._batch.step = step.__get__(engine._batch)
+    try:
+        pieces = [work("sums", "z" * n, 20) for n in (5, 50, 9, 90, 30)]
+        events = await asyncio.gather(*(collect(engine, p) for p in pieces))
+    finally:
+        engine.close()
+        engine._slot.remove()
+    assert [text_of(e) for e in events] == [reference(p) for p in pieces]
+    assert max(n for n, _ in seen) <= rows
+    assert max(t for _, t in seen) <= 200
