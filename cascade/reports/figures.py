@@ -103,7 +103,7 @@ def accuracy(groups: Mapping[str, Mapping[str, Score]], label: str) -> str:
     Args:
         groups: row name -> model -> score. Rows are drawn in order, top to bottom.
     """
-    figure, axes = _figure(0.8 + 0.55 * max(1, len(groups)))
+    figure, axes = _figure(0.9 + 0.55 * max(1.8, len(groups)))
     for row, scores in enumerate(groups.values()):
         for place, model in enumerate(m for m in MODELS if m in scores):
             s, y = scores[model], row + 0.26 * (place - 1)
@@ -177,7 +177,8 @@ def cost(tiers: Sequence[TierRow], single_usd: float) -> str:
         left += t.cost_usd
     axes.barh(1, single_usd, height=0.55, color=BASE, label="last tier alone")
     for y, value in enumerate((left, single_usd)):
-        axes.text(value, y, f"  ${value:,.4f}" if value < 1 else f"  ${value:,.2f}", va="center", fontsize=9, color=INK)
+        text = f"${value:,.4f}" if value < 1 else f"${value:,.2f}"
+        axes.annotate(text, (value, y), (5, 0), textcoords="offset points", va="center", fontsize=9, color=INK)
     axes.set_yticks([0, 1], ["three tiers", "one teacher"], color=INK)
     axes.set_ylim(1.5, -0.5)
     axes.set_xlim(0, 1.25 * max(left, single_usd, 1e-9))
