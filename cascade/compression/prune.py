@@ -72,7 +72,7 @@ def thresholds(
 
 def keep_mask(change: NDArray[np.float32], threshold: float) -> NDArray[np.bool_]:
     """Which numbers reach the threshold; zeros never do. Same shape as `change`."""
-    return np.abs(change) >= max(np.float32(threshold), np.finfo(np.float32).tiny)
+    return (np.abs(change) >= np.float32(threshold)) & (change != 0)
 
 
 def _scores(change: NDArray[np.float32], weight: float) -> NDArray[np.float32]:

@@ -16,16 +16,8 @@ from cascade.errors import FormatError
 
 Codec = Literal["fp16", "int8", "int4", "ternary", "sign"]
 CODECS: tuple[Codec, ...] = get_args(Codec)
-VALUE_BITS: dict[Codec, float] = {"fp16": 16, "int8": 8, "int4": 4, "ternary": 1.6, "sign": 1}
-"""Bits per number, scales apart."""
-
 _TRITS = np.array([[i // 3**k % 3 - 1 for k in range(5)] for i in range(243)], dtype=np.int8)
 _TRIT_POWERS = np.array([3**k for k in range(5)], dtype=np.uint8)
-
-
-def bits_per_value(codec: Codec, group: int) -> float:
-    """Bits that one number costs, its share of the group's scale included."""
-    return VALUE_BITS[codec] + (0.0 if codec == "fp16" else 16.0 / group)
 
 
 def packed_bytes(codec: Codec, count: int) -> int:

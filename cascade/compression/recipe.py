@@ -16,7 +16,6 @@ from cascade.compression.format import disk_bytes
 from cascade.compression.methods import Prune, Recipe, Truncate
 from cascade.compression.packed import CompressedAdapter, compress, expand, resident_bytes
 from cascade.compression.prune import GROUPS, Group
-from cascade.compression.quantise import Codec, bits_per_value
 from cascade.config import Compression
 from cascade.errors import ConfigError
 
@@ -38,8 +37,14 @@ __all__ = [
 Uniform = tuple[Literal["uniform"], float, float]
 Choice = tuple[Literal["choice"], list[Any]]
 _FULL_BITS = 16.0
-_HEADER_SHARE = 0.97
+_HEADER_SHARE = 0.96
 """Of the size limit, what numbers and masks may take: the rest is for the header."""
+_BITS = {"fp16": (11.9, 1.7), "int8": (7.0, 0.95), "int4": (3.05, 0.7), "ternary": (1.16, 0.0)}
+"""Stored bits per kept number, scales included, after zstandard: (at density 0, more at density 1). Measured on
+normally distributed numbers in groups of 64; sizes that matter are always taken from the file itself."""
+_DENSE_TERNARY_BITS = 1.75
+_MASK_OVERHEAD = 0.075
+"""Bits per number by which zstandard misses the entropy of a mask, at densities of 0.02 to 0.12."""
 
 
 def byte_limit(adapter: AdapterWeights, compression: Compression) -> int:
@@ -117,14 +122,12 @@ def recipe_from(params: Mapping[str, Any]) -> Recipe:
     method, values, size = params.get("method", "sparse"), params.get("values", "int4"), params.get("size", 0.17)
     bits = size * _FULL_BITS
     if method == "low-rank":
-        keep = min(1.0, bits / bits_per_value(values, 64))
+        keep = min(1.0, bits / (_DENSE_TERNARY_BITS if values == "ternary" else sum(_BITS[values])))
         return Recipe(truncate=Truncate(keep=keep, allocation=params.get("allocation", "uniform")), values=values)
     balance = params.get("balance", 0.5)
-    codec: Codec = "sign" if values == "ternary" else values
-    cost = bits_per_value(codec, 64)
     prune = Prune(
-        density_a=density_for(2 * balance * bits, cost),
-        density_b=density_for(2 * (1 - balance) * bits, cost),
+        density_a=density_for(2 * balance * bits, values),
+        density_b=density_for(2 * (1 - balance) * bits, values),
         weights={g: w for g in GROUPS if (w := _weight(g, params)) != 1.0},
         rescale_a=params.get("rescale_a", 1.0),
         rescale_b=params.get("rescale_b", 1.0),
@@ -132,21 +135,20 @@ def recipe_from(params: Mapping[str, Any]) -> Recipe:
     return Recipe(truncate=Truncate(keep=1.0) if method == "rotated" else None, prune=prune, values=values)
 
 
-def density_for(bits: float, value_bits: float) -> float:
-    """The density at which mask and values cost so many bits per number: H(d) + d * value_bits = bits.
-
-    Args:
-        bits: to spend per number, kept or not.
-        value_bits: per kept number.
+def density_for(bits: float, values: str) -> float:
+    """The density at which mask and values cost so many bits per number of the factor, kept or not.
 
     Returns:
-        Density in [0.002, 0.9]; of masks, entropy coding reaches about their entropy H.
+        Density in [0.005, 0.9]. A mask costs about its entropy, and never more than a bit.
     """
-    low, high = 0.002, 0.9 if value_bits >= 2 else 0.6  # from there on the cost would fall again
+    at_zero, more = _BITS[values]
+    low, high = 0.005, 0.9
     for _ in range(40):
         middle = (low + high) / 2
-        entropy = -middle * math.log2(middle) - (1 - middle) * math.log2(1 - middle)
-        low, high = (middle, high) if min(1.0, 1.03 * entropy) + middle * value_bits < bits else (low, middle)
+        half = min(middle, 0.5)  # beyond one half the entropy falls again, the mask's real cost hardly
+        entropy = -half * math.log2(half) - (1 - half) * math.log2(1 - half)
+        spent = min(1.0, entropy + _MASK_OVERHEAD) + middle * (at_zero + more * middle)
+        low, high = (middle, high) if spent < bits else (low, middle)
     return low
 
 

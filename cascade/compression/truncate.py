@@ -12,6 +12,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from cascade.compression.adapter import AdapterWeights, LoraPair
 
@@ -28,6 +29,9 @@ def product_svd(pair: LoraPair) -> Svd:
     return qb @ u, s, vt @ qa.T
 
 
+# One thread: hundreds of small decompositions gain nothing from more, and with as many trials as cores BLAS threads
+# that wait for each other made this a hundred times slower.
+@threadpool_limits.wrap(limits=1, user_api="blas")
 def truncate(
     adapter: AdapterWeights, *, keep: float | None, energy: float | None, allocation: Allocation = "uniform"
 ) -> AdapterWeights:
