@@ -25,7 +25,6 @@ _NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?![\w])")
 _WORD = re.compile(r"[^\W\d_]{2,}")
 _OPPOSITES = ("yes no", "true false", "valid invalid", "heads tails", "left right", "correct incorrect")
 _FLIP = {w: o for pair in _OPPOSITES for w, o in (pair.split(), pair.split()[::-1])}
-_FEW = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +76,10 @@ class Replayer:
 
     def __init__(self, items: Sequence[KeyItem], seed: int) -> None:
         self._items = {item.prompt_hash: item for item in items}
-        answers: dict[str, set[str]] = defaultdict(set)
+        answers: dict[str, list[str]] = defaultdict(list)
         for item in items:
-            answers[item.kind].add(item.answer)
-        self._answers = {kind: sorted(found) for kind, found in answers.items()}
+            answers[item.kind].append(item.answer)
+        self._choices = {kind: _choices(given) for kind, given in answers.items()}
         self._seed = seed
 
     def reply(self, model: str, ability: AnswerKey, prompt: str, attempt: int = 0) -> str:
@@ -91,26 +90,32 @@ class Replayer:
         draw = random.Random(hashlib.sha256(f"{self._seed}|{model}|{item.prompt_hash}|{attempt}".encode()).digest())
         if item.difficulty <= ability.max_difficulty and draw.random() >= ability.slip_rate:
             return item.answer
-        return wrong_answer(item.answer, self._answers[item.kind], draw)
+        return wrong_answer(item.answer, self._choices[item.kind], draw)
 
 
-def wrong_answer(right: str, alike: Sequence[str], draw: random.Random) -> str:
+def _choices(answers: Sequence[str]) -> list[str]:
+    """What a kind of task chooses its answers from; nothing if most answers are new, as with free numbers or text."""
+    distinct = sorted(set(answers))
+    return distinct if 2 * len(distinct) <= len(answers) else []
+
+
+def wrong_answer(right: str, choices: Sequence[str], draw: random.Random) -> str:
     """A plausible answer that is not the right one, whatever case and white space are taken for.
 
     Args:
         right: the known answer.
-        alike: answers to tasks of the same kind. Where they are few, as with multiple choice, it is one of them.
+        choices: what this kind of task chooses from; if there is such a choice, the answer is another one of it.
         draw: source of chance.
     """
-    others = [a for a in alike if _plain(a) != _plain(right)]
-    if others and len(alike) <= _FEW:
+    others = [c for c in choices if _plain(c) != _plain(right)]
+    if others:
         return draw.choice(others)
     ways: list[Callable[[str, random.Random], str]] = [_flip_word, _shift_number, _swap_words, _swap_letters]
     for way in ways:
         wrong = way(right, draw)
         if _plain(wrong) != _plain(right):
             return wrong
-    return draw.choice(others) if others else (f"{right}0" if right.strip() else "0")
+    return f"{right}0" if right.strip() else "0"
 
 
 def _plain(text: str) -> str:

@@ -23,6 +23,8 @@ Signal = Literal["ok", "limited", "failed"]
 _BURST = 0.05
 _GROWTH = 1.0
 _PAUSE_S = 1.0
+_LONGEST_PAUSE_S = 30.0
+_SHORTEST_PAUSE_S = 0.05
 
 
 class Limiter(Protocol):
@@ -84,7 +86,7 @@ class LimiterState:
 
     The concurrency starts at its maximum, halves when the endpoint answers 429 (once for all requests that were
     already under way then) and grows by one for every round of successes. After a 429 nothing starts before the
-    time that the endpoint asked for.
+    time that the endpoint asked for; if it did not say, the pause doubles until something succeeds.
 
     Attributes:
         lease_s: a lease not given back for so long belonged to a process that died; its place is free again.
@@ -101,6 +103,7 @@ class LimiterState:
         self._requests, self._tokens = _Bucket(self.requests_per_minute), _Bucket(self.tokens_per_minute)
         self._leases: dict[str, _Lease] = {}
         self._paused_until = self._cut_at = -math.inf
+        self._pause = _PAUSE_S
 
     @property
     def in_flight(self) -> int:
@@ -132,11 +135,14 @@ class LimiterState:
         if held is not None:
             self._tokens.take(now, used_tokens - held.tokens)
         if signal == "limited":
-            self._paused_until = max(self._paused_until, now + (_PAUSE_S if retry_after is None else retry_after))
+            pause = self._pause if retry_after is None else max(retry_after, _SHORTEST_PAUSE_S)
+            self._paused_until = max(self._paused_until, now + pause)
             if held is None or held.started >= self._cut_at:
                 self.concurrency = max(1.0, self.concurrency / 2)
+                self._pause = min(2 * self._pause, _LONGEST_PAUSE_S)
                 self._cut_at = now
         elif signal == "ok":
+            self._pause = _PAUSE_S
             grown = self.concurrency + _GROWTH / max(1.0, self.concurrency)
             self.concurrency = min(float(self.max_concurrency), grown)
 

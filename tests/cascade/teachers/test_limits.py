@@ -105,6 +105,21 @@ def test_concurrency_grows_back_to_its_maximum_and_no_further() -> None:
     assert state.concurrency == 8
 
 
+def test_an_endpoint_that_goes_on_refusing_is_asked_ever_more_rarely() -> None:
+    state, now, waits = LimiterState(10**6, 10**9, max_concurrency=8), 0.0, []
+    for lease in range(8):
+        assert state.acquire(now, str(lease), 1) == 0
+        state.release(now, str(lease), "limited", 0)
+        waits.append(state.acquire(now, "x", 1))
+        now += waits[-1]
+    assert waits == pytest.approx([1, 2, 4, 8, 16, 30, 30, 30])
+    assert state.acquire(now, "a", 1) == 0
+    state.release(now, "a", "ok", 1)
+    assert state.acquire(now, "b", 1) == 0
+    state.release(now, "b", "limited", 0, retry_after=0)
+    assert state.acquire(now, "c", 1) == pytest.approx(0.05)
+
+
 def test_places_of_lost_processes_come_back() -> None:
     state = LimiterState(10**6, 10**9, max_concurrency=2, lease_s=100)
     assert state.acquire(0, "a", 1) == state.acquire(0, "b", 1) == 0

@@ -12,8 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cascade import benchmarks
 from cascade.config import ANSWER_KEY, AnswerKey
-from cascade.teachers.answer_key import UNKNOWN, KeyItem, Replayer, prompt_hash, wrong_answer
+from cascade.tasks import Completion
+from cascade.teachers.answer_key import UNKNOWN, KeyItem, Replayer, make_key, prompt_hash, wrong_answer
 from cascade.teachers.conversation import estimate_tokens
 from cascade.teachers.offline import answer_key_server
 
@@ -45,6 +47,28 @@ def test_a_wrong_answer_is_never_the_right_one(right: str, alike: list[str], see
 def test_wrong_answers_are_plausible(right: str, alike: list[str], plausible: set[str]) -> None:
     found = {wrong_answer(right, alike, random.Random(i)) for i in range(100)}
     assert found == plausible
+
+
+def test_a_kind_with_few_answers_is_answered_with_another_of_them() -> None:
+    relations = ["mother", "father", "aunt", "uncle"]
+    items = [KeyItem(prompt_hash(f"q{i}"), "family", 9, relations[i % 4]) for i in range(20)]
+    items += [KeyItem(prompt_hash(f"w{i}"), "words", 9, f"{'abcdefghij'[i]}z") for i in range(10)]
+    replayer, unable = Replayer(items, 0), AnswerKey(max_difficulty=1)
+    for i in range(20):
+        assert replayer.reply("m", unable, f"q{i}") in set(relations) - {relations[i % 4]}
+    assert [replayer.reply("m", unable, f"w{i}") for i in range(10)] == [f"z{c}" for c in "abcdefghij"]
+
+
+def test_the_real_scorer_tells_right_answers_from_wrong_ones() -> None:
+    options = {"generators": [{"name": "chain_sum"}, {"name": "family_relationships"}, {"name": "word_sorting"}]}
+    benchmark = benchmarks.get("reasoning_gym")
+    tasks = benchmark.load("train", domain="reasoning", options=options, seed=1, count=60)
+    replayer = Replayer(make_key(tasks), 0)
+    for task in tasks:
+        for able, outcomes in ((task.difficulty, {"pass"}), (task.difficulty - 1, {"fail", "unparsed"})):
+            ability = AnswerKey.model_construct(max_difficulty=able, slip_rate=0.0)
+            text = replayer.reply("m", ability, task.prompt)
+            assert benchmark.score(task, Completion(task.id, "m", "", text)).outcome in outcomes, (task.prompt, text)
 
 
 def test_answers_depend_on_seed_model_task_and_attempt_alone() -> None:

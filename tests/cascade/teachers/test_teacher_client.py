@@ -86,8 +86,8 @@ async def test_the_same_question_asked_at_once_is_paid_once(fake_server, make_te
 
 async def test_faults_are_tried_again(fake_server, make_teacher, make_task, open_client, choices) -> None:
     server = fake_server()
-    teacher = make_teacher(server.url, timeout_s=0.3)
-    faults = [500, 503, "{broken", ("sleep", 0.6), {"choices": []}, {"choices": None, "error": {"message": "x"}}, 408]
+    teacher = make_teacher(server.url, timeout_s=1.0)
+    faults = [500, 503, "{broken", ("sleep", 1.6), {"choices": []}, {"choices": None, "error": {"message": "x"}}, 408]
     async with open_client(teacher) as client:
         for number, fault in enumerate(faults):
             server.script.append(fault)
@@ -358,7 +358,7 @@ async def main(root, teacher, url):
             answer = await client.answer(Task(f"sums/{n}", "sums", "reasoning", "train", (message,), 2 * n))
             assert answer.ok, answer.error
             print(n, flush=True)
-        await asyncio.gather(*(one(n) for n in range(300)))
+        await asyncio.gather(*(one(n) for n in range(200)))
 
 asyncio.run(main(*sys.argv[1:]))
 """
@@ -366,23 +366,21 @@ asyncio.run(main(*sys.argv[1:]))
 
 def test_kill_9_pays_nothing_twice_but_what_was_in_flight(make_teacher, make_task, tmp_path, get_json) -> None:
     teacher = _offline(make_teacher, max_concurrency=8)
-    tasks = [make_task(n) for n in range(300)]
+    tasks = [make_task(n) for n in range(200)]
     arguments = [sys.executable, "-c", _BUYER, str(tmp_path), teacher.model_dump_json()]
     with answer_key_server(tasks, [teacher], seed=1) as url:
-        for stop_after in (40, 90):
-            buyer = subprocess.Popen([*arguments, url], stdout=subprocess.PIPE, text=True)
-            assert buyer.stdout is not None
-            for _ in range(stop_after):
-                buyer.stdout.readline()
-            buyer.send_signal(signal.SIGKILL)
-            buyer.wait()
-            buyer.stdout.close()
-        bought = len(Ledger(Store(str(tmp_path))))
-        assert 90 <= bought < 300
+        buyer = subprocess.Popen([*arguments, url], stdout=subprocess.PIPE, text=True)
+        assert buyer.stdout is not None
+        for _ in range(70):
+            buyer.stdout.readline()
+        buyer.send_signal(signal.SIGKILL)
+        buyer.wait()
+        buyer.stdout.close()
+        assert 70 <= len(Ledger(Store(str(tmp_path)))) < 200
         done = subprocess.run([*arguments, url], capture_output=True, text=True, timeout=60, check=True)
         counts = get_json(url.removesuffix("v1") + "requests")["answer-key-a"]
-    assert len(done.stdout.splitlines()) == 300
+    assert len(done.stdout.splitlines()) == 200
     entries = rows(tmp_path)
-    assert len(entries) == len({e.key for e in entries}) == 300
-    assert counts["repeated"] <= 2 * 8
-    assert counts["answered"] - counts["repeated"] == 300
+    assert len(entries) == len({e.key for e in entries}) == 200
+    assert counts["repeated"] <= 8
+    assert counts["answered"] - counts["repeated"] == 200
