@@ -47,7 +47,11 @@ class _Channel:
             raise CandidateGone(f"the candidate broke the protocol: {error}") from None
 
     def call(self, key: str | int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        message = {"call": key, "args": [_encode(a) for a in args], "kwargs": {k: _encode(v) for k, v in kwargs.items()}}
+        message = {
+            "call": key,
+            "args": [_encode(a) for a in args],
+            "kwargs": {k: _encode(v) for k, v in kwargs.items()},
+        }
         view = memoryview(to_line(message))
         try:
             while view:

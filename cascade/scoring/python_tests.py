@@ -62,8 +62,18 @@ def run_tests(
     checker_limits = replace(limits, cpu_seconds=limits.cpu_seconds + CHECKER_EXTRA_CPU_S)
     try:
         with (
-            Confined(limits, roles=["literals", "candidate_role"], payload={"code": code}, fds=(to_candidate[0], to_checker[1])) as candidate,
-            Confined(checker_limits, roles=["literals", "checker_role"], payload=payload, fds=(to_candidate[1], to_checker[0], verdict[1])) as checker,
+            Confined(
+                limits,
+                roles=["literals", "candidate_role"],
+                payload={"code": code},
+                fds=(to_candidate[0], to_checker[1]),
+            ) as candidate,
+            Confined(
+                checker_limits,
+                roles=["literals", "checker_role"],
+                payload=payload,
+                fds=(to_candidate[1], to_checker[0], verdict[1]),
+            ) as checker,
         ):
             for fd in (*to_candidate, *to_checker, verdict[1]):
                 os.close(fd)
