@@ -78,8 +78,8 @@ def evaluate(job: Job, assignments: Sequence[Assignment], pool: Sequence[Task] =
 
 
 def _blocks(assignment: Assignment, tasks: Sequence[Task], size: int) -> list[pa.Table]:
-    """Tables of at most `size` tasks of like length, the longest first."""
-    ordered = sorted(tasks, key=lambda t: (-sum(len(m.content) for m in t.messages), t.id))
+    """Tables of at most `size` tasks; those of one category, which share worked examples, stay together."""
+    ordered = sorted(tasks, key=lambda t: (t.benchmark, t.category, -sum(len(m.content) for m in t.messages), t.id))
     blocks = []
     for start in range(0, len(ordered), size):
         table = to_table(Task, ordered[start : start + size])

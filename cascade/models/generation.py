@@ -6,7 +6,8 @@ dropped from the KV cache, stop strings are checked row by row, and a server can
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +19,11 @@ from cascade.tasks import FinishReason
 
 OnToken = Callable[[int, int], bool]
 """Called with (index of the prompt, token id) as each token is made; returning False ends that answer."""
+
+_SHARED_FROM = 48
+"""Tokens that prompts must begin with alike for the shared part to be worth a forward pass of its own."""
+_SHARED_BY = 4
+"""Prompts that must begin alike to get batches of their own."""
 
 
 @dataclass(frozen=True)
@@ -100,13 +106,8 @@ class Batch:
             raise ValueError("rows run in a cache that others cannot join; wait until they are done")
         if not rows:
             return
-        pad = self._loaded.tokenizer.pad_token_id
-        longest = max(len(r.request.prompt) for r in rows)
-        ids = torch.tensor([[pad] * (longest - len(r.request.prompt)) + list(r.request.prompt) for r in rows])
-        mask = torch.tensor([[0] * (longest - len(r.request.prompt)) + [1] * len(r.request.prompt) for r in rows])
-        ids, mask = ids.to(self._loaded.device), mask.to(self._loaded.device)
         cache = DynamicCache(config=self._loaded.model.config)
-        logits = _forward(self._loaded.model, ids, mask, cache)
+        mask, logits = _prefill(self._loaded, [list(r.request.prompt) for r in rows], cache)
         if self.rows:
             self._merge(cache, mask, logits)
         else:
@@ -178,17 +179,17 @@ def generate(
 ) -> list[Generated]:
     """Continue every prompt; results in the order of the requests.
 
-    Requests of like length share a batch, so that little is spent on padding.
+    Requests that begin alike (the same worked examples) share a batch and the computation of what they share;
+    the others are batched by length, so that little is spent on padding.
 
     Raises:
         ValueError: a prompt is empty.
     """
     if any(len(r.prompt) == 0 for r in requests):
         raise ValueError("a prompt must have at least one token")
-    order = sorted(range(len(requests)), key=lambda i: (-len(requests[i].prompt), i))
     results: list[Generated | None] = [None] * len(requests)
-    for start in range(0, len(order), batch_size):
-        rows = [Row.new(i, requests[i], loaded.device) for i in order[start : start + batch_size]]
+    for indices in _batches(requests, batch_size):
+        rows = [Row.new(i, requests[i], loaded.device) for i in indices]
         batch = Batch(loaded)
         batch.join([r for r in rows if r.request.max_tokens > 0])
         while batch.rows:
@@ -196,6 +197,49 @@ def generate(
         for row in rows:
             results[row.index] = Generated(tuple(row.tokens), row.text, row.finish or "length")
     return [r for r in results if r is not None]
+
+
+def _batches(requests: Sequence[Request], batch_size: int) -> Iterator[list[int]]:
+    """Indices of the requests of each batch."""
+    alike: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for i, request in enumerate(requests):
+        alike[tuple(request.prompt[:_SHARED_FROM])].append(i)
+    groups = [group for group in alike.values() if len(group) >= _SHARED_BY]
+    groups.append([i for group in alike.values() if len(group) < _SHARED_BY for i in group])
+    for group in groups:
+        group.sort(key=lambda i: (-len(requests[i].prompt), i))
+        for start in range(0, len(group), batch_size):
+            yield group[start : start + batch_size]
+
+
+def _shared_length(prompts: Sequence[list[int]]) -> int:
+    """How many tokens all prompts begin with; at least one token of each is left over."""
+    first, last = min(prompts), max(prompts)
+    most = min(map(len, prompts)) - 1
+    return next((i for i in range(most) if first[i] != last[i]), most)
+
+
+def _prefill(
+    loaded: LoadedBase, prompts: Sequence[list[int]], cache: DynamicCache
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute prompts into an empty cache; what they all begin with is computed once.
+
+    Returns:
+        Mask of shape (rows, cached tokens), 0 where padded; logits after each prompt, shape (rows, vocabulary).
+    """
+    shared = _shared_length(prompts) if len(prompts) > 1 else 0
+    if shared < _SHARED_FROM or not all(type(layer) is DynamicLayer for layer in cache.layers):
+        shared = 0
+    device, pad = loaded.device, loaded.tokenizer.pad_token_id
+    if shared:
+        prefix = torch.tensor([prompts[0][:shared]], device=device)
+        _forward(loaded.model, prefix, torch.ones_like(prefix), cache)
+        cache.batch_repeat_interleave(len(prompts))
+    rests = [prompt[shared:] for prompt in prompts]
+    longest = max(map(len, rests))
+    ids = torch.tensor([[pad] * (longest - len(rest)) + rest for rest in rests], device=device)
+    mask = torch.tensor([[1] * shared + [0] * (longest - len(rest)) + [1] * len(rest) for rest in rests], device=device)
+    return mask, _forward(loaded.model, ids, mask, cache)
 
 
 def _forward(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
