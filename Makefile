@@ -1,0 +1,40 @@
+# make run    quickstart: from nothing to a compressed modifier and a report
+# make serve  serve what `make run` made, on http://127.0.0.1:8000
+# make test   all tests            make check  format, lint, types, the import rule
+PYTHON ?= python3.11
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+QUICKSTART := configs/quickstart.yaml
+
+.PHONY: install run serve test test-fast test-integration check clean
+.DEFAULT_GOAL := run
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable ".[dev]"
+	@touch $@
+
+run: $(INSTALLED)
+	$(BIN)/cascade run $(QUICKSTART)
+
+serve: $(INSTALLED)
+	CASCADE_CONFIG=$(QUICKSTART) $(BIN)/serve run serve.app:app
+
+test: test-fast test-integration
+
+test-fast: $(INSTALLED)
+	$(BIN)/python -m pytest -q -m "not integration"
+
+test-integration: $(INSTALLED)
+	$(BIN)/python -m pytest -q -m integration
+
+check: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf .venv out
