@@ -160,8 +160,10 @@ async def _sse_stream(
                 if usage:
                     yield shape.usage_chunk(Usage.of(first.prompt_tokens, event.completion_tokens))
                 yield DONE
+                return
             elif isinstance(event, Failed):
                 yield sse(_as_error(event, {}).body())
+                return
 
 
 def _as_error(failure: Failed, headers: Mapping[str, str]) -> ApiError:

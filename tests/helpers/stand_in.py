@@ -125,7 +125,9 @@ def router_data(count: int = 60) -> tuple[list[str], dict[str, list[bool]]]:
     for i in range(count):
         of_letters = i % 2 == 0
         if of_letters:
-            queries.append(f'How many times does the letter "{"aeiou"[i % 5]}" appear in the word "{rng.choice(_WORDS)}{i}"?')
+            queries.append(
+                f'How many times does the letter "{"aeiou"[i % 5]}" appear in the word "{rng.choice(_WORDS)}{i}"?'
+            )
         else:
             queries.append(f"What is {rng.integers(10, 99)} plus {rng.integers(10, 99)}?")
         outcomes["base"].append(bool(rng.random() < 0.05))

@@ -1,0 +1,160 @@
+"""Training, deciding and storing a router."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from stand_in import LETTERS_QUESTION, SUMS_QUESTION, router_data
+
+from cascade.artifacts import Store
+from cascade.config import Router
+from cascade.errors import ConfigError, DataError, FormatError
+from cascade.routing.model import RouterModel, current_version, load_current, publish
+from cascade.routing.network import MAX_BYTES
+from cascade.routing.train import RouterReport, general_chat, train_router
+from cascade.tasks import Message
+
+SETTINGS = Router(features=1024, hidden=16, epochs=40)
+
+
+@pytest.fixture(scope="module")
+def trained() -> tuple[RouterModel, RouterReport]:
+    torch.set_num_threads(1)
+    queries, outcomes = router_data(160)
+    return train_router(queries, outcomes, SETTINGS, seed=3)
+
+
+def test_it_beats_what_does_not_look_at_the_query(trained: tuple[RouterModel, RouterReport]) -> None:
+    report = trained[1]
+    assert (report.trained_on, report.held_out) == (96, 64)
+    assert report.accuracy.value > 0.9
+    assert report.quality["routed"].value > report.quality["best_single"].value + 0.2
+    assert report.gain["best_single"].low > 0
+    assert report.gain["random"].low > 0
+    assert report.quality["routed"].value <= report.quality["oracle"].value
+    assert report.quality["routed"].low < report.quality["routed"].value < report.quality["routed"].high
+    assert report.coverage.value > 0.9
+    assert report.other_to_base.value > 0.95
+    assert report.ece_after < 0.1
+    assert {o.n for n, o in report.outputs.items() if n != "known"} == {64}
+    json.dumps(report.as_dict())
+
+
+def test_routes(trained: tuple[RouterModel, RouterReport]) -> None:
+    model = trained[0]
+    assert model.route(LETTERS_QUESTION).choice == "letters"
+    route = model.route(SUMS_QUESTION)
+    assert (route.choice, route.reason) == ("sums", "router")
+    assert route.confidence == route.probabilities["sums"] > 0.5
+    chat = model.route("How do I cook rice?")
+    assert (chat.choice, chat.reason) == ("base", "low-confidence")
+    assert chat.confidence < 0.2
+    assert model.route(SUMS_QUESTION, threshold=1.0).choice == "base"
+    assert model.route("").choice == "base"
+
+
+def test_a_conversation_is_routed_by_its_last_question(trained: tuple[RouterModel, RouterReport]) -> None:
+    turns = [Message("user", LETTERS_QUESTION), Message("assistant", "2"), Message("user", SUMS_QUESTION)]
+    assert trained[0].route(turns) == trained[0].route(SUMS_QUESTION)
+
+
+def test_the_rule() -> None:
+    model = RouterModel(None, ("base", "a", "b"), 8, 8, 0.5)  # type: ignore[arg-type]
+    assert model.decide(0.9, np.array([0.2, 0.1, 0.3]), 0.5).choice == "b"
+    assert model.decide(0.9, np.array([0.3, 0.3, 0.3]), 0.5).choice == "base"
+    unknown = model.decide(0.4, np.array([0.2, 0.1, 0.9]), 0.5)
+    assert (unknown.choice, unknown.confidence, unknown.reason) == ("base", pytest.approx(0.08), "low-confidence")
+
+
+def test_the_same_seed_gives_the_same_router_and_leaves_torch_alone() -> None:
+    queries, outcomes = router_data(40)
+    torch.manual_seed(9)
+    expected = torch.rand(3)
+    torch.manual_seed(9)
+    first = train_router(queries, outcomes, SETTINGS, seed=1)
+    assert torch.equal(torch.rand(3), expected)
+    second = train_router(queries, outcomes, SETTINGS, seed=1)
+    assert first[1] == second[1]
+    assert first[0].route(SUMS_QUESTION) == second[0].route(SUMS_QUESTION)
+    assert train_router(queries, outcomes, SETTINGS, seed=2)[1] != first[1]
+
+
+def test_modifiers_that_were_not_asked_everything() -> None:
+    queries, outcomes = router_data(80)
+    partly = {name: [v if i % 3 else None for i, v in enumerate(column)] for name, column in outcomes.items()}
+    partly["base"] = outcomes["base"]
+    model, report = train_router(queries, partly, SETTINGS, seed=1)
+    assert report.outputs["sums"].n < report.outputs["base"].n == report.held_out
+    assert model.route(SUMS_QUESTION).choice == "sums"
+
+
+def test_a_modifier_that_is_no_better_gets_nothing() -> None:
+    queries, outcomes = router_data(120)
+    base = [bool(np.random.default_rng(i).random() < 0.7) for i in range(120)]
+    model, report = train_router(queries, {"base": base, "useless": [False] * 120}, SETTINGS, seed=1)
+    assert {model.route(q).choice for q in queries} == {"base"}
+    assert report.gain["base"].value == 0
+
+
+def test_equal_queries_stay_on_one_side_of_the_split() -> None:
+    queries, outcomes = router_data(40)
+    report = train_router(queries * 2, {k: v * 2 for k, v in outcomes.items()}, SETTINGS, seed=1)[1]
+    assert report.trained_on % 2 == report.held_out % 2 == 0
+
+
+def test_bad_input_is_explained() -> None:
+    queries, outcomes = router_data(40)
+    with pytest.raises(DataError, match="base"):
+        train_router(queries, {"letters": outcomes["letters"]}, SETTINGS, seed=1)
+    with pytest.raises(DataError, match="39 outcomes for 40"):
+        train_router(queries, outcomes | {"sums": outcomes["sums"][1:]}, SETTINGS, seed=1)
+    with pytest.raises(DataError, match="validation"):
+        train_router(queries[:5], {k: v[:5] for k, v in outcomes.items()}, SETTINGS, seed=1)
+    with pytest.raises(ConfigError, match="router.features"):
+        train_router(queries, outcomes, Router(features=100_000, hidden=64), seed=1)
+
+
+def test_the_built_in_chat_is_varied_and_clean() -> None:
+    queries = general_chat()
+    assert len(queries) == len(set(queries)) > 150
+
+
+def test_it_comes_back_from_disk_as_it_was(trained: tuple[RouterModel, RouterReport], tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "store"))
+    assert load_current(store, tmp_path) is None
+    version = publish(store, trained[0], trained[1].as_dict())
+    assert current_version(store) == version == publish(store, trained[0], trained[1].as_dict())
+    found = load_current(store, tmp_path)
+    assert found is not None
+    assert found[0] == version
+    for question in (LETTERS_QUESTION, SUMS_QUESTION, "Hello!"):
+        assert found[1].route(question) == trained[0].route(question)
+    size = sum(f.stat().st_size for f in (tmp_path / "store" / "router" / version).iterdir())
+    assert size < MAX_BYTES
+    newer = publish(store, replace(trained[0], threshold=0.9))
+    assert newer != version
+    assert load_current(store, tmp_path)[0] == newer  # type: ignore[index]
+
+
+def test_damaged_routers_are_refused(trained: tuple[RouterModel, RouterReport], tmp_path: Path) -> None:
+    trained[0].save(tmp_path)
+    weights, manifest = tmp_path / "router.safetensors", tmp_path / "manifest.json"
+    good, said = weights.read_bytes(), json.loads(manifest.read_text())
+    weights.write_bytes(good[:-1] + b"\x01")
+    with pytest.raises(FormatError, match="damaged"):
+        RouterModel.load(tmp_path)
+    weights.write_bytes(good)
+    for change in ({"format_version": 2}, {"hidden": 17}, {"candidates": None}, {"threshold": "x"}):
+        manifest.write_text(json.dumps(said | change))
+        with pytest.raises(FormatError):
+            RouterModel.load(tmp_path)
+    manifest.write_text("{")
+    with pytest.raises(FormatError):
+        RouterModel.load(tmp_path)
+    with pytest.raises(FormatError):
+        RouterModel.load(tmp_path / "nowhere")

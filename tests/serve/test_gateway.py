@@ -1,0 +1,237 @@
+"""The HTTP side with a real engine behind it, asked by the official client; no Ray."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import httpx
+import openai
+import pytest
+from stand_in import DOMAINS, LETTERS_QUESTION, SUMS_QUESTION, SYSTEM
+
+from cascade.tasks import Message
+from serve.events import Failed, Started, Work
+from serve.gateway import Gateway, build_api
+from serve.live import LiveModifiers, LiveRouter
+
+
+def ask(model: str, question: str, **more: object) -> dict[str, object]:
+    return {"model": model, "messages": [{"role": "user", "content": question}], "max_tokens": 12} | more
+
+
+@pytest.fixture
+def gateway(stand_in, engine, tmp_path) -> Gateway:
+    router = LiveRouter(stand_in.store, tmp_path)
+    return Gateway(engine, LiveModifiers(stand_in.store), router, {"letters": SYSTEM})
+
+
+@pytest.fixture
+async def http(gateway: Gateway) -> AsyncIterator[httpx.AsyncClient]:
+    transport = httpx.ASGITransport(build_api(gateway), raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://cascade") as client:
+        yield client
+
+
+@pytest.fixture
+def client(http: httpx.AsyncClient) -> openai.AsyncOpenAI:
+    return openai.AsyncOpenAI(base_url="http://cascade/v1", api_key="none", http_client=http, max_retries=0)
+
+
+def expected(reference, choice: str, question: str, *, system: str | None = None) -> str:
+    messages = [Message("system", system)] if system else []
+    return reference(Work(choice, (*messages, Message("user", question)), 12, temperature=0.0))
+
+
+async def test_a_routed_answer_says_who_gave_it(client, stand_in, reference) -> None:
+    for domain, question in zip(DOMAINS, (LETTERS_QUESTION, SUMS_QUESTION), strict=True):
+        raw = await client.chat.completions.with_raw_response.create(**ask("cascade", question, temperature=0))
+        answer = raw.parse()
+        system = SYSTEM if domain == "letters" else None
+        assert answer.choices[0].message.content == expected(reference, domain, question, system=system)
+        used = answer.usage
+        assert answer.choices[0].finish_reason == ("length" if used.completion_tokens == 12 else "stop")
+        assert used.total_tokens == used.prompt_tokens + used.completion_tokens > used.prompt_tokens > 20
+        assert answer.model == domain
+        assert raw.headers["x-cascade-route"] == domain
+        assert raw.headers["x-cascade-reason"] == "router"
+        assert raw.headers["x-cascade-modifier-version"] == LiveModifiers(stand_in.store).version(domain)
+        assert 0.5 < float(raw.headers["x-cascade-confidence"]) < 1
+        assert float(raw.headers["x-cascade-queue-ms"]) >= float(raw.headers["x-cascade-swap-ms"]) > 0
+        assert answer.id == f"chatcmpl-{raw.headers['x-request-id']}"
+
+
+async def test_small_talk_goes_to_the_base_with_low_confidence(client) -> None:
+    raw = await client.chat.completions.with_raw_response.create(**ask("cascade", "Tell me a joke about cats."))
+    assert raw.headers["x-cascade-route"] == "base"
+    assert raw.headers["x-cascade-reason"] == "low-confidence"
+    assert float(raw.headers["x-cascade-confidence"]) < 0.2
+    assert raw.headers["x-cascade-modifier-version"] == ""
+
+
+async def test_a_threshold_of_its_own(client) -> None:
+    more = {"extra_body": {"router_threshold": 1.0}}
+    raw = await client.chat.completions.with_raw_response.create(**ask("cascade", SUMS_QUESTION), **more)
+    assert (raw.headers["x-cascade-route"], raw.headers["x-cascade-reason"]) == ("base", "low-confidence")
+
+
+async def test_streams_come_to_the_same_and_carry_the_headers(client, reference) -> None:
+    raw = await client.chat.completions.with_raw_response.create(
+        **ask("sums", LETTERS_QUESTION, temperature=0), stream=True, stream_options={"include_usage": True}
+    )
+    chunks = [chunk async for chunk in raw.parse()]
+    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert text == expected(reference, "sums", LETTERS_QUESTION)
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert chunks[-2].choices[0].finish_reason == "length"
+    assert chunks[-1].usage.completion_tokens == 12
+    assert len({c.id for c in chunks}) == 1
+    assert raw.headers["x-cascade-route"] == "sums"
+    assert raw.headers["x-cascade-reason"] == "override"
+    assert raw.headers["x-request-id"]
+
+
+async def test_the_modifiers_own_system_message_is_put_in_front_only_where_there_is_none(client, reference) -> None:
+    body = ask("letters", "hello", temperature=0)
+    assert (await client.chat.completions.create(**body)).choices[0].message.content == expected(
+        reference, "letters", "hello", system=SYSTEM
+    )
+    body["messages"] = [{"role": "system", "content": "Shout."}, *body["messages"]]
+    assert (await client.chat.completions.create(**body)).choices[0].message.content == expected(
+        reference, "letters", "hello", system="Shout."
+    )
+    base = await client.chat.completions.create(**ask("base", "hello", temperature=0))
+    assert base.choices[0].message.content == expected(reference, "base", "hello")
+
+
+async def test_models_are_listed(client) -> None:
+    names = [m.id async for m in client.models.list()]
+    assert names == ["cascade", "base", *DOMAINS]
+    assert (await client.models.retrieve("sums")).id == "sums"
+    with pytest.raises(openai.NotFoundError):
+        await client.models.retrieve("gpt-4")
+
+
+async def test_an_unknown_model_is_a_404_that_names_those_there_are(client) -> None:
+    with pytest.raises(openai.NotFoundError) as caught:
+        await client.chat.completions.create(**ask("../../etc/passwd", "hi"))
+    assert caught.value.code == "model_not_found"
+    assert "letters" in caught.value.message
+    assert caught.value.response.headers["x-request-id"]
+
+
+async def test_unsupported_parameters_reach_the_client_by_name(client) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        await client.chat.completions.create(**ask("base", "hi"), n=3)
+    assert (caught.value.code, caught.value.param) == ("unsupported_parameter", "n")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [("GET", "/nowhere", 404), ("GET", "/v1/chat/completions", 405), ("POST", "/v1/chat/completions", 400)],
+)
+async def test_every_error_has_the_one_shape(http, method: str, path: str, status: int) -> None:
+    response = await http.request(method, path)
+    assert response.status_code == status
+    assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+    assert response.headers["x-request-id"]
+
+
+async def test_a_defect_is_a_500_that_tells_nothing(gateway, http, monkeypatch) -> None:
+    def broken(request: object) -> None:
+        raise RuntimeError("secret of the house")
+
+    monkeypatch.setattr(gateway, "_route", broken)
+    response = await http.post("/v1/chat/completions", json=ask("base", "hi"))
+    assert response.status_code == 500
+    assert response.json()["error"]["type"] == "server_error"
+    assert "secret" not in response.text
+
+
+class Scripted:
+    """A backend that says what it is told to."""
+
+    def __init__(self, *events: object) -> None:
+        self.events, self.closed = events, False
+
+    async def stream(self, work: Work):
+        try:
+            for event in self.events:
+                yield event
+            await asyncio.sleep(60)
+        finally:
+            self.closed = True
+
+    async def healthy(self) -> bool:
+        return False
+
+
+async def test_overload_is_a_429_with_retry_after_and_the_route(gateway, http, client) -> None:
+    gateway.backend = Scripted(Failed(429, "busy", "overloaded", retry_after_s=1))
+    with pytest.raises(openai.RateLimitError) as caught:
+        await client.chat.completions.create(**ask("sums", "hi"))
+    assert caught.value.response.headers["retry-after"] == "1"
+    assert caught.value.response.headers["x-cascade-route"] == "sums"
+    assert caught.value.type == "rate_limit_error"
+
+
+async def test_a_stream_that_breaks_says_so(gateway, client) -> None:
+    gateway.backend = Scripted(Started("", 3, 0.0, 0.0), Failed(503, "lost", "engine_lost"))
+    stream = await client.chat.completions.create(**ask("base", "hi"), stream=True)
+    with pytest.raises(openai.APIError, match="lost"):
+        async for _ in stream:
+            pass
+
+
+async def test_a_client_that_leaves_ends_the_work(gateway) -> None:
+    """Below HTTP: the ASGI server says that the client has gone."""
+    for stream in (False, True):
+        gateway.backend = Scripted(Started("", 3, 0.0, 0.0))
+        body = httpx.Request("POST", "http://x", json=ask("base", "hi", stream=stream)).read()
+        gone = asyncio.Event()
+        messages = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def receive(messages=messages, gone=gone):
+            if messages:
+                return messages.pop()
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message):
+            pass
+
+        path = "/v1/chat/completions"
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": path,
+            "headers": [],
+            "query_string": b"",
+            "http_version": "1.1",
+        }
+        task = asyncio.create_task(build_api(gateway)(scope, receive, send))
+        await asyncio.sleep(0.3)
+        assert not gateway.backend.closed
+        gone.set()
+        await asyncio.sleep(0.3)
+        if not stream:  # Ray Serve cancels the request's task; a stream notices by itself
+            task.cancel()
+        await asyncio.wait([task], timeout=5)
+        assert gateway.backend.closed
+
+
+async def test_health_is_that_of_the_engine(gateway, http) -> None:
+    assert (await http.get("/health")).json() == {"status": "ok"}
+    gateway.backend = Scripted()
+    assert (await http.get("/health")).status_code == 503
+
+
+async def test_without_a_router_the_base_answers(gateway, client, tmp_path, stand_in) -> None:
+    gateway.router = LiveRouter(stand_in.store.child("nothing-here"), tmp_path)
+    raw = await client.chat.completions.with_raw_response.create(**ask("cascade", SUMS_QUESTION))
+    assert (raw.headers["x-cascade-route"], raw.headers["x-cascade-reason"]) == ("base", "no-router")
+
+
+async def test_a_route_to_a_modifier_that_is_gone_falls_back(gateway) -> None:
+    route = gateway.router.route([Message("user", SUMS_QUESTION)], {"letters": "1"}, None)
+    assert (route.choice, route.reason) == ("base", "unavailable")

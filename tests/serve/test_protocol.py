@@ -1,0 +1,129 @@
+"""Requests: what is taken, and that everything else is refused by name."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from cascade.tasks import Message
+from serve.protocol import MAX_BODY_BYTES, ApiError, parse_chat_request
+
+GOOD = {"model": "cascade", "messages": [{"role": "user", "content": "hi"}]}
+
+
+def refused(**changes: object) -> ApiError:
+    with pytest.raises(ApiError) as caught:
+        parse_chat_request(json.dumps(GOOD | changes).encode())
+    return caught.value
+
+
+def test_a_full_request() -> None:
+    body = GOOD | {
+        "messages": [
+            {"role": "developer", "content": "be brief"},
+            {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "name": "x"},
+        ],
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "max_completion_tokens": 5,
+        "temperature": 0,
+        "top_p": 1,
+        "stop": ["x", "y"],
+        "seed": -3,
+        "user": "me",
+        "metadata": {"a": "b"},
+    }
+    request = parse_chat_request(json.dumps(body).encode())
+    assert request.conversation == [Message("system", "be brief"), Message("user", "ab")]
+    assert (request.limit, request.stops, request.seed) == (5, ("x", "y"), -3)
+    assert request.stream_options is not None
+    assert request.stream_options.include_usage
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("n", 2),
+        ("tools", [{"type": "function", "function": {"name": "f"}}]),
+        ("response_format", {"type": "json_object"}),
+        ("logprobs", True),
+        ("logit_bias", {"1": 5}),
+        ("presence_penalty", 0.5),
+        ("functions", [{"name": "f"}]),
+        ("audio", {"voice": "x"}),
+    ],
+)
+def test_unsupported_parameters_are_refused_by_name(name: str, value: object) -> None:
+    error = refused(**{name: value})
+    assert (error.status, error.code, error.param) == (400, "unsupported_parameter", name)
+    assert name in error.message
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("n", 1), ("tools", []), ("response_format", {"type": "text"}), ("logprobs", False), ("logit_bias", None)],
+)
+def test_values_that_ask_for_nothing_are_taken(name: str, value: object) -> None:
+    parse_chat_request(json.dumps(GOOD | {name: value}).encode())
+
+
+def test_unknown_parameters_are_refused_by_name() -> None:
+    error = refused(temprature=0)
+    assert (error.code, error.param) == ("unknown_parameter", "temprature")
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"temperature": 2.5}, "temperature"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": "5"}, "max_tokens"),
+        ({"stop": ["a"] * 5}, "stop"),
+        ({"stop": ""}, "stop"),
+        ({"seed": 2**63}, "seed"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, "messages[0].content"),
+        ({"stream_options": {"foo": 1}}, "stream_options.foo"),
+        ({"router_threshold": 1.5}, "router_threshold"),
+    ],
+)
+def test_bad_values_name_the_parameter(changes: dict[str, object], param: str) -> None:
+    error = refused(**changes)
+    assert error.status == 400
+    assert error.param is not None
+    assert error.param.startswith(param)
+
+
+def test_missing_parameters_are_named() -> None:
+    with pytest.raises(ApiError) as caught:
+        parse_chat_request(b'{"model": "base"}')
+    assert (caught.value.code, caught.value.param) == ("missing_required_parameter", "messages")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe", b"[" * 100_000, b'{"model": NaN}', b'{"temperature": Infinity}'],
+)
+def test_bodies_that_are_no_request(body: bytes) -> None:
+    with pytest.raises(ApiError) as caught:
+        parse_chat_request(body)
+    assert caught.value.status == 400
+
+
+def test_lone_surrogates_are_refused() -> None:
+    body = b'{"model": "base", "messages": [{"role": "user", "content": "\\ud800"}]}'
+    with pytest.raises(ApiError) as caught:
+        parse_chat_request(body)
+    assert caught.value.status == 400
+
+
+def test_bodies_that_are_too_large() -> None:
+    with pytest.raises(ApiError) as caught:
+        parse_chat_request(b" " * (MAX_BODY_BYTES + 1))
+    assert caught.value.status == 413
