@@ -65,7 +65,7 @@ class Arc:
 
 def _rows(options: Options, split: Split) -> list[dict[str, Any]]:
     if options.path is None:
-        prefixes = {split: f"{options.set_}/{split}"}
+        prefixes: dict[str, str] = {split: f"{options.set_}/{split}"}
         return hub_rows(HubSource(REPO, REVISION, prefixes), split)
     wanted = {"train": ("train",), "validation": ("validation", "dev"), "test": ("test",)}[split]
     other = "easy" if options.set_ == "ARC-Challenge" else "challenge"

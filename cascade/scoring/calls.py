@@ -11,7 +11,7 @@ from __future__ import annotations
 import ast
 import operator
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,15 +64,19 @@ VALID = Match(True)
 # ------------------------------------------------------------------------------------------------- parsing
 
 
-def parse_calls(text: str) -> list[Call]:
-    """Calls out of "[f(a=1), g(b='x')]", leniently: in a fence, amid prose, without the brackets.
+def parse_calls(text: str, *, lenient: bool = True) -> list[Call]:
+    """Calls out of "[f(a=1), g(b='x')]".
+
+    Args:
+        text: the answer.
+        lenient: look into fences and amid prose too; otherwise as BFCL reads it (brackets may be missing).
 
     Raises:
         CallSyntaxError: there is no call that can be read; an argument without a name is one that cannot.
     """
     text = text[:MAX_CHARS].strip()
     errors = []
-    for candidate in _candidates(text):
+    for candidate in _candidates(text)[: None if lenient else 1]:
         try:
             return _parse(candidate)
         except (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError, TypeError) as error:
@@ -272,6 +276,6 @@ def _dict_matches(value: Mapping[Any, Any], accepted: Mapping[Any, Sequence[Any]
 
 
 def _dicts_match(value: Sequence[Any], accepted: Any) -> bool:
-    if len(value) != len(accepted):
+    if not isinstance(accepted, Sized) or len(value) != len(accepted):
         return False
     return all(a != "" and _dict_matches(v, a) for v, a in zip(value, accepted, strict=True))

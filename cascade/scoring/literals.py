@@ -18,7 +18,7 @@ MAX_ITEMS = 1_000_000
 """Values taken from an iterator before it is cut."""
 _PLAIN = (type(None), bool, str)
 _BIG = 1 << 63
-_ITERATORS = (Iterator, map, filter, zip, range, type({}.keys()), type({}.values()), type({}.items()))
+_ITERATORS: tuple[Any, ...] = (Iterator, map, filter, zip, range, type({}.keys()), type({}.values()), type({}.items()))
 
 
 class Remote:
@@ -71,7 +71,8 @@ def _encode_relative(value: Any, keep: Keep) -> Any:
     """Subclasses and look-alikes of literals, as the literal they stand for."""
     if isinstance(value, dict):
         return {"$": "dict", "v": [[encode(k, keep), encode(v, keep)] for k, v in dict.items(value)]}
-    for base in (int, float, str, tuple, list, set, frozenset):
+    bases: tuple[Any, ...] = (int, float, str, tuple, list, set, frozenset)
+    for base in bases:
         if isinstance(value, base) and type(value).__eq__ is base.__eq__:
             return encode(base(value), keep)
     if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:

@@ -1,0 +1,166 @@
+"""Berkeley Function-Calling Leaderboard v4, single-turn Python categories (Patil et al., ICML 2025).
+
+Source: wheel `bfcl-eval==2026.3.23` (Apache-2.0), its data alone, or a local copy of its `data` folder. Split rule
+(`split_rule: ids`): the SHA-256 of the task's id decides: its first 8 hex digits as a number modulo 10 are 0 or 1 for
+train, 2 for validation, else test; BFCL itself publishes no training data. `split_rule: none` keeps everything in test,
+which is what published scores are of. Shots: 0. Metric: BFCL's AST check (see `cascade.scoring.calls`); in irrelevance
+categories an answer passes that holds no call.
+
+"Simple" scores are unweighted means over languages on the leaderboard and live scores are weighted by size: reports
+break down by category, so both can be had.
+
+Options:
+    path: folder that holds BFCL_v4_<category>.json and possible_answer/; left out, the wheel
+    categories: list; left out, all of CATEGORIES
+    split_rule: ids | none
+    lenient: read calls in fences and amid prose too (default false: as the leaderboard reads them)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from cascade.benchmarks.jsonl import judge_calls, reference_calls
+from cascade.benchmarks.options import parse_options
+from cascade.benchmarks.ordering import only_split, shuffled
+from cascade.benchmarks.sources import wheel_folder
+from cascade.config import Section
+from cascade.errors import ConfigError, DataError
+from cascade.tasks import Completion, Message, Split, Task, Verdict
+
+WHEEL = (
+    "bfcl-eval",
+    "2026.3.23",
+    "bfcl_eval/data/",
+    "3bb6dfa5f0c68ad403c9ec50b00db2bb3b4cc9b38ab1ff33f48fe30d853d3a0a",
+)
+CATEGORIES: dict[str, int] = {
+    "simple_python": 1,
+    "multiple": 2,
+    "parallel": 3,
+    "parallel_multiple": 4,
+    "irrelevance": 2,
+    "live_simple": 2,
+    "live_multiple": 3,
+    "live_parallel": 4,
+    "live_parallel_multiple": 4,
+    "live_irrelevance": 3,
+}
+"""Category -> difficulty."""
+SYSTEM_PROMPT = """You are an expert in composing functions. You are given a question and a set of possible functions. \
+Based on the question, you will need to make one or more function/tool calls to achieve the purpose.
+If none of the functions can be used, point it out. If the given question lacks the parameters required by the function, \
+also point it out.
+You should only return the function calls in your response.
+
+If you decide to invoke any of the function(s), you MUST put it in the format of \
+[func_name1(params_name1=params_value1, params_name2=params_value2...), func_name2(params)]
+You SHOULD NOT include any other text in the response.
+
+At each turn, you should try your best to complete the tasks requested by the user within the current turn. Continue to \
+output functions to call until you have fulfilled the user's request to the best of your ability. Once you have no more \
+functions to call, the system will consider the current turn complete and proceed to the next turn or task.
+
+Here is a list of functions in JSON format that you can invoke.
+{functions}
+"""
+"""BFCL's own default system prompt (Apache-2.0)."""
+HINT = " Note that the provided function is in Python 3 syntax."
+
+
+class Options(Section):
+    """What the config says under `options`."""
+
+    path: str | None = None
+    categories: list[str] | None = None
+    split_rule: Literal["ids", "none"] = "ids"
+    lenient: bool = False
+
+
+class Bfcl:
+    """See the module's docstring."""
+
+    name = "bfcl"
+
+    def load(
+        self, split: Split, *, domain: str, options: Mapping[str, Any], seed: int, count: int | None
+    ) -> list[Task]:
+        """The tasks of the chosen categories that belong to the split."""
+        chosen = parse_options(Options, options, self.name)
+        unknown = set(chosen.categories or ()) - set(CATEGORIES)
+        if unknown:
+            raise ConfigError(f"bfcl has no categories {sorted(unknown)} here; it has {', '.join(CATEGORIES)}")
+        if chosen.split_rule == "none":
+            only_split(f"{self.name} with split_rule none", split, "test")
+        folder = Path(chosen.path).expanduser() if chosen.path is not None else wheel_folder(*WHEEL)
+        tasks = []
+        for category in chosen.categories or CATEGORIES:
+            rows = _category(folder, category)
+            kept = [r for r in rows if chosen.split_rule == "none" or split_of(r["id"]) == split]
+            tasks += [_task(row, category, split, domain, chosen.lenient) for row in kept]
+        return shuffled(tasks, seed, count)
+
+    def score(self, task: Task, completion: Completion) -> Verdict:
+        """The leaderboard's check."""
+        reference = task.reference
+        outcome, answer, evidence = judge_calls(
+            completion.text, reference["expected"], reference["functions"], lenient=reference["lenient"]
+        )
+        return Verdict(task.id, completion.model, completion.modifier, outcome, answer, evidence)
+
+    def reference_answer(self, task: Task) -> str:
+        """The accepted calls with the first accepted values."""
+        return reference_calls(task.reference["expected"], task.reference["functions"])
+
+
+def split_of(task_id: str) -> Split:
+    """The published rule: see the module's docstring."""
+    point = int(hashlib.sha256(task_id.encode()).hexdigest()[:8], 16) % 10
+    return "train" if point < 2 else ("validation" if point == 2 else "test")
+
+
+def _category(folder: Path, category: str) -> list[dict[str, Any]]:
+    """Rows with id, question, function and expected calls ([] in irrelevance categories)."""
+    rows = _lines(folder / f"BFCL_v4_{category}.json")
+    answers: dict[str, Any] = {}
+    if "irrelevance" not in category:
+        answers = {a["id"]: a["ground_truth"] for a in _lines(folder / "possible_answer" / f"BFCL_v4_{category}.json")}
+    for row in rows:
+        if "irrelevance" not in category and row["id"] not in answers:
+            raise DataError(f"bfcl {category}: {row['id']} has no possible answer")
+        row["expected"] = answers.get(row["id"], [])
+    return rows
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    try:
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {file}: {error}") from error
+
+
+def _task(row: Mapping[str, Any], category: str, split: Split, domain: str, lenient: bool) -> Task:
+    functions = [{**f, "description": f["description"] + HINT} for f in row["function"]]
+    turn = row["question"][0]
+    system = SYSTEM_PROMPT.format(functions=json.dumps(functions, indent=4))
+    own = [m["content"] for m in turn if m["role"] == "system"]
+    messages = [Message("system", "\n\n".join([system, *own]))]
+    messages += [Message(m["role"], m["content"]) for m in turn if m["role"] != "system"]
+    return Task(
+        id=f"bfcl/{row['id']}",
+        benchmark="bfcl",
+        domain=domain,
+        split=split,
+        messages=tuple(messages),
+        reference={"expected": row["expected"], "functions": row["function"], "lenient": lenient},
+        difficulty=CATEGORIES[category],
+        category=category,
+        max_tokens=512,
+    )
+
+
+BENCHMARK = Bfcl()
