@@ -7,7 +7,7 @@ which live in an actor of their own; every response is in the ledger before anyt
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, cast
@@ -59,11 +59,27 @@ def _ask_all(job: Job, tier: int, pending: list[Task], resolve: dict[str, str], 
     """Fan the tasks out; raises only after all that was in flight has come back."""
     if not pending:
         return
-    execution = job.config.execution
     remote: Any = ray.remote(_Desk)
     desk = remote.options(num_cpus=0, max_concurrency=10_000).remote(job.config)
-    size = execution.task_block
-    blocks = [to_table(Task, pending[i : i + size]) for i in range(0, len(pending), size)]
+    try:
+        done, passed, spent = total - len(pending), 0, 0.0
+        stopped: CascadeError | None = None
+        for row in _answers(job, tier, pending, resolve, desk):
+            if row["stopped"]:
+                stopped = stopped or _STOPPED[row["stopped"]](row["note"])
+                continue
+            done, passed, spent = done + 1, passed + row["passed"], spent + row["cost_usd"]
+            job.progress.update(job.run.job, done, total, f"asked, {passed} verified, ${spent:.4f}")
+    finally:
+        ray.kill(desk)
+    if stopped is not None:
+        raise stopped
+
+
+def _answers(job: Job, tier: int, tasks: list[Task], resolve: dict[str, str], desk: Any) -> Iterator[dict[str, Any]]:
+    """What `TeacherActor` says of each task, as it is known."""
+    execution = job.config.execution
+    blocks = [to_table(Task, tasks[i : i + execution.task_block]) for i in range(0, len(tasks), execution.task_block)]
     rows = ray.data.from_arrow(blocks).map_batches(
         TeacherActor,
         batch_size=None,
@@ -78,17 +94,8 @@ def _ask_all(job: Job, tier: int, pending: list[Task], resolve: dict[str, str], 
             "desk": desk,
         },
     )
-    done, passed, spent = total - len(pending), 0, 0.0
-    stopped: CascadeError | None = None
     for batch in rows.iter_batches(batch_size=None, batch_format="pyarrow"):
-        for row in cast(pa.Table, batch).to_pylist():
-            if row["stopped"]:
-                stopped = stopped or _STOPPED[row["stopped"]](row["note"])
-                continue
-            done, passed, spent = done + 1, passed + row["passed"], spent + row["cost_usd"]
-        job.progress.update(job.run.job, done, total, f"asked, {passed} verified, ${spent:.4f}")
-    if stopped is not None:
-        raise stopped
+        yield from cast(pa.Table, batch).to_pylist()
 
 
 class _Desk:
