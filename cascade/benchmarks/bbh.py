@@ -41,12 +41,7 @@ SHOTS_WHEEL = (
     "lm_eval/tasks/bbh/cot_fewshot/",
     "5daaa1973bf874005f64f28d3834b875f6886f0d6475878e6a6c821994a5286a",
 )
-TASKS = """boolean_expressions causal_judgement date_understanding disambiguation_qa dyck_languages formal_fallacies
-geometric_shapes hyperbaton logical_deduction_five_objects logical_deduction_seven_objects
-logical_deduction_three_objects movie_recommendation multistep_arithmetic_two navigate object_counting
-penguins_in_a_table reasoning_about_colored_objects ruin_names salient_translation_error_detection snarks
-sports_understanding temporal_sequences tracking_shuffled_objects_five_objects
-tracking_shuffled_objects_seven_objects tracking_shuffled_objects_three_objects web_of_lies word_sorting""".split()
+TASKS = ["boolean_expressions", "causal_judgement", "date_understanding", "disambiguation_qa", "dyck_languages", "formal_fallacies", "geometric_shapes", "hyperbaton", "logical_deduction_five_objects", "logical_deduction_seven_objects", "logical_deduction_three_objects", "movie_recommendation", "multistep_arithmetic_two", "navigate", "object_counting", "penguins_in_a_table", "reasoning_about_colored_objects", "ruin_names", "salient_translation_error_detection", "snarks", "sports_understanding", "temporal_sequences", "tracking_shuffled_objects_five_objects", "tracking_shuffled_objects_seven_objects", "tracking_shuffled_objects_three_objects", "web_of_lies", "word_sorting"]
 STOP = ("</s>", "Q", "\n\n")
 MAX_TOKENS = 1024
 

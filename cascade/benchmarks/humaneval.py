@@ -18,8 +18,8 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from cascade.benchmarks.options import parse_options
-from cascade.benchmarks.sources import HubSource, hub_rows, local_rows, read_rows, require, wheel_file
 from cascade.benchmarks.ordering import only_split, shuffled
+from cascade.benchmarks.sources import HubSource, hub_rows, local_rows, read_rows, require, wheel_file
 from cascade.config import Section
 from cascade.scoring.extraction import read_code
 from cascade.scoring.python_tests import run_tests

@@ -21,7 +21,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-
 from filelock import FileLock
 
 from cascade.artifacts import sha256_of_file

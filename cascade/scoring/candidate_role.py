@@ -12,7 +12,7 @@ import types
 from typing import Any
 
 if not __name__ == "sandboxed_role":
-    from cascade.scoring.literals import Remote, decode, encode, from_line, to_line
+    from cascade.scoring.literals import decode, encode, from_line, to_line
 
 
 class _Candidate:

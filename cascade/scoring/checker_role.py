@@ -13,7 +13,7 @@ import sys
 from typing import Any
 
 if not __name__ == "sandboxed_role":
-    from cascade.scoring.literals import Remote, decode, encode, from_line, to_line
+    from cascade.scoring.literals import decode, encode, from_line, to_line
 
 MAX_LINE = 64 * 2**20
 """Longest answer read, in bytes."""

@@ -1,90 +1,167 @@
-"""Contamination: does a training example overlap a test task?
+"""Keeping test tasks out of training data, and near-duplicates out of it.
 
-Two rules, over normalised text (lower case, runs of letters and digits): the same question, or a shared sequence of
-13 words, as in the GPT-3 paper (arXiv 2005.14165, appendix C). A sequence that stands in several test tasks is the
-benchmark's boilerplate and tells nothing. Tasks of a procedural benchmark are made from templates, so that two of
-them share long sequences by construction: there the same question decides, and n-grams only across benchmarks.
+Two checks per example and test task, over the words of their texts: the same normalised prompt, and a shared run of 13
+words (the GPT-3 rule). Texts shorter than 13 words are compared whole. Near-duplicates are found by MinHash over word
+5-grams (library `datasketch`), their Jaccard similarity then measured exactly.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-from cascade.tasks import Example, Message, Task
+from datasketch import MinHash, MinHashLSH
+
+from cascade.benchmarks.normalise import normalise
+from cascade.tasks import Example, Task
 
 NGRAM = 13
-BOILERPLATE_FROM = 3
-"""A word sequence in so many test tasks or more is boilerplate."""
-PROCEDURAL = frozenset({"reasoning_gym"})
-_WORD = re.compile(r"\w+")
+SHARED_BY = 10
+"""A run of words that occurs in more test tasks than this is boilerplate (an instruction, a template), not content."""
+TEMPLATED = frozenset({"reasoning_gym"})
+"""Benchmarks whose prompts are filled-in templates: they share runs of words by construction, so that only a whole
+prompt inside an example tells."""
+_WORD = re.compile(r"\w+", re.UNICODE)
 
 
 @dataclass(frozen=True, slots=True)
 class Overlap:
-    """One example that overlaps one test task.
+    """An example that shares text with a test task.
 
     Attributes:
-        example_id: the example's task id.
-        rule: "same question" or "13-gram".
-        evidence: the shared text.
+        example: position in the list of examples.
+        task_id: of the test task.
+        kind: "exact" for the same normalised prompt, "ngram" for a shared run of words.
+        text: what they share.
     """
 
-    example_id: str
-    test_id: str
-    rule: str
-    evidence: str
+    example: int
+    task_id: str
+    kind: Literal["exact", "ngram"]
+    text: str
 
 
-def find_overlaps(examples: Iterable[Example], test_tasks: Sequence[Task]) -> list[Overlap]:
-    """The first overlap of each example that has one, in the order of the examples."""
-    questions = {words_of(t.prompt): t for t in test_tasks}
-    owners = _distinctive_ngrams(test_tasks)
+def words(text: str) -> list[str]:
+    """The words of a text, normalised."""
+    return _WORD.findall(normalise(text))
+
+
+def ngrams(text: str, n: int = NGRAM) -> Iterator[tuple[str, ...]]:
+    """Every run of n words; the whole text if it is shorter (nothing if it is empty)."""
+    found = words(text)
+    if found:
+        yield from (tuple(found[i : i + n]) for i in range(max(1, len(found) - n + 1)))
+
+
+def _task_texts(task: Task) -> list[str]:
+    """What of a test task must not be learned: its question, and the answer texts that are long enough to tell."""
+    return [task.prompt, *(c for c in task.choices if len(words(c)) >= NGRAM), *_solutions(task)]
+
+
+def _solutions(task: Task) -> list[str]:
+    reference = task.reference if isinstance(task.reference, dict) else {}
+    kept = (reference.get(key) for key in ("canonical_solution", "code", "solution"))
+    return [text for text in kept if isinstance(text, str) and len(words(text)) >= NGRAM]
+
+
+def _example_texts(example: Example) -> list[str]:
+    return [m.content for m in example.messages]
+
+
+def find_overlaps(examples: Sequence[Example], test_tasks: Iterable[Task], *, n: int = NGRAM) -> list[Overlap]:
+    """Every example that overlaps a test task; the first shared run per pair.
+
+    Args:
+        examples: what is to be trained on.
+        test_tasks: of all benchmarks and domains that will ever be reported.
+        n: length of the runs in words.
+
+    Returns:
+        Overlaps by example, then task. An example without any is clean.
+    """
+    tasks = list(test_tasks)
+    index = _index(tasks, n)
+    whole = {i: " ".join(words(t.prompt)) for i, t in enumerate(tasks) if t.benchmark in TEMPLATED}
+    prompts: dict[str, list[str]] = defaultdict(list)
+    for task in tasks:
+        prompts[normalise(task.prompt)].append(task.id)
     found = []
-    for example in examples:
-        overlap = _same_question(example, questions) or _shared_ngram(example, owners)
-        if overlap is not None:
-            found.append(overlap)
+    for position, example in enumerate(examples):
+        seen: set[str] = set()
+        for text in _example_texts(example):
+            for task_id in prompts.get(normalise(text), ()):
+                if task_id not in seen:
+                    seen.add(task_id)
+                    found.append(Overlap(position, task_id, "exact", text))
+            joined = " ".join(words(text))
+            for run in ngrams(text, n):
+                for number in index.get(_key(run), ()):
+                    if tasks[number].id not in seen and whole.get(number, "") in joined:
+                        seen.add(tasks[number].id)
+                        found.append(Overlap(position, tasks[number].id, "ngram", " ".join(run)))
     return found
 
 
-def words_of(text: str) -> tuple[str, ...]:
-    """Lower-cased runs of letters and digits."""
-    return tuple(_WORD.findall(text.lower()))
+def _key(run: tuple[str, ...]) -> bytes:
+    return hashlib.blake2b(" ".join(run).encode(), digest_size=12).digest()
 
 
-def _ngrams(messages: Iterable[Message]) -> Iterator[tuple[str, ...]]:
-    for message in messages:
-        words = words_of(message.content)
-        for start in range(len(words) - NGRAM + 1):
-            yield words[start : start + NGRAM]
+def _index(tasks: Sequence[Task], n: int) -> dict[bytes, list[int]]:
+    """Runs of full length -> numbers of the tasks that hold them, without boilerplate that many tasks share.
+
+    Shorter texts are left to the comparison of whole prompts: a run of three words proves nothing.
+    """
+    counts: Counter[bytes] = Counter()
+    runs: list[set[bytes]] = []
+    for task in tasks:
+        own = {_key(run) for text in _task_texts(task) for run in ngrams(text, n) if len(run) == n}
+        runs.append(own)
+        counts.update(own)
+    index: dict[bytes, list[int]] = defaultdict(list)
+    for number, own in enumerate(runs):
+        for key in own:
+            if counts[key] <= SHARED_BY:
+                index[key].append(number)
+    return index
 
 
-def _distinctive_ngrams(tasks: Sequence[Task]) -> dict[tuple[str, ...], list[Task]]:
-    """Word sequences that few test tasks have, with those tasks."""
-    per_task = [(task, set(_ngrams(task.messages))) for task in tasks]
-    counts = Counter(ngram for _, ngrams in per_task for ngram in ngrams)
-    owners: dict[tuple[str, ...], list[Task]] = {}
-    for task, ngrams in per_task:
-        for ngram in ngrams:
-            if counts[ngram] < BOILERPLATE_FROM:
-                owners.setdefault(ngram, []).append(task)
-    return owners
+def clean(examples: Sequence[Example], test_tasks: Iterable[Task]) -> tuple[list[Example], list[Overlap]]:
+    """The examples that overlap no test task, and the overlaps of the others."""
+    overlaps = find_overlaps(examples, test_tasks)
+    dirty = {o.example for o in overlaps}
+    return [e for i, e in enumerate(examples) if i not in dirty], overlaps
 
 
-def _same_question(example: Example, questions: dict[tuple[str, ...], Task]) -> Overlap | None:
-    for message in example.messages:
-        task = questions.get(words_of(message.content)) if message.role == "user" else None
-        if task is not None:
-            return Overlap(example.task_id, task.id, "same question", task.prompt)
-    return None
+def deduplicate(
+    examples: Sequence[Example], *, threshold: float = 0.8, permutations: int = 128, shingle: int = 5
+) -> list[Example]:
+    """The examples without near-duplicates: of two that are alike, the earlier stays.
+
+    Args:
+        examples: in order of preference.
+        threshold: Jaccard similarity of the sets of word runs from which on two are alike.
+        permutations: of the MinHash; candidates that it proposes are compared exactly.
+        shingle: length of the runs in words.
+    """
+    index = MinHashLSH(threshold=max(0.1, threshold - 0.15), num_perm=permutations)
+    sets: dict[str, set[tuple[str, ...]]] = {}
+    kept = []
+    for position, example in enumerate(examples):
+        own = set(ngrams("\n".join(_example_texts(example)), shingle))
+        sketch = MinHash(num_perm=permutations, seed=1)
+        sketch.update_batch([" ".join(run).encode() for run in sorted(own)])
+        if any(_jaccard(own, sets[name]) >= threshold for name in index.query(sketch)):
+            continue
+        name = str(position)
+        index.insert(name, sketch)
+        sets[name] = own
+        kept.append(example)
+    return kept
 
 
-def _shared_ngram(example: Example, owners: dict[tuple[str, ...], list[Task]]) -> Overlap | None:
-    for ngram in _ngrams(example.messages):
-        for task in owners.get(ngram, ()):
-            if task.benchmark != example.benchmark or task.benchmark not in PROCEDURAL:
-                return Overlap(example.task_id, task.id, f"{NGRAM}-gram", " ".join(ngram))
-    return None
+def _jaccard(a: set[tuple[str, ...]], b: set[tuple[str, ...]]) -> float:
+    return len(a & b) / len(a | b) if a or b else 1.0

@@ -1,9 +1,9 @@
 """A sandbox for code that nobody has read: what a model wrote, and the tests it is judged by.
 
-What holds, where the kernel grants it: namespaces of its own (user, mount, pid, network, ipc, uts), a root file system
-with system libraries and the interpreter read-only and an empty /tmp, no capability, a seccomp filter (no sockets, no new
-processes or programs, no tracing, no mounts), an empty environment, and limits on CPU time, address space, file size,
-scratch space and open files. CPU time decides timeouts, so that a busy host flips no verdict; wall time is a
+What holds, where the kernel grants it: namespaces of its own (user, mount, pid, network, ipc, uts), a root file
+system with system libraries and the interpreter read-only and an empty /tmp, no capability, a seccomp filter (no
+sockets, no new processes or programs, no tracing, no mounts), an empty environment, and limits on CPU time, address
+space, file size, scratch space and open files. CPU time decides timeouts, so that a busy host flips no verdict; wall time is a
 generous backstop for code that sleeps.
 
 What it does NOT protect against: a hole in the kernel itself, side channels between processes, and, where namespaces
@@ -16,11 +16,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import selectors
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -291,9 +293,6 @@ def _run_with_streams(
 
 def _collect(fd: int, confined: Confined, limits: Limits) -> Output:
     """Read until the end of the output, the limit of its size, or the wall limit."""
-    import selectors
-    import time
-
     chunks, size, deadline = [], 0, time.monotonic() + limits.wall
     with selectors.DefaultSelector() as selector:
         selector.register(fd, selectors.EVENT_READ)

@@ -1,7 +1,8 @@
 """Runs inside the sandbox's first process: builds the walls, then starts what is to be confined.
 
-Standard library alone, started as a script (`python -P -S sandbox_launcher.py`), never imported by the library. It reads
-one JSON request from standard input and writes one JSON status line to standard output when the confined process ends.
+Standard library alone, started as a script (`python -P -S sandbox_launcher.py`), never imported by the library. It
+reads one JSON request from standard input and writes one JSON status line to standard output when the confined
+process ends.
 
 Walls, in order: user, mount, pid, network, ipc and uts namespaces; a root file system of its own (system
 libraries and the interpreter read-only, an empty private /tmp, four device files, no /proc); resource limits; all

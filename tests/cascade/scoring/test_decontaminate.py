@@ -1,0 +1,77 @@
+"""Planted leaks are found, all of them; clean examples stay; near-duplicates go."""
+
+from __future__ import annotations
+
+import random
+
+from cascade.scoring.decontaminate import clean, deduplicate, find_overlaps
+from cascade.tasks import Example, Message, Task
+
+RNG = random.Random(3)
+WORDS = ["".join(RNG.choices("abcdefghijklmnopqrstuvwxyz", k=RNG.randint(3, 9))) for _ in range(3000)]
+
+
+def prose(length: int) -> str:
+    return " ".join(RNG.choices(WORDS, k=length))
+
+
+def task(number: int, prompt: str, benchmark: str = "b") -> Task:
+    return Task(f"{benchmark}/{number}", benchmark, "d", "test", (Message("user", prompt),), None)
+
+
+def example(prompt: str, answer: str = "the answer") -> Example:
+    return Example("b/x", "b", "d", "c", 1, (Message("user", prompt), Message("assistant", answer)), "t", 1)
+
+
+def disguise(text: str) -> str:
+    """Other case, spacing and punctuation, which must not hide a leak."""
+    return "  ".join(w.upper() if RNG.random() < 0.3 else w + "," for w in text.split())
+
+
+def test_every_planted_leak_is_found_and_nothing_else() -> None:
+    tasks = [task(i, prose(RNG.randint(20, 60))) for i in range(300)]
+    short = [task(i, prose(5)) for i in range(300, 320)]
+    examples, planted = [], {}
+    for i in range(600):
+        if i % 3 == 0:
+            leaked = RNG.choice(tasks)
+            words = leaked.prompt.split()
+            start = RNG.randrange(len(words) - 12)
+            part = disguise(" ".join(words[start : start + 13]))
+            text = f"{prose(20)} {part} {prose(20)}"
+            examples.append(example(text) if i % 2 else example(prose(10), text))
+            planted[i] = leaked.id
+        elif i % 50 == 1:
+            leaked = RNG.choice(short)
+            examples.append(example(f" {leaked.prompt.upper()} "))
+            planted[i] = leaked.id
+        else:
+            examples.append(example(prose(40), prose(30)))
+    found = {o.example: o.task_id for o in find_overlaps(examples, tasks + short)}
+    assert found == planted
+    kept, overlaps = clean(examples, tasks + short)
+    assert len(kept) == 600 - len(planted)
+    assert {o.kind for o in overlaps} == {"exact", "ngram"}
+
+
+def test_boilerplate_and_templates_are_no_leaks() -> None:
+    instruction = prose(30)
+    tasks = [task(i, f"{instruction} {prose(20)}") for i in range(50)]
+    assert find_overlaps([example(f"{instruction} {prose(20)}")], tasks) == []
+    template = prose(25)
+    generated = [task(i, f"{template} {i}", "reasoning_gym") for i in range(5)]
+    assert find_overlaps([example(f"{template} 77")], generated) == []
+    leaked = find_overlaps([example(f"Solve this: {template} 3. Thanks")], generated)
+    assert [o.task_id for o in leaked] == ["reasoning_gym/3"]
+
+
+def test_near_duplicates_go_and_the_first_stays() -> None:
+    originals = [example(prose(60)) for _ in range(40)]
+    copies = []
+    for e in originals[:20]:
+        words = e.messages[0].content.split()
+        words[0] = "changed"
+        copies.append(example(" ".join(words)))
+    assert deduplicate(originals + copies) == originals
+    assert deduplicate([*originals, originals[3]]) == originals
+    assert deduplicate([]) == []
