@@ -3,6 +3,7 @@
 A run is `<storage>/<domain>/<job>@<fingerprint>/`. While a job works it adds parts
 (`verdicts.<part>.parquet`), each written whole or not at all, so a killed job finds again what it had finished.
 `Run.finish` merges the parts into `verdicts.parquet` and marks the manifest done; asked again, the job is a no-op.
+The merged table names the parts that are in it, so that one killed before it removed them reads none of them twice.
 Storage is any URI of pyarrow.fs: a path, `s3://…` or `gs://…`.
 """
 
@@ -11,10 +12,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,6 +30,8 @@ from cascade.tasks import from_table, to_table
 
 Record = TypeVar("Record")
 MANIFEST = "manifest.json"
+_MERGED = b"cascade.parts"
+"""Schema metadata of a whole table: the parts that it was made of."""
 
 
 def fingerprint(**parts: Any) -> str:
@@ -45,6 +50,13 @@ def sha256_of_file(path: str | os.PathLike[str]) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+@cache
+def _resolve(uri: str) -> tuple[pafs.FileSystem, str]:
+    """File system and path of a URI, opened once per process (an object store's client asks the network for it)."""
+    filesystem, path = pafs.FileSystem.from_uri(uri)
+    return filesystem, path
+
+
 @dataclass(frozen=True)
 class Store:
     """Files below one storage URI. All paths given to its methods are relative to that URI, with "/"."""
@@ -57,7 +69,7 @@ class Store:
 
     @property
     def filesystem(self) -> pafs.FileSystem:
-        return pafs.FileSystem.from_uri(self.uri)[0]
+        return _resolve(self.uri)[0]
 
     @property
     def is_local(self) -> bool:
@@ -66,7 +78,7 @@ class Store:
 
     def path(self, relative: str = "") -> str:
         """The path inside the file system (for a local store, an absolute path)."""
-        root = pafs.FileSystem.from_uri(self.uri)[1]
+        root = _resolve(self.uri)[1]
         return f"{root}/{relative}" if relative else root
 
     def child(self, relative: str) -> Store:
@@ -137,8 +149,18 @@ class Store:
                 pafs.copy_files(info.path, str(partial), source_filesystem=self.filesystem)
             else:
                 partial.write_bytes(self.read_bytes(relative))
-            partial.replace(target)
+            _move(partial, target)
         return target
+
+
+def _move(partial: Path, target: Path) -> None:
+    """Rename; where another process was quicker, its copy is as good and ours goes."""
+    try:
+        partial.replace(target)
+    except OSError:
+        if not target.exists():
+            raise
+        shutil.rmtree(partial)
 
 
 @dataclass(frozen=True)
@@ -177,27 +199,48 @@ class Run:
         return sorted({n.split(".")[0] for n in self.store.list(self.folder) if n.endswith(".parquet")})
 
     def write_part(self, table: str, rows: Sequence[Any]) -> None:
-        """Add records (all of one class) to a table as one atomic file; safe from any number of processes."""
+        """Add records (all of one class) to a table as one atomic file; safe from any number of processes.
+
+        All rows of one key (`cascade.tasks.KEYS`) belong in one part: where two parts have the same key, because a
+        block was repeated after a crash, the later part's rows are taken.
+        """
         if rows:
-            self.write_arrow(f"{table}.{uuid.uuid4().hex}", to_table(type(rows[0]), rows))
+            self._put(f"{table}.{time.time_ns():020d}-{uuid.uuid4().hex}", to_table(type(rows[0]), rows))
 
     def write_table(self, table: str, record: type[Record], rows: Sequence[Record]) -> None:
-        """Write a whole table at once, replacing it if there."""
+        """Write a whole table at once, replacing it and its parts."""
         self.write_arrow(table, to_table(record, rows))
 
-    def write_arrow(self, name: str, table: pa.Table) -> None:
+    def write_arrow(self, table: str, content: pa.Table) -> None:
+        """As `write_table`, with an Arrow table."""
+        parts = self._parts(table)
+        metadata = {**(content.schema.metadata or {}), _MERGED: json.dumps(parts)}
+        self._put(table, content.replace_schema_metadata(metadata))
+        for part in parts:
+            self.store.delete(f"{self.folder}/{part}")
+
+    def _put(self, name: str, content: pa.Table) -> None:
         sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, compression="zstd")
+        pq.write_table(content, sink, compression="zstd")
         self.store.write_bytes(f"{self.folder}/{name}.parquet", sink.getvalue().to_pybytes())
 
-    def read_arrow(self, table: str) -> pa.Table | None:
-        """The table, or its parts put together if the job has not finished; None if there is neither."""
+    def _get(self, file: str) -> pa.Table:
+        return pq.read_table(pa.BufferReader(self.store.read_bytes(f"{self.folder}/{file}")))
+
+    def _parts(self, table: str) -> list[str]:
+        """File names of a table's parts, oldest first."""
         names = self.store.list(self.folder)
-        chosen = [n for n in names if n == f"{table}.parquet"] or [
-            n for n in names if n.startswith(f"{table}.") and n.endswith(".parquet")
-        ]
-        parts = [pq.read_table(pa.BufferReader(self.store.read_bytes(f"{self.folder}/{n}"))) for n in chosen]
-        return pa.concat_tables(parts) if parts else None
+        return [n for n in names if n.startswith(f"{table}.") and n.endswith(".parquet") and n != f"{table}.parquet"]
+
+    def read_arrow(self, table: str) -> pa.Table | None:
+        """The table, with what parts were added since it was last merged; None if there is neither."""
+        pieces, merged = [], set()
+        parts = self._parts(table)
+        if self.store.exists(f"{self.folder}/{table}.parquet"):
+            pieces.append(self._get(f"{table}.parquet"))
+            merged = set(json.loads((pieces[0].schema.metadata or {}).get(_MERGED, b"[]")))
+        pieces += [self._get(part) for part in parts if part not in merged]
+        return _newest_of_each_key(pieces) if pieces else None
 
     def read(self, table: str, record: type[Record]) -> list[Record]:
         """The records of a table, empty if nothing was written."""
@@ -220,18 +263,12 @@ class Run:
         self.store.write_json(f"{self.folder}/{MANIFEST}", manifest)
 
     def finish(self, metrics: Mapping[str, Any], **more: Any) -> None:
-        """Merge the parts of each table (one row per key, sorted by its first column) and mark the run done."""
-        names = self.store.list(self.folder)
+        """Merge the parts of each table (sorted by its first column) and mark the run done."""
         for table in self.tables():
-            parts = [n for n in names if n.startswith(f"{table}.") and n.endswith(".parquet")]
-            parts = [n for n in parts if n != f"{table}.parquet"]
-            if parts:
-                if f"{table}.parquet" not in names:
-                    merged = self.read_arrow(table)
-                    assert merged is not None
-                    self.write_arrow(table, merged.sort_by(merged.column_names[0]))
-                for part in parts:
-                    self.store.delete(f"{self.folder}/{part}")
+            if self._parts(table):
+                merged = self.read_arrow(table)
+                assert merged is not None
+                self.write_arrow(table, merged.sort_by(merged.column_names[0]))
         manifest = self.manifest | {"state": "done", "finished": time.time(), "metrics": dict(metrics)} | more
         self.store.write_json(f"{self.folder}/{MANIFEST}", manifest)
 
@@ -244,6 +281,20 @@ class Run:
         if not self.done:
             raise DataError(f"{self.folder} is not finished: run `cascade {self.job.replace('_', '-')} CONFIG` first")
         return self
+
+
+def _newest_of_each_key(pieces: Sequence[pa.Table]) -> pa.Table:
+    """Tables put together, oldest first; a later table's rows take the place of earlier rows of the same key."""
+    columns = json.loads((pieces[0].schema.metadata or {}).get(b"key", b"[]"))
+    if not columns or len(pieces) == 1:
+        return pa.concat_tables(pieces, promote_options="default")
+    kept: list[pa.Table] = []
+    seen: set[tuple[Any, ...]] = set()
+    for piece in reversed(pieces):
+        keys = list(zip(*(piece.column(c).to_pylist() for c in columns), strict=True))
+        kept.append(piece.filter(pa.array([key not in seen for key in keys], pa.bool_())))
+        seen.update(keys)
+    return pa.concat_tables(kept[::-1], promote_options="default")
 
 
 def open_run(store: Store, domain: str, job: str, **decides: Any) -> Run:

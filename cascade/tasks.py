@@ -214,6 +214,13 @@ _ARROW: dict[Any, pa.DataType] = {
     Json: pa.string(),
 }
 Record = TypeVar("Record")
+KEYS = {
+    "Task": ("id",),
+    "Completion": ("task_id", "model", "modifier"),
+    "Verdict": ("task_id", "model", "modifier"),
+    "Example": ("task_id", "tier"),
+}
+"""What a row is about, per record: rows that a killed job wrote twice are known by it (see `cascade.artifacts`)."""
 
 
 def _field_types(record: type) -> dict[str, Any]:
@@ -227,7 +234,8 @@ def schema_of(record: type) -> pa.Schema:
         if getattr(kind, "__origin__", None) is Literal:
             kind = str
         fields.append(pa.field(name, _ARROW[kind], nullable=type(None) in get_args(kind)))
-    return pa.schema(fields, metadata={"record": record.__name__})
+    key = json.dumps(KEYS.get(record.__name__, ()))
+    return pa.schema(fields, metadata={"record": record.__name__, "key": key})
 
 
 def to_table(record: type[Record], rows: Sequence[Record]) -> pa.Table:
