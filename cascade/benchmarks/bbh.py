@@ -1,9 +1,9 @@
 """BIG-Bench Hard: 27 tasks that need several steps (Suzgun et al. 2022, arXiv 2210.09261).
 
-Source: hub `SaylorTwift/bbh` (the accepted harness's copy), or a local folder with `<task>.json` as published or the hub's
-files. Split rule: all 6,511 questions are test tasks. Shots: the 3 published chain-of-thought examples of each task,
-taken from the pinned wheel `lm-eval==0.4.13` (MIT), so that prompts are the accepted harness's to the character.
-Metric: exact match of what follows "the answer is", mean over all questions (so weighted by task size).
+Source: hub `SaylorTwift/bbh` (the accepted harness's copy), or a local folder with `<task>.json` as published or the
+hub's files. Split rule: all 6,511 questions are test tasks. Shots: the 3 published chain-of-thought examples of each
+task, taken from the pinned wheel `lm-eval==0.4.13` (MIT), so that prompts are the accepted harness's to the
+character. Metric: exact match of what follows "the answer is", mean over all questions (so weighted by task size).
 
 Reading differs from the harness's regex on purpose: a final full stop may be there or not, and "(B). " is read as
 "(B)"; everything the regex accepts is accepted here.
@@ -41,7 +41,35 @@ SHOTS_WHEEL = (
     "lm_eval/tasks/bbh/cot_fewshot/",
     "5daaa1973bf874005f64f28d3834b875f6886f0d6475878e6a6c821994a5286a",
 )
-TASKS = ["boolean_expressions", "causal_judgement", "date_understanding", "disambiguation_qa", "dyck_languages", "formal_fallacies", "geometric_shapes", "hyperbaton", "logical_deduction_five_objects", "logical_deduction_seven_objects", "logical_deduction_three_objects", "movie_recommendation", "multistep_arithmetic_two", "navigate", "object_counting", "penguins_in_a_table", "reasoning_about_colored_objects", "ruin_names", "salient_translation_error_detection", "snarks", "sports_understanding", "temporal_sequences", "tracking_shuffled_objects_five_objects", "tracking_shuffled_objects_seven_objects", "tracking_shuffled_objects_three_objects", "web_of_lies", "word_sorting"]
+TASKS = [
+    "boolean_expressions",
+    "causal_judgement",
+    "date_understanding",
+    "disambiguation_qa",
+    "dyck_languages",
+    "formal_fallacies",
+    "geometric_shapes",
+    "hyperbaton",
+    "logical_deduction_five_objects",
+    "logical_deduction_seven_objects",
+    "logical_deduction_three_objects",
+    "movie_recommendation",
+    "multistep_arithmetic_two",
+    "navigate",
+    "object_counting",
+    "penguins_in_a_table",
+    "reasoning_about_colored_objects",
+    "ruin_names",
+    "salient_translation_error_detection",
+    "snarks",
+    "sports_understanding",
+    "temporal_sequences",
+    "tracking_shuffled_objects_five_objects",
+    "tracking_shuffled_objects_seven_objects",
+    "tracking_shuffled_objects_three_objects",
+    "web_of_lies",
+    "word_sorting",
+]
 STOP = ("</s>", "Q", "\n\n")
 MAX_TOKENS = 1024
 

@@ -1,8 +1,8 @@
 """MBPP: short Python functions from a sentence and three asserts (Austin et al. 2021, arXiv 2108.07732).
 
-Source: hub `google-research-datasets/mbpp`, configuration "full" (CC-BY-4.0), or a local file or folder in its schema or as
-published (`mbpp.jsonl`). Split rule, by task id as published: test 11-510, validation 511-600, train 601-974; ids 1-10
-are prompts alone. Shots: 3, ids 2, 3 and 4. Metric: pass@1, all asserts hold.
+Source: hub `google-research-datasets/mbpp`, configuration "full" (CC-BY-4.0), or a local file or folder in its schema
+or as published (`mbpp.jsonl`). Split rule, by task id as published: test 11-510, validation 511-600, train 601-974;
+ids 1-10 are prompts alone. Shots: 3, ids 2, 3 and 4. Metric: pass@1, all asserts hold.
 
 Options:
     path: file or folder; left out, the hub.
@@ -105,7 +105,8 @@ def _code(text: str, tests: list[str]) -> str | None:
 
 def _prompt(row: Mapping[str, Any]) -> str:
     tests = "\n".join(row["test_list"][:3])
-    return f"You are an expert Python programmer, and here is your task: {row['text']} Your code should pass these tests:\n\n{tests}\n"
+    head = f"You are an expert Python programmer, and here is your task: {row['text']}"
+    return f"{head} Your code should pass these tests:\n\n{tests}\n"
 
 
 def _task(

@@ -1,10 +1,10 @@
 """MMLU: 57 subjects of multiple-choice questions (Hendrycks et al. 2021, arXiv 2009.03300).
 
-Source: hub `cais/mmlu` (MIT), or a local folder in the hub's schema (question, subject, choices, answer) or the original
-one (CSV files `<subject>_test.csv`, with or without a header). Split rule: the 14,042 test questions are test tasks,
-the hub's validation questions validation tasks; there is no training split. Shots: 5 from the subject's dev questions
-(0 to 5 by option). Metric: accuracy of the likeliest letter (`letter`, the convention), of the likeliest answer text
-(`cloze`, which ranks small models), or of the letter that a chat model names (`chat`).
+Source: hub `cais/mmlu` (MIT), or a local folder in the hub's schema (question, subject, choices, answer) or the
+original one (CSV files `<subject>_test.csv`, with or without a header). Split rule: the 14,042 test questions are
+test tasks, the hub's validation questions validation tasks; there is no training split. Shots: 5 from the subject's
+dev questions (0 to 5 by option). Metric: accuracy of the likeliest letter (`letter`, the convention), of the
+likeliest answer text (`cloze`, which ranks small models), or of the letter that a chat model names (`chat`).
 
 Options:
     path: folder with dev and test files; left out, the hub.

@@ -1,9 +1,9 @@
 """Function calls in answers: parsed without eval, matched as the Berkeley Function-Calling Leaderboard does.
 
-A call is `Call(name, arguments)`. The rules are BFCL's (v4, AST category): the number of calls, the function's name, all
-required parameters, no unknown ones, types (an int passes for a float), values among the accepted ones after strings
-lose case, blanks and `,./-_*^`; "" among the accepted values marks an optional parameter; parallel calls match in
-any order, each accepted call taking the first answer that fits it.
+A call is `Call(name, arguments)`. The rules are BFCL's (v4, AST category): the number of calls, the function's name,
+all required parameters, no unknown ones, types (an int passes for a float), values among the accepted ones after
+strings lose case, blanks and `,./-_*^`; "" among the accepted values marks an optional parameter; parallel calls
+match in any order, each accepted call taking the first answer that fits it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import ast
 import operator
 import re
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -276,6 +276,6 @@ def _dict_matches(value: Mapping[Any, Any], accepted: Mapping[Any, Sequence[Any]
 
 
 def _dicts_match(value: Sequence[Any], accepted: Any) -> bool:
-    if not isinstance(accepted, Sized) or len(value) != len(accepted):
+    if not isinstance(accepted, list) or len(value) != len(accepted):
         return False
     return all(a != "" and _dict_matches(v, a) for v, a in zip(value, accepted, strict=True))

@@ -1,7 +1,7 @@
 """Runs inside a sandbox: the code under test. It defines what it defines and answers calls with literals.
 
-Loaded by `sandbox_launcher` after `literals` in one namespace; standard library alone. Nothing of the checker is in this
-process: no tests, no expected values.
+Loaded by `sandbox_launcher` after `literals` in one namespace; standard library alone. Nothing of the checker is in
+this process: no tests, no expected values.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 import types
 from typing import Any
 
-if not __name__ == "sandboxed_role":
+if __name__ != "sandboxed_role":
     from cascade.scoring.literals import decode, encode, from_line, to_line
 
 

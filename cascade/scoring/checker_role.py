@@ -12,7 +12,7 @@ import os
 import sys
 from typing import Any
 
-if not __name__ == "sandboxed_role":
+if __name__ != "sandboxed_role":
     from cascade.scoring.literals import decode, encode, from_line, to_line
 
 MAX_LINE = 64 * 2**20

@@ -3,8 +3,8 @@
 What holds, where the kernel grants it: namespaces of its own (user, mount, pid, network, ipc, uts), a root file
 system with system libraries and the interpreter read-only and an empty /tmp, no capability, a seccomp filter (no
 sockets, no new processes or programs, no tracing, no mounts), an empty environment, and limits on CPU time, address
-space, file size, scratch space and open files. CPU time decides timeouts, so that a busy host flips no verdict; wall time is a
-generous backstop for code that sleeps.
+space, file size, scratch space and open files. CPU time decides timeouts, so that a busy host flips no verdict; wall
+time is a generous backstop for code that sleeps.
 
 What it does NOT protect against: a hole in the kernel itself, side channels between processes, and, where namespaces
 are not granted (`missing_walls`), code that reads the user's files. There it refuses to run unless
