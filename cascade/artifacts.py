@@ -133,7 +133,7 @@ class Store:
     def upload_folder(self, folder: str | os.PathLike[str], relative: str) -> None:
         """Copy a local folder into the store."""
         if self.is_local:
-            os.makedirs(os.path.dirname(self.path(relative)), exist_ok=True)
+            os.makedirs(self.path(relative), exist_ok=True)
         pafs.copy_files(str(folder), self.path(relative), destination_filesystem=self.filesystem)
 
     def local_copy(self, relative: str, cache: str | os.PathLike[str]) -> Path:
@@ -146,6 +146,7 @@ class Store:
             partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}.tmp")
             partial.parent.mkdir(parents=True, exist_ok=True)
             if info.type == pafs.FileType.Directory:
+                partial.mkdir()
                 pafs.copy_files(info.path, str(partial), source_filesystem=self.filesystem)
             else:
                 partial.write_bytes(self.read_bytes(relative))

@@ -278,6 +278,14 @@ def test_folders_go_up_to_and_come_down_from_a_store_that_is_not_local(bucket, t
     assert not [p for p in (tmp_path / "cache").iterdir() if p.name.endswith(".tmp")]
 
 
+def test_a_folder_goes_into_a_local_store(tmp_path):
+    (tmp_path / "adapter/sub").mkdir(parents=True)
+    (tmp_path / "adapter/sub/x").write_bytes(b"1")
+    store = Store(str(tmp_path / "store"))
+    store.upload_folder(tmp_path / "adapter", "deep/copy")
+    assert store.list("deep/copy", recursive=True) == ["sub", "sub/x"]
+
+
 def test_two_processes_may_make_the_same_local_copy(tmp_path):
     for name in ("mine", "theirs"):
         (tmp_path / name).mkdir()
