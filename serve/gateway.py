@@ -7,6 +7,7 @@ Every answer, errors and streams included, carries `x-request-id`; once it is kn
 from __future__ import annotations
 
 import asyncio
+import re
 import secrets
 import time
 import uuid
@@ -16,6 +17,7 @@ from importlib import resources
 
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as ASGIMessage
@@ -39,6 +41,7 @@ from serve.protocol import (
 )
 
 HEALTH_TIMEOUT_S = 5.0
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
 class Gateway:
@@ -188,8 +191,12 @@ async def _read_body(request: Request) -> bytes:
     return bytes(body)
 
 
-def build_api(gateway: Gateway) -> FastAPI:
-    """The FastAPI application."""
+def build_api(gateway: Gateway, *, proxied: bool = False) -> FastAPI:
+    """The FastAPI application.
+
+    Args:
+        proxied: whether it runs behind Ray Serve's proxy; see `RequestIds`.
+    """
     api = FastAPI(title="Cascade", description="OpenAI-compatible chat with routed modifiers", version="1")
     page = resources.files("serve").joinpath("static/index.html").read_text(encoding="utf-8")
 
@@ -223,7 +230,7 @@ def build_api(gateway: Gateway) -> FastAPI:
         return await gateway.chat(await _read_body(request), request.scope["state"]["request_id"])
 
     _shape_errors(api)
-    api.add_middleware(RequestIds)
+    api.add_middleware(RequestIds, proxied=proxied)
     return api
 
 
@@ -246,20 +253,24 @@ def _shape_errors(api: FastAPI) -> None:
 
 
 class RequestIds:
-    """ASGI middleware: gives every request an id, and every response the header `x-request-id`."""
+    """ASGI middleware: gives every request an id, and every response the header `x-request-id`.
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    Ray Serve's proxy does both itself: behind it (`proxied`) its id is taken over and no second header added.
+    """
+
+    def __init__(self, app: ASGIApp, proxied: bool) -> None:
+        self._app, self._proxied = app, proxied
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = uuid.uuid4().hex
+        given = Headers(scope=scope).get("x-request-id", "") if self._proxied else ""
+        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
 
         async def send_with_id(message: ASGIMessage) -> None:
-            if message["type"] == "http.response.start":
+            if message["type"] == "http.response.start" and not self._proxied:
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
             await send(message)
 

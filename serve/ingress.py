@@ -147,4 +147,4 @@ class Ingress:
         self._gateway = Gateway(RemoteEngine(engine), LiveModifiers(store), router, served.systems)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_api(self._gateway)
+        return build_api(self._gateway, proxied=True)

@@ -6,6 +6,7 @@ enough that base and modifiers answer everything differently. Built in a second,
 
 from __future__ import annotations
 
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from cascade import modifiers
 from cascade.artifacts import Store
 from cascade.compression.adapter import AdapterWeights, BaseRef, LoraPair
-from cascade.compression.packed import CompressedAdapter, compress
 from cascade.compression.methods import Recipe
+from cascade.compression.packed import CompressedAdapter, compress
 from cascade.config import Base, Config, Router, load_config
 from cascade.models.base import base_sha256
 from cascade.routing.model import publish
@@ -31,7 +32,20 @@ SYSTEM = "Answer briefly."
 LETTERS_QUESTION = 'How many times does the letter "e" appear in the word "apple"?'
 SUMS_QUESTION = "What is 17 plus 25?"
 _TARGETS = ("q_proj", "v_proj", "up_proj", "down_proj")
-_WORDS = "apple banana cherry melon papaya orange lemon grape mango peach plum quince".split()
+_WORDS = (
+    "apple",
+    "banana",
+    "cherry",
+    "melon",
+    "papaya",
+    "orange",
+    "lemon",
+    "grape",
+    "mango",
+    "peach",
+    "plum",
+    "quince",
+)
 
 
 @dataclass(frozen=True)
@@ -156,3 +170,10 @@ def _config(base_path: Path, storage: Path) -> dict[str, object]:
         "tiers": [{**tier, "name": f"answer-key-{i}", "answer_key": {"max_difficulty": i}} for i in (1, 2, 3)],
         "budget_usd": 1.0,
     }
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])

@@ -172,11 +172,9 @@ async def test_new_versions_go_live_and_bad_ones_do_not(tmp_path, work):
         assert text_of(second) != text_of(first)
 
         bad = modifiers.publish(mine.store, "letters", compressed_adapter(tmp_path / "base", 78), fp16_size=10_000)
-        path = mine.store.path(bad.path)
-        data = bytearray(open(path, "rb").read())
+        data = bytearray(mine.store.read_bytes(bad.path))
         data[-5] ^= 255
-        with open(path, "wb") as f:
-            f.write(data)
+        mine.store.write_bytes(bad.path, bytes(data))
         third = await collect(engine, work("letters"))
         assert third[0].version == newer.version
         assert text_of(third) == text_of(second)

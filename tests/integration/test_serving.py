@@ -1,0 +1,203 @@
+"""The real Ray Serve application on a stand-in store, asked through the official client over HTTP."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+import ray
+import torch
+from ray import serve as ray_serve
+from stand_in import (
+    DOMAINS,
+    LETTERS_QUESTION,
+    SUMS_QUESTION,
+    SYSTEM,
+    StandIn,
+    build_stand_in,
+    compressed_adapter,
+    free_port,
+)
+
+from cascade import modifiers
+from cascade.compression.apply import LoraSlot
+from cascade.errors import ConfigError
+from cascade.models.base import load_base
+from cascade.models.generation import Request, generate
+from serve.app import Arguments, build
+
+pytestmark = pytest.mark.integration
+
+TOKENS = 16
+
+
+@pytest.fixture(scope="module")
+def stand_in(tmp_path_factory: pytest.TempPathFactory) -> StandIn:
+    return build_stand_in(tmp_path_factory.mktemp("served"))
+
+
+@pytest.fixture(scope="module")
+def address(stand_in: StandIn) -> Iterator[str]:
+    ray.init(num_cpus=2, include_dashboard=False, ignore_reinit_error=True, log_to_driver=False)
+    port = free_port()
+    ray_serve.start(http_options={"host": "127.0.0.1", "port": port})
+    args = Arguments(config=str(stand_in.config_path), threads=1, rows=4, waiting=12, patience_s=0.5)
+    ray_serve.run(build(args), name="cascade", blocking=False)
+    yield f"http://127.0.0.1:{port}"
+    ray_serve.shutdown()
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def client(address: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=60)
+
+
+@pytest.fixture(scope="module")
+def alone(stand_in: StandIn) -> dict[tuple[str, str], str]:
+    """What each model answers to each question, computed with nothing of the server."""
+    torch.set_num_threads(1)
+    loaded = load_base(stand_in.config.base, torch.device("cpu"))
+    slot = LoraSlot(loaded.model)
+    answers = {}
+    for choice in ("base", *DOMAINS):
+        slot.clear()
+        if choice != "base":
+            slot.fill(modifiers.load_current(stand_in.store, choice)[1])
+        for question in (LETTERS_QUESTION, SUMS_QUESTION):
+            system = [{"role": "system", "content": SYSTEM}] if choice == "letters" else []
+            messages = [*system, {"role": "user", "content": question}]
+            text = loaded.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            prompt = loaded.tokenizer(text, add_special_tokens=False).input_ids
+            answers[choice, question] = generate(loaded, [Request(prompt, TOKENS)])[0].text
+    return answers
+
+
+def ask(client: openai.OpenAI, model: str, question: str, *, stream: bool = False) -> tuple[str, httpx.Headers]:
+    """Text and headers of a greedy answer."""
+    messages = [{"role": "user", "content": question}]
+    raw = client.chat.completions.with_raw_response.create(
+        model=model, messages=messages, max_tokens=TOKENS, temperature=0, stream=stream
+    )
+    if stream:
+        return "".join(c.choices[0].delta.content or "" for c in raw.parse()), raw.headers
+    return raw.parse().choices[0].message.content, raw.headers
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("domain", "question"), [("letters", LETTERS_QUESTION), ("sums", SUMS_QUESTION)])
+def test_routed(client, stand_in, alone, domain: str, question: str, stream: bool) -> None:
+    text, headers = ask(client, "cascade", question, stream=stream)
+    assert text == alone[domain, question]
+    assert headers["x-cascade-route"] == domain
+    assert headers["x-cascade-reason"] == "router"
+    assert headers["x-cascade-modifier-version"] == modifiers.current(stand_in.store, domain).version
+    assert 0.5 < float(headers["x-cascade-confidence"]) < 1
+    assert float(headers["x-cascade-queue-ms"]) >= 0
+    assert float(headers["x-cascade-swap-ms"]) >= 0
+    assert len(headers.get_list("x-request-id")) == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("model", ["base", *DOMAINS])
+def test_overridden(client, alone, model: str, stream: bool) -> None:
+    for question in (LETTERS_QUESTION, SUMS_QUESTION):
+        text, headers = ask(client, model, question, stream=stream)
+        assert text == alone[model, question]
+        assert (headers["x-cascade-route"], headers["x-cascade-reason"]) == (model, "override")
+
+
+def test_many_at_once_get_their_own_modifier(client, alone) -> None:
+    pieces = [list(alone)[i % len(alone)] for i in range(36)]
+
+    def one(i: int) -> bool:
+        return ask(client, *pieces[i], stream=i % 2 == 0)[0] == alone[pieces[i]]
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(one, range(len(pieces))))
+
+
+def test_models_health_and_page(client, address: str) -> None:
+    assert [m.id for m in client.models.list()] == ["cascade", "base", *DOMAINS]
+    assert httpx.get(f"{address}/health").json() == {"status": "ok"}
+    page = httpx.get(address)
+    assert page.headers["content-type"].startswith("text/html")
+    assert "Cascade" in page.text
+
+
+def test_errors(client, address: str) -> None:
+    with pytest.raises(openai.NotFoundError) as missing:
+        ask(client, "gpt-4", "hi")
+    assert (missing.value.code, missing.value.param) == ("model_not_found", "model")
+    message = [{"role": "user", "content": "hi"}]
+    with pytest.raises(openai.BadRequestError) as unsupported:
+        client.chat.completions.create(model="base", messages=message, n=2)
+    assert (unsupported.value.code, unsupported.value.param) == ("unsupported_parameter", "n")
+    with pytest.raises(openai.BadRequestError) as invalid:
+        client.chat.completions.create(model="base", messages=message, temperature=9)
+    assert invalid.value.param == "temperature"
+    with pytest.raises(openai.BadRequestError) as long:
+        client.chat.completions.create(model="base", messages=[{"role": "user", "content": "x" * 5000}])
+    assert long.value.code == "context_length_exceeded"
+    response = httpx.post(f"{address}/v1/chat/completions", content=b"{")
+    assert response.status_code == 400
+    assert response.headers["x-request-id"]
+    assert httpx.get(f"{address}/v1/nowhere").json()["error"]["type"] == "invalid_request_error"
+
+
+def test_a_client_that_leaves_makes_room(client, address: str) -> None:
+    """Four rows fill the engine; were the work of those who left still computed, the fifth would wait for it."""
+    body = {"model": "sums", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 450, "temperature": 0}
+    for stream in (True, False):
+        for _ in range(4):
+            try:
+                with httpx.stream(
+                    "POST", f"{address}/v1/chat/completions", json=body | {"stream": stream}, timeout=0.3
+                ):
+                    pass
+            except httpx.TimeoutException:
+                pass
+        time.sleep(0.5)
+        _, headers = ask(client, "sums", "hi")
+        assert float(headers["x-cascade-queue-ms"]) < 200
+
+
+def test_overload_is_refused_with_429_and_nothing_breaks(address: str) -> None:
+    body = {"model": "base", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 200, "temperature": 0.5}
+
+    def one(_: int) -> httpx.Response:
+        return httpx.post(f"{address}/v1/chat/completions", json=body, timeout=120)
+
+    with concurrent.futures.ThreadPoolExecutor(30) as pool:
+        responses = list(pool.map(one, range(30)))
+    codes = [r.status_code for r in responses]
+    assert set(codes) == {200, 429}
+    assert codes.count(200) >= 10
+    assert all(r.headers["retry-after"] == "1" for r in responses if r.status_code == 429)
+    assert all(r.json()["error"]["code"] == "overloaded" for r in responses if r.status_code == 429)
+
+
+def test_a_new_version_goes_live_without_a_restart(client, stand_in, alone) -> None:
+    old = modifiers.current(stand_in.store, "sums")
+    path = Path(stand_in.config.base.model)
+    new = modifiers.publish(stand_in.store, "sums", compressed_adapter(path, seed=99), fp16_size=10_000)
+    time.sleep(1.5)
+    text, headers = ask(client, "sums", SUMS_QUESTION)
+    assert headers["x-cascade-modifier-version"] == new.version != old.version
+    assert text != alone["sums", SUMS_QUESTION]
+    modifiers.set_current(stand_in.store, "sums", old.version)
+    time.sleep(1.5)
+    assert ask(client, "sums", SUMS_QUESTION)[0] == alone["sums", SUMS_QUESTION]
+
+
+def test_without_a_modifier_it_says_what_to_run(stand_in: StandIn, tmp_path: Path) -> None:
+    text = stand_in.config_path.read_text().replace(stand_in.config.storage, str(tmp_path / "empty"))
+    config = tmp_path / "new.yaml"
+    config.write_text(text)
+    with pytest.raises(ConfigError, match="make run"):
+        build(Arguments(config=str(config)))
