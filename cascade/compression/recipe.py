@@ -89,23 +89,30 @@ def search_space(compression: Compression, *, adapter: AdapterWeights | None = N
 def seed_points(
     compression: Compression | None = None, *, adapter: AdapterWeights | None = None
 ) -> list[dict[str, Any]]:
-    """Points of `search_space` to try first, best bets first: each was good on trained adapters.
+    """Points of `search_space` to try first, best bets first.
+
+    Measured on SmolLM2-135M with converged adapters of rank 16 and 32, two mixtures of tasks, one seed each, 360 and
+    600 held-out tasks: all of them kept at least 99.5 % of the gain in held-out loss. Low ranks also keep what
+    serving holds small: the third point meets the largest size in memory too. After short training, larger factors
+    on B are better (3 rather than 1.7 to 2.2).
 
     Args:
         compression: the one whose space they shall lie in; sizes are adapted to it.
+        adapter: as in `search_space`.
     """
     limits = compression or Compression()
     high = _largest_size(limits, adapter)
     neutral = {"balance": 0.5, "rescale_a": 1.0, "rescale_b": 1.0, "allocation": "uniform"}
     neutral |= {"mlp": 1.0, "early": 1.0, "late": 1.0}
     points: list[dict[str, Any]] = [
-        {"method": "low-rank", "values": "int4", "size": 1.0, "allocation": "global"},
-        {"method": "sparse", "values": "int4", "size": 1.0, "rescale_a": 1.0, "rescale_b": 1.2},
-        {"method": "sparse", "values": "fp16", "size": 1.0, "rescale_a": 1.0, "rescale_b": 3.0},
-        {"method": "sparse", "values": "int4", "size": 0.4, "rescale_a": 1.0, "rescale_b": 3.0},
-        {"method": "low-rank", "values": "int8", "size": 1.0},
-        {"method": "rotated", "values": "int4", "size": 0.6, "rescale_a": 1.2, "rescale_b": 1.2},
-        {"method": "sparse", "values": "ternary", "size": 0.4, "rescale_a": 1.0, "rescale_b": 3.0},
+        {"method": "low-rank", "values": "int8", "size": 1.0, "allocation": "global"},
+        {"method": "sparse", "values": "int4", "size": 1.0},
+        {"method": "low-rank", "values": "int4", "size": 0.235, "allocation": "global"},
+        {"method": "rotated", "values": "int4", "size": 0.55},
+        {"method": "low-rank", "values": "fp16", "size": 1.0},
+        {"method": "sparse", "values": "fp16", "size": 1.0, "rescale_b": 2.0},
+        {"method": "sparse", "values": "int4", "size": 0.4, "rescale_b": 2.2},
+        {"method": "sparse", "values": "ternary", "size": 0.4, "rescale_b": 1.7},
     ]
     return [{**neutral, **point, "size": point["size"] * high} for point in points]
 
