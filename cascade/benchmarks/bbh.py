@@ -129,9 +129,9 @@ def read_answer(text: str, target: str, question: str) -> str | None:
     stated = re.search(r"the answer is:?\s+(.*)", text, re.IGNORECASE)
     if stated:
         line = re.sub(r"\*\*|[`$]", "", stated[1]).strip()
-        letter = re.match(r"\(?([A-R])\)(?!\w)|\(([A-R])\)", line)
-        if letter and re.fullmatch(r"\([A-R]\)", target):
-            return f"({letter[1] or letter[2]})"
+        letters = set(re.findall(r"\(([A-R])\)", line)) or set(re.findall(r"^([A-R])\)", line))
+        if len(letters) == 1 and re.fullmatch(r"\([A-R]\)", target):
+            return f"({letters.pop()})"
         return line.rstrip().removesuffix(".").strip() or None
     if re.fullmatch(r"\([A-R]\)", target):
         options = dict(re.findall(r"^\(([A-R])\) (.*)$", question, re.MULTILINE))

@@ -1,14 +1,13 @@
 """Users' own tasks: JSON lines, one task each, scored by what the line's `kind` says.
 
-Source: a file, a folder of `<split>.jsonl` files, or a glob of the user's. Split rule: by file, or by the line's
+Source: a file, or a folder of `<split>.jsonl` files. Split rule: by file, or by the line's
 `split`. Shots: none of its own. Metric: share of tasks passed.
 
 Every line has: id (unique in the file), kind, and prompt (text) or messages ([{role, content}, …]). Optional: split,
 category, difficulty (1 is easiest), max_tokens. By kind:
 
     exact            answer: text or number, or a list of accepted ones. Compared as numbers where they are numbers,
-    else
-                     without regard to case, blanks and a final full stop.
+                     else without regard to case, blanks and a final full stop.
     multiple_choice  choices: list of texts; answer: index, letter or text of the right one. The choices are put under
                      the prompt as (A), (B), …
     unit_tests       tests: Python asserts (one text or a list); optional setup (trusted code run beside the

@@ -242,7 +242,7 @@ def hub_rows(source: HubSource, split: str) -> list[dict[str, Any]]:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     prefix = source.prefixes[split]
-    patterns = [f"{prefix}*{suffix}" for suffix in SUFFIXES]
+    patterns = [prefix, *(f"{prefix}*{suffix}" for suffix in SUFFIXES)]
     try:
         folder = snapshot_download(source.repo, repo_type="dataset", revision=source.revision, allow_patterns=patterns)
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:

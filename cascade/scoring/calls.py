@@ -255,10 +255,10 @@ def _fits_type(value: Any, accepted: Sequence[Any], expected: type, nested: type
     if type(value) is expected:
         if nested is None:
             return True, is_variable
+        items: Any = value
         for option in accepted:
-            if type(option) is not list or all(_fits_type(v, option, nested, None)[0] for v in value):
+            if type(option) is not list or all(_fits_type(v, option, nested, None)[0] for v in items):
                 return True, is_variable
-    if nested is not None and type(value) is expected:
         return False, False
     return (named is not None and type(value) is named), True
 

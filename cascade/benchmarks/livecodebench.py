@@ -1,0 +1,230 @@
+"""LiveCodeBench code generation: contest problems by date (Jain et al. 2024, arXiv 2403.07974).
+
+Source: hub `livecodebench/code_generation_lite` (its JSON-lines files, without its loading script), or local files of
+the same schema. Split rule: all problems are test tasks; `start` and `end` choose a window of contest dates, so that
+a model is tested on what came after its training. Shots: 0. Metric: pass@1 over all public and private tests (the
+accepted harness averages n = 10 samples at temperature 0.2 and top_p 0.95). Code is the text between the first two
+fence lines.
+
+Programs that read standard input are compared line by line, as text and then as decimals; functions by equality.
+
+Options:
+    path: file or folder; left out, the hub
+    release: 1 to 6: files up to that release (default 6)
+    start, end: contest dates, e.g. 2024-08-01; left out, open
+    difficulties: list of easy, medium, hard; left out, all
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import datetime
+import io
+import json
+import pickle
+import zlib
+from collections.abc import Mapping
+from decimal import Decimal, InvalidOperation
+from typing import Any, Literal
+
+from pydantic import Field
+
+from cascade.benchmarks.options import parse_options
+from cascade.benchmarks.ordering import only_split, shuffled
+from cascade.benchmarks.sources import HubSource, hub_rows, local_rows, require
+from cascade.config import Section
+from cascade.errors import ConfigError, DataError
+from cascade.scoring.python_tests import TestResult, run_tests
+from cascade.scoring.sandbox import Limits, run_python
+from cascade.tasks import Completion, Message, Split, Task, Verdict
+
+REPO, REVISION = "livecodebench/code_generation_lite", "0fe84c3912ea0c4d4a78037083943e8f0c4dd505"
+LIMITS = Limits(cpu_seconds=6.0)
+DIFFICULTIES = {"easy": 1, "medium": 2, "hard": 3}
+SYSTEM = (
+    "You are an expert Python programmer. You will be given a question (problem specification) and will generate a "
+    "correct Python program that matches the specification and passes all tests."
+)
+WITH_STARTER = (
+    "You will use the following starter code to write the solution to the problem and enclose your code within "
+    "delimiters."
+)
+FROM_STDIN = (
+    "Read the inputs from stdin solve the problem and write the answer to stdout (do not directly test on the sample "
+    "inputs). Enclose your code within delimiters as follows. Ensure that when the python program runs, it reads the "
+    "inputs, runs the algorithm and writes output to STDOUT."
+)
+IMPORTS = (
+    "import bisect, collections, copy, datetime, functools, heapq, itertools, math, operator, random, re, string, sys\n"
+    "from bisect import *\nfrom collections import *\nfrom functools import *\nfrom heapq import *\n"
+    "from itertools import *\nfrom math import *\nfrom typing import *\n"
+)
+COLUMNS = {"question_id", "question_content", "contest_date", "difficulty", "starter_code", "metadata"}
+
+
+class Options(Section):
+    """What the config says under `options`."""
+
+    path: str | None = None
+    release: int = Field(6, ge=1, le=6)
+    start: datetime.date | None = None
+    end: datetime.date | None = None
+    difficulties: list[Literal["easy", "medium", "hard"]] | None = None
+
+
+class LiveCodeBench:
+    """See the module's docstring."""
+
+    name = "livecodebench"
+
+    def load(
+        self, split: Split, *, domain: str, options: Mapping[str, Any], seed: int, count: int | None
+    ) -> list[Task]:
+        """The problems of the window."""
+        chosen = parse_options(Options, options, self.name)
+        only_split(self.name, split, "test")
+        rows = local_rows(chosen.path) if chosen.path is not None else _released(chosen.release)
+        require(rows, COLUMNS | {"public_test_cases", "private_test_cases"}, self.name)
+        kept = [row for row in rows if _in_window(row, chosen)]
+        if not kept:
+            raise ConfigError("livecodebench has no problem in that window of dates and difficulties")
+        return shuffled([_task(row, domain) for row in kept], seed, count)
+
+    def score(self, task: Task, completion: Completion) -> Verdict:
+        """Run every test until one fails."""
+        code = between_fences(completion.text)
+        if code is None:
+            return Verdict(task.id, completion.model, completion.modifier, "unparsed", "", "no fenced code")
+        judge = _judge_function if task.reference["function"] else _judge_program
+        result = judge(code, task.reference)
+        return Verdict(task.id, completion.model, completion.modifier, result.outcome, code, result.evidence)
+
+    def reference_answer(self, task: Task) -> str:
+        """
+        Raises:
+            DataError: always; LiveCodeBench publishes no solutions.
+        """
+        raise DataError(f"{task.id}: LiveCodeBench publishes no solutions")
+
+
+def between_fences(text: str) -> str | None:
+    """The text between the first two lines that hold a fence, as the accepted harness takes it."""
+    lines = text.split("\n")
+    fences = [i for i, line in enumerate(lines) if "```" in line]
+    return "\n".join(lines[fences[0] + 1 : fences[1]]) if len(fences) >= 2 else None
+
+
+def _released(release: int) -> list[dict[str, Any]]:
+    names = ["test.jsonl", *(f"test{i}.jsonl" for i in range(2, release + 1))]
+    source = HubSource(REPO, REVISION, {name: name for name in names})
+    return [row for name in names for row in hub_rows(source, name)]
+
+
+def _in_window(row: Mapping[str, Any], options: Options) -> bool:
+    given = str(row["contest_date"])
+    try:
+        date = datetime.date.fromisoformat(given[:10])
+    except ValueError as error:
+        raise DataError(f"livecodebench {row['question_id']}: contest_date {given!r} is no date") from error
+    late = options.start is None or date >= options.start
+    early = options.end is None or date <= options.end
+    return late and early and (options.difficulties is None or row["difficulty"] in options.difficulties)
+
+
+class _TextOnly(pickle.Unpickler):
+    """Reads pickled text; refuses every class and function that a pickle may name."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"refused: {module}.{name}")
+
+
+def test_cases(stored: str) -> list[dict[str, str]]:
+    """Test cases as stored: JSON text, or that text pickled, compressed and in base64.
+
+    Raises:
+        DataError: neither form.
+    """
+    try:
+        return list(json.loads(stored))
+    except ValueError:
+        pass
+    try:
+        text = _TextOnly(io.BytesIO(zlib.decompress(base64.b64decode(stored)))).load()
+        return list(json.loads(text))
+    except (ValueError, TypeError, zlib.error, binascii.Error, pickle.UnpicklingError, EOFError) as error:
+        raise DataError(f"livecodebench test cases cannot be read: {error}") from error
+
+
+test_cases.__test__ = False  # type: ignore[attr-defined]
+
+
+def _task(row: Mapping[str, Any], domain: str) -> Task:
+    starter = row["starter_code"] or ""
+    metadata = json.loads(row["metadata"]) if isinstance(row["metadata"], str) else row["metadata"]
+    form = f"{WITH_STARTER if starter else FROM_STDIN}\n```python\n{starter or '# YOUR CODE HERE'}\n```"
+    prompt = f"### Question:\n{row['question_content']}\n\n### Format: {form}\n\n"
+    prompt += "### Answer: (use the provided format with backticks)\n\n"
+    cases = test_cases(row["public_test_cases"]) + test_cases(row["private_test_cases"])
+    reference = {
+        "inputs": [case["input"] for case in cases],
+        "outputs": [case["output"] for case in cases],
+        "function": (metadata or {}).get("func_name", "") if starter else "",
+    }
+    return Task(
+        id=f"livecodebench/{row['question_id']}",
+        benchmark="livecodebench",
+        domain=domain,
+        split="test",
+        messages=(Message("system", SYSTEM), Message("user", prompt)),
+        reference=reference,
+        difficulty=DIFFICULTIES.get(row["difficulty"], 1),
+        category=row["difficulty"],
+        max_tokens=2000,
+    )
+
+
+def _judge_function(code: str, reference: Mapping[str, Any]) -> TestResult:
+    """Calls of the method named, one line of input per argument."""
+    name = reference["function"]
+    adapter = f"def cascade_call(*arguments):\n    return Solution().{name}(*arguments)\n"
+    plain = "def plain(v):\n    return [plain(x) for x in v] if isinstance(v, (list, tuple)) else v\n"
+    asserts = []
+    for given, wanted in zip(reference["inputs"], reference["outputs"], strict=True):
+        arguments = [json.loads(line) for line in given.split("\n") if line.strip()]
+        shown = ", ".join(repr(a) for a in arguments)
+        asserts.append(f"assert plain(cascade_call({shown})) == {json.loads(wanted)!r}")
+    limits = Limits(cpu_seconds=LIMITS.cpu_seconds * min(len(asserts), 5))
+    return run_tests(f"{IMPORTS}\n{code}\n{adapter}", "\n".join(asserts), setup=plain, limits=limits)
+
+
+def _judge_program(code: str, reference: Mapping[str, Any]) -> TestResult:
+    for number, (given, wanted) in enumerate(zip(reference["inputs"], reference["outputs"], strict=True), 1):
+        output = run_python(f"{IMPORTS}\n{code}", given, LIMITS)
+        if output.ended.ending == "setup":
+            return TestResult("error", f"the sandbox could not be built: {output.ended.detail}")
+        if output.ended.timed_out:
+            return TestResult("timeout", f"test {number} took over {LIMITS.cpu_seconds:g} s of CPU time")
+        if output.ended.code != 0:
+            last = (output.text.strip().splitlines() or ["no message"])[-1]
+            return TestResult("fail", f"test {number} ended with code {output.ended.code}: {last[:300]}")
+        if not same_output(output.text, wanted):
+            shown = f"input {given[:200]!r}, expected {wanted[:200]!r}, wrote {output.text[:200]!r}"
+            return TestResult("fail", f"test {number}: {shown}")
+    return TestResult("pass")
+
+
+def same_output(written: str, wanted: str) -> bool:
+    """Equal line by line without blanks at the ends, as text or as decimals."""
+    ours, theirs = ([line.strip() for line in text.strip().split("\n")] for text in (written, wanted))
+    return len(ours) == len(theirs) and all(a == b or _same_decimals(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def _same_decimals(a: str, b: str) -> bool:
+    try:
+        return [Decimal(x) for x in a.split()] == [Decimal(x) for x in b.split()]
+    except InvalidOperation:
+        return False
+
+
+BENCHMARK = LiveCodeBench()

