@@ -320,7 +320,13 @@ def choice_logprobs(
 
     Returns:
         Per task, per choice: sum over the choice's tokens of log p(token | everything before), in nats.
+
+    Raises:
+        ValueError: a context or a choice is empty: the one leaves its choices' first token without a prediction,
+            the other would be certain, and chosen whatever the model thinks.
     """
+    if not all(len(ids) for ids in [*contexts, *(choice for options in choices for choice in options)]):
+        raise ValueError("contexts and choices must have at least one token")
     flat = [(t, c) for t, options in enumerate(choices) for c in range(len(options))]
     flat.sort(key=lambda tc: -(len(contexts[tc[0]]) + len(choices[tc[0]][tc[1]])))
     results = [[0.0] * len(options) for options in choices]

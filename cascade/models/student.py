@@ -14,7 +14,9 @@ from dataclasses import dataclass
 
 from cascade import benchmarks
 from cascade.config import PromptStyle
+from cascade.errors import DataError
 from cascade.models.base import LoadedBase
+from cascade.models.chat import prompt_text
 from cascade.models.generation import Generated, Request, choice_logprobs, generate
 from cascade.tasks import Completion, Message, Task
 
@@ -91,14 +93,7 @@ class Student:
         tokenizer = self.loaded.tokenizer
         if task.form != "chat":
             return list(tokenizer(task.messages[-1].content).input_ids)
-        messages = styled_messages(task, style, examples)
-        prefill = messages[-1].role == "assistant"
-        text = tokenizer.apply_chat_template(
-            [m.as_dict() for m in messages],
-            tokenize=False,
-            add_generation_prompt=not prefill,
-            continue_final_message=prefill,
-        )
+        text = prompt_text(tokenizer, styled_messages(task, style, examples))
         return list(tokenizer(text, add_special_tokens=False).input_ids)
 
     def _write(self, tasks: Sequence[Task], style: PromptStyle, examples: WorkedExamples) -> list[Completion]:
@@ -162,17 +157,22 @@ class Student:
 def _split_choices(loaded: LoadedBase, task: Task) -> tuple[list[int], list[list[int]]]:
     """Token ids of the context and of each choice, cut where context + choice, tokenised together, departs.
 
-    As in lm-evaluation-harness, trailing spaces of the context belong to the choice.
+    As in lm-evaluation-harness, trailing spaces of the context belong to the choice, and a context without tokens
+    becomes the tokenizer's first token. Where a choice's beginning merges with the context's end into one token,
+    that token belongs to the choices: cut behind it, a choice could be left without tokens and be certain.
+
+    Raises:
+        DataError: a choice adds nothing to the context.
     """
-    context = task.messages[-1].content
-    stripped = context.rstrip()
-    spaces = context[len(stripped) :]
-    ids = list(loaded.tokenizer(stripped).input_ids)
-    options = []
-    for choice in task.choices:
-        whole = list(loaded.tokenizer(stripped + spaces + choice).input_ids)
-        options.append(whole[len(ids) :])
-    return ids, options
+    tokenizer, context = loaded.tokenizer, task.messages[-1].content
+    first = [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id]
+    ids = list(tokenizer(context.rstrip()).input_ids)
+    wholes = [list(tokenizer(context + choice).input_ids) for choice in task.choices]
+    alike = itertools.takewhile(lambda tokens: len(set(tokens)) == 1, zip(ids, *wholes, strict=False))
+    cut = sum(1 for _ in alike)
+    if any(len(whole) == cut for whole in wholes):
+        raise DataError(f"task {task.id}: a choice is empty; give every choice a text of its own")
+    return ids[:cut] or first, [whole[cut:] for whole in wholes]
 
 
 def _seed_of(seed: int, task_id: str) -> int:

@@ -1,0 +1,248 @@
+"""Batched decoding against transformers' own, and every way in which an answer can end."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from cascade.models import generation
+from cascade.models.generation import Batch, Request, Row, choice_logprobs, generate
+
+
+def random_prompt(length, seed):
+    rng = random.Random(seed)
+    return [rng.randrange(5, 261) for _ in range(length)]
+
+
+PROMPTS = [random_prompt(n, seed) for seed, n in enumerate((3, 41, 1, 17, 17, 28, 9))]
+
+
+def alone(loaded, request):
+    return generate(loaded, [request])[0]
+
+
+@pytest.fixture
+def set_ends(loaded):
+    """Makes further tokens end an answer."""
+    config = loaded.model.generation_config
+    before = config.eos_token_id
+
+    def set_ends(*ids):
+        config.eos_token_id = [1, *ids]
+
+    yield set_ends
+    config.eos_token_id = before
+
+
+def reference(loaded, prompts, max_tokens, ends):
+    """Greedy answers of transformers' `generate` on the left-padded batch, end tokens and what follows cut off."""
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[1] * (longest - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    out = loaded.model.generate(
+        input_ids=ids, attention_mask=mask, max_new_tokens=max_tokens, do_sample=False, pad_token_id=1
+    )
+    answers = []
+    for row in out[:, longest:].tolist():
+        end = next((i for i, token in enumerate(row) if token in ends), len(row))
+        answers.append(tuple(row[:end]))
+    return answers
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 32])
+def test_greedy_answers_equal_those_of_transformers(loaded, set_ends, batch_size):
+    first = reference(loaded, PROMPTS, 24, {1})
+    assert len(set(first)) == len(PROMPTS)
+    ends = {first[1][5], first[5][11]}  # rows end at different steps, so that the batch shrinks while others run on
+    set_ends(*ends)
+    expected = reference(loaded, PROMPTS, 24, {1, *ends})
+    assert len({len(e) for e in expected}) >= 3
+    results = generate(loaded, [Request(p, 24) for p in PROMPTS], batch_size=batch_size)
+    assert [r.token_ids for r in results] == expected
+    for result in results:
+        assert result.finish_reason == ("length" if len(result.token_ids) == 24 else "stop")
+        assert result.text == loaded.tokenizer.decode(list(result.token_ids), skip_special_tokens=True)
+
+
+def test_end_token_ends_the_answer_and_is_not_part_of_it(loaded, set_ends):
+    free = alone(loaded, Request(PROMPTS[0], 20))
+    end = free.token_ids[6]
+    set_ends(end)
+    result = alone(loaded, Request(PROMPTS[0], 20))
+    assert result.token_ids == free.token_ids[: free.token_ids.index(end)]
+    assert result.finish_reason == "stop"
+
+
+def test_each_request_has_its_own_limit(loaded):
+    limits = [1, 0, 13, 5]
+    results = generate(loaded, [Request(PROMPTS[0], n) for n in limits])
+    whole = alone(loaded, Request(PROMPTS[0], 13)).token_ids
+    assert [r.token_ids for r in results] == [whole[:n] for n in limits]
+    assert [r.finish_reason for r in results] == ["length"] * 4
+
+
+def test_stop_strings_are_cut_off_at_the_earliest(loaded):
+    whole = [alone(loaded, Request(p, 40)).text for p in PROMPTS]
+    row, at = next(
+        (r, i)
+        for r, text in enumerate(whole)
+        for i in range(4, len(text) - 6)
+        if text[i : i + 5].isascii() and text[i : i + 5].isprintable() and text.find(text[i : i + 2]) == i
+    )
+    # The later stop is given first, and the earlier one spans two tokens.
+    stops = (whole[row][at + 3 : at + 5], whole[row][at : at + 2])
+    requests = [Request(p, 40, stop=stops if i == row else ()) for i, p in enumerate(PROMPTS)]
+    results = generate(loaded, requests)
+    assert results[row].text == whole[row][:at]
+    assert results[row].finish_reason == "stop"
+    assert [r.text for i, r in enumerate(results) if i != row] == [t for i, t in enumerate(whole) if i != row]
+
+
+def test_on_token_sees_every_token_and_ends_an_answer(loaded):
+    seen = {i: [] for i in range(len(PROMPTS))}
+
+    def on_token(index, token):
+        seen[index].append(token)
+        return not (index == 2 and len(seen[2]) == 4)
+
+    results = generate(loaded, [Request(p, 9) for p in PROMPTS], on_token=on_token)
+    free = generate(loaded, [Request(p, 9) for p in PROMPTS])
+    assert [tuple(seen[i]) for i in seen] == [r.token_ids for r in results]
+    for i, (result, undisturbed) in enumerate(zip(results, free, strict=True)):
+        length = 4 if i == 2 else 9
+        assert result.token_ids == undisturbed.token_ids[:length]
+        assert result.finish_reason == ("stop" if i == 2 else "length")
+    assert results[2].text == loaded.tokenizer.decode(list(results[2].token_ids), skip_special_tokens=True)
+
+
+def forwarded(monkeypatch):
+    """Shapes of everything that goes through the model."""
+    shapes = []
+    original = generation._forward
+
+    def spy(model, ids, mask, cache):
+        shapes.append(tuple(ids.shape))
+        return original(model, ids, mask, cache)
+
+    monkeypatch.setattr(generation, "_forward", spy)
+    return shapes
+
+
+def test_a_shared_beginning_is_computed_once_and_changes_nothing(loaded, monkeypatch):
+    prefix = random_prompt(90, 99)
+    prompts = [prefix + random_prompt(n, 200 + n) for n in (1, 7, 30, 7, 12)]
+    requests = [Request(p, 15) for p in [*prompts, *PROMPTS]]
+    shapes = forwarded(monkeypatch)
+    shared = generate(loaded, requests)
+    assert (1, 90) in shapes
+    assert (5, 30) in shapes
+    shapes.clear()
+    monkeypatch.setattr(generation, "_SHARED_FROM", 10**6)
+    plain = generate(loaded, requests)
+    assert (1, 90) not in shapes
+    assert [r.token_ids for r in shared] == [r.token_ids for r in plain]
+    assert [r.token_ids for r in shared] == [alone(loaded, r).token_ids for r in requests]
+
+
+def test_prompts_that_are_alike_throughout_share_all_but_a_token(loaded, monkeypatch):
+    prompt = random_prompt(60, 4)
+    prompts = [prompt, prompt, prompt + random_prompt(5, 5), prompt]
+    shapes = forwarded(monkeypatch)
+    results = generate(loaded, [Request(p, 8) for p in prompts])
+    assert shapes[0] == (1, 59)
+    assert [r.token_ids for r in results] == [alone(loaded, Request(p, 8)).token_ids for p in prompts]
+
+
+def test_few_alike_are_batched_with_the_others_by_length():
+    alike = [Request([7] * 50 + [i], 1) for i in range(4)]
+    others = [Request([8 + i] * (40 + i), 1) for i in range(3)]
+    assert sorted(map(sorted, generation._batches([*alike, *others], 32))) == [[0, 1, 2, 3], [4, 5, 6]]
+    assert sorted(map(sorted, generation._batches([*alike[:3], *others], 32))) == [[0, 1, 2, 3, 4, 5]]
+    assert list(generation._batches(others, 2)) == [[2, 1], [0]]
+
+
+def test_sampling_depends_on_the_request_alone(loaded):
+    hot = [Request(PROMPTS[1], 20, temperature=1.0, top_p=0.9, seed=s) for s in range(3)]
+    crowd = [Request(p, 3 + 2 * i, temperature=0.7 * (i % 2), seed=1) for i, p in enumerate(PROMPTS)]
+    single = [alone(loaded, r).token_ids for r in hot]
+    assert len(set(single)) == 3
+    together = generate(loaded, [crowd[0], hot[2], *crowd[1:], hot[0], hot[1]])
+    assert [together[i].token_ids for i in (-2, -1, 1)] == single
+    assert alone(loaded, replace(hot[0], temperature=0.0)).token_ids not in single
+
+
+def test_nothing_outside_top_p_is_sampled_and_all_inside_is():
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()[None]
+    drawn = {p: set() for p in (0.2, 0.5, 0.6, 0.81, 1.0)}
+    for p, tokens in drawn.items():
+        row = Row.new(0, Request([1], 1, temperature=1.0, top_p=p, seed=3), torch.device("cpu"))
+        tokens.update(int(generation._choose(logits, [row])) for _ in range(300))
+    assert drawn == {0.2: {0}, 0.5: {0}, 0.6: {0, 1}, 0.81: {0, 1, 2}, 1.0: {0, 1, 2, 3}}
+
+
+def test_temperature_sharpens():
+    logits = torch.tensor([[2.0, 0.0]])
+    counts = []
+    for temperature in (0.25, 1.0, 4.0):
+        row = Row.new(0, Request([1], 1, temperature=temperature, seed=9), torch.device("cpu"))
+        counts.append(sum(int(generation._choose(logits, [row])) == 0 for _ in range(2000)))
+    expected = [2000 * torch.tensor(2.0 / t).sigmoid().item() for t in (0.25, 1.0, 4.0)]
+    assert counts == pytest.approx(expected, abs=4 * 22)  # 4 standard deviations of a binomial of 2000
+
+
+def test_rows_that_join_late_answer_as_if_alone(loaded):
+    requests = [Request(p, 6 + 3 * i) for i, p in enumerate(PROMPTS)]
+    rows = [Row.new(i, r, loaded.device) for i, r in enumerate(requests)]
+    batch, done = Batch(loaded), []
+    for row in rows:
+        batch.join([row])
+        done += batch.step() + batch.step()
+    while batch.rows:
+        done += batch.step()
+    assert sorted(r.index for r in done) == list(range(len(rows)))
+    assert [tuple(r.tokens) for r in rows] == [alone(loaded, r).token_ids for r in requests]
+
+
+def test_padding_that_only_finished_rows_needed_is_dropped(loaded):
+    batch = Batch(loaded)
+    batch.join([Row.new(0, Request(PROMPTS[1], 2), loaded.device), Row.new(1, Request(PROMPTS[0], 9), loaded.device)])
+    assert batch.padded_tokens == 2 * 41
+    batch.step()
+    batch.step()
+    assert [r.index for r in batch.rows] == [1]
+    assert batch.padded_tokens == len(PROMPTS[0]) + 2
+
+
+def test_an_empty_prompt_is_refused(loaded):
+    with pytest.raises(ValueError, match="at least one token"):
+        generate(loaded, [Request([5], 3), Request([], 3)])
+
+
+def test_no_requests_no_answers(loaded):
+    assert generate(loaded, []) == []
+
+
+def direct_logprob(loaded, context, choice):
+    with torch.no_grad():
+        log_p = loaded.model(torch.tensor([[*context, *choice]])).logits[0].double().log_softmax(-1)
+    return sum(log_p[len(context) - 1 + i, token].item() for i, token in enumerate(choice))
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_choice_logprobs_equal_a_direct_computation(loaded, batch_size):
+    contexts = [random_prompt(n, n) for n in (1, 30, 8, 12)]
+    lengths = [(3, 1, 40), (2, 2), (5, 9, 1, 1), (1,)]
+    choices = [[random_prompt(n, 1000 + 10 * t + n) for n in row] for t, row in enumerate(lengths)]
+    results = choice_logprobs(loaded, contexts, choices, batch_size=batch_size)
+    for context, options, row in zip(contexts, choices, results, strict=True):
+        assert row == pytest.approx([direct_logprob(loaded, context, o) for o in options], abs=1e-3, rel=1e-5)
+
+
+def test_choice_logprobs_refuses_what_has_no_probability(loaded):
+    with pytest.raises(ValueError, match="at least one token"):
+        choice_logprobs(loaded, [[5], []], [[[6]], [[7]]], batch_size=8)
+    with pytest.raises(ValueError, match="at least one token"):
+        choice_logprobs(loaded, [[5]], [[[6], []]], batch_size=8)
