@@ -48,7 +48,7 @@ Finder = Callable[[str], list[str]]
 _STATED = re.compile(
     r"\b(?P<final>final\s+|correct\s+final\s+)?(?:answer|solution|option|choice|result)\b"
     r"(?:\s+(?:to|for|of)\s+(?:the|this|that|your)\s[^.:=\n]{0,60}?)?"
-    r"[\s*_`]*(?:is|are|would\s+be|will\s+be|must\s+be|should\s+be|=|:)[\s*_`]*:?(?!\s*not\b)(?P<span>\s*[^\n]*)",
+    r"[\s*_`]*(?:is|are|would\s+be|will\s+be|must\s+be|should\s+be|=|:)[\s*_`]*:?(?!\s*not\b)(?=(?P<span>\s*[^\n]*))",
     re.IGNORECASE,
 )
 _CONCLUSION = re.compile(r"(?:^|[.!\n])\s*(?:so|therefore|thus|hence|in conclusion)\b[,:]?(?P<span>[^\n]*)", re.I)
@@ -73,7 +73,7 @@ def boxed(text: str) -> list[str]:
 
 def marked_spans(text: str) -> Iterator[tuple[str, list[str]]]:
     """(sign, the stretches of text it points at), strongest sign first; only signs that occur."""
-    stated = list(_STATED.finditer(text))
+    stated = [m for m in _STATED.finditer(text) if not _STATED.search(m["span"])]
     final = [m["span"] for m in stated if m["final"]]
     signs = (
         ("boxed", boxed(text)),
@@ -140,8 +140,9 @@ def _number_in(span: str) -> list[str]:
     if "=" in sentence:
         sentence = sentence.rsplit("=", 1)[1]
     values = numbers(sentence)
-    if len(set(values)) > 1 and re.match(r"\W*[-+]?[\d.,]+\s+[^\s\d,;/|&]*[a-z(]", sentence, re.I):
-        listing = re.match(r"\W*[-+]?[\d.,]+\s*(?:,|/|\||&|;|or\b|and\b|to\b)", sentence, re.I)
+    lead = _NUMBER.search(sentence)
+    if len(set(values)) > 1 and lead and not re.search(r"\w", sentence[: lead.start()]):
+        listing = re.match(r"\s*(?:[,/|&;]|or\b|and\b|to\b)*\s*(?:or\b|and\b)?\s*[-+$]?\d", sentence[lead.end() :])
         return values if listing else values[:1]
     return values
 
@@ -216,7 +217,8 @@ def read_choice(text: str, options: Mapping[str, str]) -> Reading:
         opening = re.match(rf"\W*({labels})(?:\W|$)", span, re.IGNORECASE)
         if opening and not re.match(r"\W*[aAiI]\s+[a-z]", span) and not _lists_labels(span, labels):
             return [by_upper[opening[1].upper()]]
-        found = [m.strip("()[] ") for m in letter.findall(span) if not re.search(r"^[AI]$", m)]
+        articles = set() if _lists_labels(span, labels) else {"A", "I"}
+        found = [m.strip("()[] ") for m in letter.findall(span) if m not in articles]
         found += [m for m in bracketed.findall(span) if m not in found]
         return found or _options_named(span, options)
 
@@ -268,7 +270,8 @@ def read_list(text: str, length: int) -> Reading:
         return [", ".join(items)] if fits else []
 
     def lines(whole: str) -> list[str]:
-        rows = [row.strip() for row in whole.splitlines() if row.strip() and not _FENCE.match(row)]
+        rows = [row.strip() for row in whole.splitlines() if not _FENCE.match(row)]
+        rows = [row for row in rows if row and not row.endswith(":")]
         items = [re.sub(r"^(?:[-*•]|\d+[.)])\s+", "", row) for row in rows]
         body = [i for i, row in zip(items, rows, strict=True) if i != row or len(row.split()) == 1]
         if len(body) == length > 1 and all("," not in b for b in body):

@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """LiveCodeBench's schema, windows and checks on two tiny problems of exactly that schema."""
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def test_wilson_refuses_impossible_counts() -> None:
 def test_wilson_covers_by_simulation() -> None:
     rng = np.random.default_rng(7)
     rates, sizes = (0.01, 0.1, 0.3, 0.5, 0.93), (50, 300)
-    covered = [np.mean([r in wilson(int(k), n) for k in rng.binomial(n, r, size=3000)]) for r in rates for n in sizes]
+    covered = [np.mean([r in wilson(int(k), n) for k in rng.binomial(n, r, size=1500)]) for r in rates for n in sizes]
     assert np.mean(covered) > 0.94
     assert min(covered) > 0.90  # a proportion near 0 with few tasks: Wilson's known worst case
 
