@@ -69,6 +69,8 @@ def connect_ray(config: Config) -> None:
     quiet = not os.environ.get("CASCADE_VERBOSE")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0" if quiet else "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if quiet:
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     local: dict[str, Any] = {}
     if not os.environ.get("RAY_ADDRESS"):
         local = {"num_cpus": max(2, os.cpu_count() or 1), "object_store_memory": 512 * 2**20}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
-from cascade.scoring.decontaminate import find_overlaps
+from cascade.scoring.decontaminate import clean
 from cascade.tasks import Completion, Example, Task, Verdict, message_hash
 from ray_jobs._context import Job, Metrics
 from ray_jobs._test import by_id, examples_up_to
@@ -18,13 +18,12 @@ def training_examples(job: Job) -> tuple[list[Example], Metrics]:
     taught = examples_up_to(job.runs, 3)
     replayed = _replayed(job, round(len(taught) * job.config.training.replay_share))
     everything = [*taught, *replayed]
-    leaked = {overlap.example_id for overlap in find_overlaps(everything, job.runs.test_tasks)}
-    kept = [e for e in everything if e.task_id not in leaked]
+    kept, overlaps = clean(everything, job.runs.test_tasks)
     teachers = sorted({e.teacher for e in kept if e.tier > 0})
     about: Metrics = {
         "taught": len(taught),
         "replayed": len(replayed),
-        "left_out_overlapping_test": len(leaked),
+        "left_out_overlapping_test": len({o.example for o in overlaps}),
         "teachers": teachers,
         "by_tier": {str(tier): sum(e.tier == tier for e in kept) for tier in (0, 1, 2, 3)},
     }
