@@ -68,6 +68,7 @@ def build(args: Arguments) -> Application:
         base=_absolute(first.base),
         storage=storage.uri,
         systems=_systems(configs),
+        temperature=first.student.temperature,
         limits=Limits(rows=args.rows, waiting=args.waiting, patience_s=args.patience_s),
         threads=args.threads or first.execution.threads,
     )

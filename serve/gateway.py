@@ -50,12 +50,20 @@ class Gateway:
     Attributes:
         systems: per domain the system message that its modifier was trained under; it is put in front of requests
             that have none, since without it the modifier would see prompts unlike those it learned from.
+        temperature: for requests that name none.
     """
 
     def __init__(
-        self, backend: Backend, modifiers: LiveModifiers, router: LiveRouter, systems: Mapping[str, str]
+        self,
+        backend: Backend,
+        modifiers: LiveModifiers,
+        router: LiveRouter,
+        systems: Mapping[str, str],
+        *,
+        temperature: float = 1.0,
     ) -> None:
-        self.backend, self.modifiers, self.router, self.systems = backend, modifiers, router, systems
+        self.backend, self.modifiers, self.router = backend, modifiers, router
+        self.systems, self.temperature = systems, temperature
         self.started = int(time.time())
 
     async def chat(self, body: bytes, request_id: str) -> Response:
@@ -120,7 +128,7 @@ class Gateway:
             messages=tuple(messages),
             max_tokens=request.limit,
             stop=request.stops,
-            temperature=1.0 if request.temperature is None else request.temperature,
+            temperature=self.temperature if request.temperature is None else request.temperature,
             top_p=1.0 if request.top_p is None else request.top_p,
             seed=secrets.randbits(63) if request.seed is None else request.seed % 2**63,
         )

@@ -43,12 +43,14 @@ class Served:
     Attributes:
         storage: URI of the store.
         systems: per domain the system message of its prompts.
+        temperature: for requests that name none: the one that base and modifiers were measured with.
         threads: of an engine's computing; None takes the machine's cores, as far as they still help.
     """
 
     base: Base
     storage: str
     systems: dict[str, str]
+    temperature: float = 1.0
     limits: Limits = field(default_factory=Limits)
     threads: int | None = None
 
@@ -144,7 +146,9 @@ class Ingress:
         torch.set_num_threads(1)
         store = Store(served.storage)
         router = LiveRouter(store, cache_folder() / "router")
-        self._gateway = Gateway(RemoteEngine(engine), LiveModifiers(store), router, served.systems)
+        self._gateway = Gateway(
+            RemoteEngine(engine), LiveModifiers(store), router, served.systems, temperature=served.temperature
+        )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_api(self._gateway, proxied=True)

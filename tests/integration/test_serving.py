@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -201,3 +202,34 @@ def test_without_a_modifier_it_says_what_to_run(stand_in: StandIn, tmp_path: Pat
     config.write_text(text)
     with pytest.raises(ConfigError, match="make run"):
         build(Arguments(config=str(config)))
+
+
+def test_the_chat_page(address: str, alone) -> None:
+    browser = pytest.importorskip("browser")
+    if browser.CHROMIUM is None:
+        pytest.skip("no Chromium on this machine")
+    asked = "document.querySelectorAll('.answer').length"
+    running = "document.querySelectorAll('.answer.running').length"
+    last = "[...document.querySelectorAll('.answers:last-child .answer {}')].map(e => e.textContent)"
+
+    def ask(page, question: str, cards: int) -> None:
+        page.run(f"$('question').value = {json.dumps(question)}, $('form').requestSubmit()")
+        page.wait_for(f"{asked} == {cards} && {running} == 0")
+
+    with browser.Browser(address) as page:
+        page.wait_for("$('model').options.length == 4")
+        ask(page, SUMS_QUESTION, 1)
+        assert "chosen by the router" in page.run(last.format(".facts"))[0]
+        assert page.run(last.format(".who")) == ["sums"]
+        assert page.run(last.format(".text"))[0].startswith(alone["sums", SUMS_QUESTION].rstrip("�"))
+
+        page.run("$('clear').click(), $('model').value = 'letters', $('compare').click()")
+        ask(page, LETTERS_QUESTION, 2)
+        assert page.run(last.format(".who")) == ["base", "letters"]
+        base, letters = page.run(last.format(".text"))
+        assert base.startswith(alone["base", LETTERS_QUESTION].rstrip("�"))
+        assert letters.startswith(alone["letters", LETTERS_QUESTION].rstrip("�"))
+
+        page.run("$('clear').click(), $('compare').click(), $('temperature').value = '9'")
+        ask(page, "hi", 1)
+        assert "temperature" in page.run(last.format(".error"))[0]

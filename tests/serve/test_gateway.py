@@ -104,6 +104,14 @@ async def test_the_modifiers_own_system_message_is_put_in_front_only_where_there
     assert base.choices[0].message.content == expected(reference, "base", "hello")
 
 
+async def test_a_request_without_a_temperature_gets_the_servers(gateway, client, reference) -> None:
+    gateway.temperature = 0.0
+    answers = [await client.chat.completions.create(**ask("sums", "hello")) for _ in range(2)]
+    assert {a.choices[0].message.content for a in answers} == {expected(reference, "sums", "hello")}
+    hot = await client.chat.completions.create(**ask("sums", "hello", temperature=1.5))
+    assert hot.choices[0].message.content != answers[0].choices[0].message.content
+
+
 async def test_models_are_listed(client) -> None:
     names = [m.id async for m in client.models.list()]
     assert names == ["cascade", "base", *DOMAINS]
