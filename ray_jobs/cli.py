@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cascade.config import load_config
+from cascade.errors import ConfigError
 from cascade.teachers.economics import plan as plan_tiers
 from cascade.teachers.ledger import Ledger
 from ray_jobs._context import exit_with_message, run_one
@@ -41,25 +42,46 @@ def _print_plan(path: str) -> None:
     config = load_config(path)
     runs = Runs(config)
     console = Console()
-    steps = Table(title=f"{config.domain}: steps", title_justify="left")
-    for heading in ("step", "state", "fingerprint"):
-        steps.add_column(heading)
-    for job in JOBS:
-        found = runs.run(job)
-        steps.add_row(job, "done" if found.done else found.manifest.get("state", "to do"), found.fingerprint)
-    console.print(steps)
+    console.print(_steps_table(runs))
     counts = {s: len(getattr(runs, f"{s}_tasks")) for s in ("train", "validation", "test")}
     console.print(", ".join(f"{n} {split} tasks" for split, n in counts.items()))
     console.print(_cost_table(runs))
 
 
+def _steps_table(runs: Runs) -> Table:
+    """Every job and whether it has been run; a base that cannot be had from here leaves that open."""
+    table = Table(title=f"{runs.config.domain}: steps", title_justify="left")
+    for heading in ("step", "state", "fingerprint"):
+        table.add_column(heading)
+    for job in JOBS:
+        try:
+            found = runs.run(job)
+        except ConfigError as error:
+            table.add_row(job, "unknown")
+            table.caption = str(error)
+            continue
+        table.add_row(job, "done" if found.done else found.manifest.get("state", "to do"), found.fingerprint)
+    return table
+
+
+def _failure_rate(runs: Runs) -> float | None:
+    """Share of the tasks that the base failed, if that has been tested."""
+    try:
+        tested = runs.test_domain
+    except ConfigError:
+        return None
+    return tested.metrics["unsolved"] / tested.metrics["tested"] if tested.done else None
+
+
 def _cost_table(runs: Runs) -> Table:
-    config, tested = runs.config, runs.test_domain
-    measured = {"failure_rate": tested.metrics["unsolved"] / tested.metrics["tested"]} if tested.done else {}
+    config, rate = runs.config, _failure_rate(runs)
+    measured = {} if rate is None else {"failure_rate": rate}
     rows = plan_tiers(config, runs.train_tasks, ledger=Ledger(runs.store, config.domain).entries(), **measured)
     source = "measured" if measured else "assumed"
-    rate = measured.get("failure_rate", 0.9)
-    table = Table(title=f"Teachers ({rate:.0%} of the tasks failed by the base, {source})", title_justify="left")
+    table = Table(
+        title=f"Teachers ({0.9 if rate is None else rate:.0%} of the tasks failed by the base, {source})",
+        title_justify="left",
+    )
     for heading in ("tier", "teacher", "tasks", "calls", "tokens in", "tokens out", "cost", "tokens"):
         table.add_column(heading, justify="left" if heading in ("teacher", "tokens") else "right")
     for row in rows:
