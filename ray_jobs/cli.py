@@ -42,39 +42,37 @@ def _print_plan(path: str) -> None:
     config = load_config(path)
     runs = Runs(config)
     console = Console()
-    console.print(_steps_table(runs))
+    rate, base_known = None, True
+    try:
+        if runs.test_domain.done:
+            tested = runs.test_domain.metrics
+            rate = tested["unsolved"] / tested["tested"]
+    except ConfigError as error:
+        base_known = False
+        console.print(f"note: {error}", style="yellow")
+    console.print(_steps_table(runs, base_known=base_known))
     counts = {s: len(getattr(runs, f"{s}_tasks")) for s in ("train", "validation", "test")}
     console.print(", ".join(f"{n} {split} tasks" for split, n in counts.items()))
-    console.print(_cost_table(runs))
+    console.print(_cost_table(runs, rate))
 
 
-def _steps_table(runs: Runs) -> Table:
-    """Every job and whether it has been run; a base that cannot be had from here leaves that open."""
+def _steps_table(runs: Runs, *, base_known: bool) -> Table:
+    """Every job and whether it has been run."""
     table = Table(title=f"{runs.config.domain}: steps", title_justify="left")
     for heading in ("step", "state", "fingerprint"):
         table.add_column(heading)
     for job in JOBS:
-        try:
+        if base_known:
             found = runs.run(job)
-        except ConfigError as error:
-            table.add_row(job, "unknown")
-            table.caption = str(error)
-            continue
-        table.add_row(job, "done" if found.done else found.manifest.get("state", "to do"), found.fingerprint)
+            table.add_row(job, "done" if found.done else found.manifest.get("state", "to do"), found.fingerprint)
+        else:
+            table.add_row(job, "unknown without the base")
     return table
 
 
-def _failure_rate(runs: Runs) -> float | None:
-    """Share of the tasks that the base failed, if that has been tested."""
-    try:
-        tested = runs.test_domain
-    except ConfigError:
-        return None
-    return tested.metrics["unsolved"] / tested.metrics["tested"] if tested.done else None
-
-
-def _cost_table(runs: Runs) -> Table:
-    config, rate = runs.config, _failure_rate(runs)
+def _cost_table(runs: Runs, rate: float | None) -> Table:
+    """What the teachers are expected to be asked; `rate` is the measured share of tasks that the base fails."""
+    config = runs.config
     measured = {} if rate is None else {"failure_rate": rate}
     rows = plan_tiers(config, runs.train_tasks, ledger=Ledger(runs.store, config.domain).entries(), **measured)
     source = "measured" if measured else "assumed"

@@ -10,10 +10,11 @@ its own config's system message.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ray.serve import Application
 
 from cascade import modifiers
@@ -48,12 +49,29 @@ class Arguments(BaseModel):
     patience_s: float = Field(Limits.patience_s, ge=0)
 
 
-def build(args: Arguments) -> Application:
+def build(args: Mapping[str, Any]) -> Application:
     """The application: an ingress in front of engines.
 
+    Args:
+        args: fields of `Arguments`.
+
     Raises:
-        ConfigError: a config cannot be used, several do not go together, or nothing was trained yet.
+        ConfigError: an argument or a config cannot be used, configs do not go together, or nothing was trained yet.
     """
+    return _application(_checked(args))
+
+
+def _checked(args: Mapping[str, Any]) -> Arguments:
+    try:
+        return Arguments.model_validate(dict(args))
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        allowed = ", ".join(Arguments.model_fields)
+        raise ConfigError(f"serve argument {name}: {first['msg']}; the arguments are {allowed}") from None
+
+
+def _application(args: Arguments) -> Application:
     configs = [load_config(path) for path in args.config.split(os.pathsep)]
     first = configs[0]
     storage = Store(first.storage)
@@ -94,5 +112,5 @@ def _systems(configs: list[Config]) -> dict[str, str]:
 def __getattr__(name: str) -> Application:
     """`app`, built from the environment when it is asked for, so that importing `build` needs no config."""
     if name == "app":
-        return build(Arguments())
+        return build({})
     raise AttributeError(f"module {__name__} has no attribute {name}")

@@ -1,4 +1,4 @@
-"""Berkeley Function-Calling Leaderboard v4, single-turn Python categories (Patil et al., ICML 2025).
+"""Berkeley Function-Calling Leaderboard v4, single-turn categories (Patil et al., ICML 2025).
 
 Source: wheel `bfcl-eval==2026.3.23` (Apache-2.0), its data alone, or a local copy of its `data` folder. Split rule
 (`split_rule: ids`): the SHA-256 of the task's id decides: its first 8 hex digits as a number modulo 10 are 0 or 1 for
@@ -18,18 +18,21 @@ Options:
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from cascade.benchmarks.jsonl import judge_calls, reference_calls
+from cascade.benchmarks.jsonl import Judged, first_call, judge_calls, reference_calls
 from cascade.benchmarks.options import parse_options
 from cascade.benchmarks.ordering import only_split, shuffled
 from cascade.benchmarks.sources import wheel_folder
 from cascade.config import Section
 from cascade.errors import ConfigError, DataError
+from cascade.scoring.calls import CallSyntaxError, match_calls
+from cascade.scoring.foreign_calls import NESTED, converter, parse_foreign_calls, to_source
 from cascade.tasks import Completion, Message, Split, Task, Verdict
 
 WHEEL = (
@@ -40,6 +43,8 @@ WHEEL = (
 )
 CATEGORIES: dict[str, int] = {
     "simple_python": 1,
+    "simple_java": 2,
+    "simple_javascript": 2,
     "multiple": 2,
     "parallel": 3,
     "parallel_multiple": 4,
@@ -69,7 +74,8 @@ Here is a list of functions in JSON format that you can invoke.
 {functions}
 """
 """BFCL's own default system prompt (Apache-2.0)."""
-HINT = " Note that the provided function is in Python 3 syntax."
+HINTS = {"java": "Java 8 SDK", "javascript": "JavaScript", "python": "Python 3"}
+"""Language -> how the prompt names its syntax."""
 
 
 class Options(Section):
@@ -107,14 +113,43 @@ class Bfcl:
     def score(self, task: Task, completion: Completion) -> Verdict:
         """The leaderboard's check."""
         reference = task.reference
-        outcome, answer, evidence = judge_calls(
-            completion.text, reference["expected"], reference["functions"], lenient=reference["lenient"]
-        )
+        if language_of(task.category) == "python":
+            outcome, answer, evidence = judge_calls(
+                completion.text, reference["expected"], reference["functions"], lenient=reference["lenient"]
+            )
+        else:
+            outcome, answer, evidence = _judge_foreign(task, completion.text)
         return Verdict(task.id, completion.model, completion.modifier, outcome, answer, evidence)
 
     def reference_answer(self, task: Task) -> str:
         """The accepted calls with the first accepted values."""
-        return reference_calls(task.reference["expected"], task.reference["functions"])
+        expected, functions = task.reference["expected"], task.reference["functions"]
+        language = language_of(task.category)
+        if language == "python" or not expected:
+            return reference_calls(expected, functions)
+        call = first_call(expected[0], {f["name"]: f["parameters"].get("required", []) for f in functions})
+        properties = functions[0]["parameters"]["properties"]
+        shown = ", ".join(f"{k}={to_source(v, properties[k], language)}" for k, v in call.arguments.items())
+        return f"[{call.name}({shown})]"
+
+
+def language_of(category: str) -> Literal["python", "java", "javascript"]:
+    """The language of a category's functions."""
+    if category == "simple_java":
+        return "java"
+    return "javascript" if category == "simple_javascript" else "python"
+
+
+def _judge_foreign(task: Task, text: str) -> Judged:
+    language = language_of(task.category)
+    assert language != "python"
+    try:
+        calls = parse_foreign_calls(text)
+    except CallSyntaxError as error:
+        return "unparsed", "", f"no calls could be read: {error}"
+    shown = "; ".join(f"{c.name}({', '.join(f'{k}={v}' for k, v in c.arguments.items())})" for c in calls)
+    result = match_calls(calls, task.reference["expected"], task.reference["functions"], converter(language))
+    return ("pass", shown, "") if result.valid else ("fail", shown, result.reason)
 
 
 def split_of(task_id: str) -> Split:
@@ -143,8 +178,34 @@ def _lines(file: Path) -> list[dict[str, Any]]:
         raise DataError(f"cannot read {file}: {error}") from error
 
 
+def _described(function: Mapping[str, Any], language: Literal["python", "java", "javascript"]) -> dict[str, Any]:
+    """A function's description as BFCL shows it: Java and JavaScript parameters are declared as strings."""
+    shown: dict[str, Any] = copy.deepcopy(dict(function))
+    shown["description"] += f" Note that the provided function is in {HINTS[language]} syntax."
+    if language == "python":
+        return shown
+    name = {"java": "Java", "javascript": "JavaScript"}[language]
+    for schema in shown["parameters"]["properties"].values():
+        declared = schema["type"]
+        if declared == "any":
+            note = f" This parameter can be of any type of {name} object in string representation."
+        else:
+            note = f" This is {name} {declared} type parameter in string representation."
+        if declared in NESTED:
+            element = schema.pop("items")["type"]
+            note += f" The list elements are of type {element}; they are not in string representation."
+        if declared == "dict" and "properties" in schema:
+            entries = json.dumps(schema.pop("properties"))
+            note += (
+                f" The dictionary entries have the following schema; they are not in string representation. {entries}"
+            )
+        schema["description"] += note
+        schema["type"] = "string"
+    return shown
+
+
 def _task(row: Mapping[str, Any], category: str, split: Split, domain: str, lenient: bool) -> Task:
-    functions = [{**f, "description": f["description"] + HINT} for f in row["function"]]
+    functions = [_described(f, language_of(category)) for f in row["function"]]
     turn = row["question"][0]
     system = SYSTEM_PROMPT.format(functions=json.dumps(functions, indent=4))
     own = [m["content"] for m in turn if m["role"] == "system"]

@@ -197,12 +197,14 @@ def reference_calls(expected: list[dict[str, dict[str, list[Any]]]], functions: 
     if not expected:
         return "None of the functions fits."
     required = {f["name"]: f["parameters"].get("required", []) for f in functions}
-    calls = []
-    for call in expected:
-        name, values = next(iter(call.items()))
-        needed = {k: v for k, v in values.items() if "" not in v or k in required[name]}
-        calls.append(Call(name, {k: _first_value(v) for k, v in needed.items()}))
-    return format_calls(calls)
+    return format_calls([first_call(call, required) for call in expected])
+
+
+def first_call(accepted: dict[str, dict[str, list[Any]]], required: Mapping[str, list[str]]) -> Call:
+    """The call with the first accepted value of each parameter that must be given."""
+    name, values = next(iter(accepted.items()))
+    needed = {k: v for k, v in values.items() if "" not in v or k in required[name]}
+    return Call(name, {k: _first_value(v) for k, v in needed.items()})
 
 
 def _first_value(accepted: list[Any]) -> Any:
@@ -266,6 +268,7 @@ def _task(line: Any, file: Path, split: Split, domain: str) -> Task:
 
 
 Judged = tuple[Outcome, str, str]
+"""Outcome, answer and evidence."""
 
 
 def _same(answer: str, accepted: str) -> bool:

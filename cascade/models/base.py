@@ -123,19 +123,27 @@ def load_base(base: Base, device: torch.device | None = None) -> LoadedBase:
     """Load model and tokenizer for inference (evaluation mode, gradients off).
 
     Raises:
-        ConfigError: see `base_folder`; also if the tokenizer has no chat template.
+        ConfigError: see `base_folder`; also if the folder holds something else than a causal language model with a
+            tokenizer, or the tokenizer has no chat template or no end token.
+        DataError: the folder holds no safetensors.
     """
     device = device or default_device()
     folder = base_folder(base)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    sha256 = _sha256_of_weights(folder.resolve())
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=resolve_dtype(base.dtype, device))
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"base.model: {folder} is no causal language model with a tokenizer: {error}") from error
     if not tokenizer.chat_template:
         raise ConfigError(f"base.model: {base.model} has no chat template; use an instruction-tuned model")
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"base.model: the tokenizer of {base.model} names no end token (eos_token)")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=resolve_dtype(base.dtype, device))
     model.to(device)  # type: ignore[arg-type]
     model.eval().requires_grad_(False)
-    return LoadedBase(model, tokenizer, base.model, _sha256_of_weights(folder.resolve()))
+    return LoadedBase(model, tokenizer, base.model, sha256)
 
 
 def end_token_ids(loaded: LoadedBase) -> frozenset[int]:

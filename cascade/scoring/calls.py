@@ -172,14 +172,25 @@ Description = Mapping[str, Any]
 Accepted = Mapping[str, Mapping[str, Sequence[Any]]]
 """One accepted call: {function name: {parameter: [accepted values]}}."""
 
+Typed = tuple[Any, type, type | None]
+"""A value, the type it should have, and the type of a list's elements if declared."""
+Converter = Callable[[Any, Mapping[str, Any]], Typed]
+"""Turns an argument as parsed and its parameter's schema into a `Typed`."""
 
-def match_calls(calls: Sequence[Call], accepted: Sequence[Accepted], functions: Sequence[Description]) -> Match:
+
+def match_calls(
+    calls: Sequence[Call],
+    accepted: Sequence[Accepted],
+    functions: Sequence[Description],
+    convert: Converter | None = None,
+) -> Match:
     """Whether the calls are the accepted ones, in any order.
 
     Args:
         calls: what the model called.
         accepted: one entry per call that is wanted.
         functions: descriptions of the functions that were offered.
+        convert: for other languages than Python; see `Converter`.
     """
     if len(calls) != len(accepted):
         return Match(False, f"{len(calls)} calls, expected {len(accepted)}")
@@ -189,7 +200,7 @@ def match_calls(calls: Sequence[Call], accepted: Sequence[Accepted], functions: 
         name = next(iter(wanted))
         reasons = []
         for index in left:
-            result = match_call(calls[index], wanted, by_name[name])
+            result = match_call(calls[index], wanted, by_name[name], convert)
             if result.valid:
                 left.remove(index)
                 break
@@ -199,7 +210,7 @@ def match_calls(calls: Sequence[Call], accepted: Sequence[Accepted], functions: 
     return VALID
 
 
-def match_call(call: Call, accepted: Accepted, function: Description) -> Match:
+def match_call(call: Call, accepted: Accepted, function: Description, convert: Converter | None = None) -> Match:
     """Whether one call is an accepted one."""
     name, values = next(iter(accepted.items()))
     if call.name != function["name"]:
@@ -211,7 +222,7 @@ def match_call(call: Call, accepted: Accepted, function: Description) -> Match:
     for parameter, value in call.arguments.items():
         if parameter not in properties or parameter not in values:
             return Match(False, f"unexpected parameter {parameter!r}")
-        result = _match_argument(parameter, value, values[parameter], properties[parameter])
+        result = _match_argument(parameter, value, values[parameter], properties[parameter], convert)
         if not result.valid:
             return result
     for parameter, options in values.items():
@@ -220,14 +231,22 @@ def match_call(call: Call, accepted: Accepted, function: Description) -> Match:
     return VALID
 
 
-def _match_argument(name: str, value: Any, accepted: Sequence[Any], schema: Mapping[str, Any]) -> Match:
+def _typed(value: Any, schema: Mapping[str, Any]) -> Typed:
+    """A Python argument: tuples where declared count as lists, an int passes for a float."""
     declared = schema["type"]
-    expected = PYTHON_TYPES[declared]
     nested = PYTHON_TYPES[schema["items"]["type"]] if declared in {"array", "tuple"} else None
     if declared == "tuple" and type(value) is tuple:
         value = list(value)
     if declared == "float" and type(value) is int:
         value = float(value)
+    return value, PYTHON_TYPES[declared], nested
+
+
+def _match_argument(
+    name: str, value: Any, accepted: Sequence[Any], schema: Mapping[str, Any], convert: Converter | None
+) -> Match:
+    declared = schema["type"]
+    value, expected, nested = (convert or _typed)(value, schema)
     fits, is_variable = _fits_type(value, accepted, expected, nested)
     if not fits:
         return Match(False, f"{name}={value!r} is not of type {declared}")

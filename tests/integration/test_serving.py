@@ -30,7 +30,7 @@ from cascade.compression.apply import LoraSlot
 from cascade.errors import ConfigError
 from cascade.models.base import load_base
 from cascade.models.generation import Request, generate
-from serve.app import Arguments, build
+from serve.app import build
 
 pytestmark = pytest.mark.integration
 
@@ -47,7 +47,8 @@ def address(stand_in: StandIn) -> Iterator[str]:
     ray.init(num_cpus=2, include_dashboard=False, ignore_reinit_error=True, log_to_driver=False)
     port = free_port()
     ray_serve.start(http_options={"host": "127.0.0.1", "port": port})
-    args = Arguments(config=str(stand_in.config_path), threads=1, rows=4, waiting=12, patience_s=0.5)
+    # As strings, which is how the command line of Ray Serve hands them over.
+    args = {"config": str(stand_in.config_path), "threads": "1", "rows": "4", "waiting": "12", "patience_s": "0.5"}
     ray_serve.run(build(args), name="cascade", blocking=False)
     yield f"http://127.0.0.1:{port}"
     ray_serve.shutdown()
@@ -200,8 +201,12 @@ def test_without_a_modifier_it_says_what_to_run(stand_in: StandIn, tmp_path: Pat
     text = stand_in.config_path.read_text().replace(stand_in.config.storage, str(tmp_path / "empty"))
     config = tmp_path / "new.yaml"
     config.write_text(text)
+    with pytest.raises(ConfigError, match="arguments are config"):
+        build({"confg": str(config)})
+    with pytest.raises(ConfigError, match="same base and storage"):
+        build({"config": f"{stand_in.config_path}:{config}"})
     with pytest.raises(ConfigError, match="make run"):
-        build(Arguments(config=str(config)))
+        build({"config": str(config)})
 
 
 def test_the_chat_page(address: str, alone) -> None:

@@ -18,10 +18,11 @@ from typing import Any
 import pytest
 
 from cascade import benchmarks
-from cascade.benchmarks.bfcl import WHEEL
+from cascade.benchmarks.bfcl import WHEEL, language_of
 from cascade.benchmarks.sources import wheel_folder
 from cascade.errors import DataError
 from cascade.scoring.calls import Call, match_calls, parse_calls
+from cascade.scoring.foreign_calls import converter, parse_foreign_calls
 
 ORACLE = """
 import json, sys, types
@@ -34,6 +35,7 @@ config.MODEL_CONFIG_MAPPING = Any_()
 sys.modules["bfcl_eval.constants.model_config"] = config
 from bfcl_eval.constants.enums import Language
 from bfcl_eval.eval_checker.ast_eval.ast_checker import ast_checker
+LANGUAGES = {"simple_java": Language.JAVA, "simple_javascript": Language.JAVASCRIPT}
 def revive(v):
     if isinstance(v, dict):
         return tuple(revive(x) for x in v["$t"]) if set(v) == {"$t"} else {k: revive(x) for k, x in v.items()}
@@ -41,7 +43,7 @@ def revive(v):
 for line in sys.stdin:
     f, calls, accepted, category = json.loads(line)
     try:
-        print(int(ast_checker(f, revive(calls), accepted, Language.PYTHON, category, "m")["valid"]))
+        print(int(ast_checker(f, revive(calls), accepted, LANGUAGES.get(category, Language.PYTHON), category, "m")["valid"]))
     except Exception as error:
         print("crash", type(error).__name__)
 """
@@ -101,7 +103,7 @@ def test_verdicts_are_those_of_the_leaderboards_own_checker() -> None:
     bfcl, rng = benchmarks.get("bfcl"), random.Random(11)
     tasks = bfcl.load("test", domain="a", options={"split_rule": "none"}, seed=1, count=None)
     requests, ours = [], []
-    for task in tasks[::3]:
+    for task in [t for t in tasks if language_of(t.category) == "python"][::3]:
         accepted, functions = task.reference["expected"], task.reference["functions"]
         if not accepted:
             continue
@@ -110,14 +112,43 @@ def test_verdicts_are_those_of_the_leaderboards_own_checker() -> None:
                 json.dumps([functions, [{c.name: tagged(c.arguments)} for c in calls], accepted, task.category])
             )
             ours.append(match_calls(calls, accepted, functions).valid)
+    differing, crashed = compare(root, requests, ours)
+    assert len(ours) > 5000
+    assert differing == []
+    print(f"{len(ours)} lists of calls, {sum(ours)} valid, {crashed} on which the oracle breaks, 0 differ")
+
+
+def compare(root: Path, requests: list[str], ours: list[bool]) -> tuple[list[str], int]:
+    """Requests on which the oracle's verdict is another, and on how many it breaks (there ours must be "fail")."""
     done = subprocess.run(
         [sys.executable, "-c", ORACLE, str(root)],
         input="\n".join(requests), capture_output=True, text=True, timeout=300, check=True,
     )  # fmt: skip
-    theirs = done.stdout.split("\n")[:-1]
-    assert len(theirs) == len(ours) > 5000
+    theirs = [line for line in done.stdout.split("\n") if line in {"0", "1"} or line.startswith("crash")]
+    assert len(theirs) == len(ours)
     crashed = [i for i, t in enumerate(theirs) if t.startswith("crash")]
-    assert not any(ours[i] for i in crashed)  # where the oracle breaks, ours says fail
-    differing = [requests[i] for i, t in enumerate(theirs) if i not in set(crashed) and bool(int(t)) != ours[i]]
+    assert not any(ours[i] for i in crashed)
+    return [r for r, t, o in zip(requests, theirs, ours, strict=True) if t in {"0", "1"} and bool(int(t)) != o], len(
+        crashed
+    )
+
+
+@pytest.mark.parametrize("language", ["java", "javascript"])
+def test_verdicts_on_java_and_javascript_calls(language: Any) -> None:
+    root = wheel_root()
+    bfcl, rng = benchmarks.get("bfcl"), random.Random(5)
+    category = f"simple_{language}"
+    options = {"split_rule": "none", "categories": [category]}
+    tasks = bfcl.load("test", domain="a", options=options, seed=1, count=None)
+    requests, ours = [], []
+    for task in tasks:
+        accepted, functions = task.reference["expected"], task.reference["functions"]
+        for calls in mutations(parse_foreign_calls(bfcl.reference_answer(task)), rng):
+            requests.append(json.dumps([functions, [{c.name: tagged(c.arguments)} for c in calls], accepted, category]))
+            ours.append(
+                all(isinstance(v, str) for c in calls for v in c.arguments.values())
+                and match_calls(calls, accepted, functions, converter(language)).valid
+            )
+    differing, _ = compare(root, requests, ours)
     assert differing == []
-    print(f"{len(ours)} lists of calls, {sum(ours)} valid, {len(crashed)} on which the oracle breaks, 0 differ")
+    assert sum(ours) > len(tasks) / 2
