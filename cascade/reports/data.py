@@ -99,9 +99,7 @@ class ReportData:
     Attributes:
         tasks: the test tasks.
         verdicts: of "base", "modifier" and "compressed" on them.
-        router: what `train_router` reports: `reliability` (candidate -> bins with lower, upper, n, confidence,
-            accuracy, low, high), `ece` (candidate -> error) and `policies` (name -> accuracy, low, high, n, or a
-            plain accuracy). Other keys are listed as they are.
+        router: `cascade.routing.train.RouterReport.as_dict()`, or nothing.
     """
 
     summary: Summary

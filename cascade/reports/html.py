@@ -70,7 +70,7 @@ def render(data: ReportData, *, tables: str) -> str:
         difficulties=by_group(data, "difficulty"),
         outcomes=outcomes(data),
         policies=policies(data.router),
-        router_figures=_router_figures(data.router),
+        router_rows=router_rows(data.router) if data.router else [],
         samples=list(data.samples)[:MAX_SAMPLES],
         tables=tables,
     )
@@ -102,26 +102,30 @@ def outcomes(data: ReportData) -> dict[str, dict[str, int]]:
 
 
 def policies(router: Any) -> list[tuple[str, str]]:
-    """Routing policies with their accuracies in words."""
-    rows = []
-    for name, value in plain(router.get("policies", {})).items():
-        if isinstance(value, dict):
-            interval = f" [{value['low']:.1%}, {value['high']:.1%}]" if "low" in value else ""
-            rows.append((name, f"{value['accuracy']:.1%}{interval} (n = {value['n']})"))
-        else:
-            rows.append((name, f"{value:.1%}"))
+    """How good routing is beside the base, the best single model, chance and an oracle: policy and share of right."""
+    quality = plain(router).get("quality", {})
+    return [(name.replace("_", " "), _measured(figure)) for name, figure in quality.items()]
+
+
+def router_rows(router: Any) -> list[tuple[str, str]]:
+    """What else a router report (`cascade.routing.train.RouterReport`) says, as name and text."""
+    report = plain(router)
+    rows = [(f"routed minus {name.replace('_', ' ')}", _measured(f, points)) for name, f in report["gain"].items()]
+    rows.append(("best single", report["best_single"]))
+    rows.append(("as good as any candidate", _measured(report["accuracy"])))
+    rows.append(("decided, not fallen back to the base", _measured(report["coverage"])))
+    rows.append(("queries of other kinds sent to the base", _measured(report["other_to_base"])))
+    rows.append(
+        ("calibration error", f"{report['ece_before']:.3f} before, {report['ece_after']:.3f} after calibration")
+    )
+    rows.append(("learned from / measured on", f"{report['trained_on']} / {report['held_out']} tasks"))
     return rows
 
 
-def _router_figures(router: Any) -> list[tuple[str, str]]:
-    """What else the router reports, as name and text."""
-    rows = []
-    for name, value in plain(router).items():
-        if name in ("reliability", "policies"):
-            continue
-        items = value.items() if isinstance(value, dict) else [("", value)]
-        rows += [(f"{name} {key}".strip(), f"{v:.4g}" if isinstance(v, float) else str(v)) for key, v in items]
-    return rows
+def _measured(figure: dict[str, Any], form: Callable[[float], str] = "{:.1%}".format) -> str:
+    """A figure with its interval and n."""
+    value, low, high = (form(figure[key]) for key in ("value", "low", "high"))
+    return f"{value} [{low}, {high}], n = {figure['n']}"
 
 
 def _figures(data: ReportData) -> dict[str, Markup]:
@@ -130,7 +134,8 @@ def _figures(data: ReportData) -> dict[str, Markup]:
     overall = {"all test tasks": {m: _as_score(s.scores[m]) for m in MODELS}}
     categories, difficulties = by_group(data, "category"), by_group(data, "difficulty")
     limit = s.max_ratio * s.adapter_bytes if s.max_ratio is not None else None
-    reliability = plain(data.router.get("reliability", {}))
+    outputs = plain(data.router).get("outputs", {})
+    reliability = {name: output["bins"] for name, output in outputs.items()}
     draw: dict[str, tuple[bool, Callable[[], str]]] = {
         "overall": (True, lambda: figures.accuracy(overall, "Accuracy on all test tasks")),
         "category": (len(categories) > 1, lambda: figures.accuracy(categories, "Accuracy by category")),

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 
 from cascade.reports.data import CurvePoint, FailureRow, ReferenceRow, ReportData, Sample, TrialRow
 from cascade.reports.summary import MODELS, Summary, TierRow
+from cascade.routing.calibration import reliability
+from cascade.routing.train import Figure, OutputReport, RouterReport
 from cascade.tasks import Message, Outcome, Task, Verdict
 
 FAMILIES = ("chain_sum", "gcd", "letter_counting", "number_sorting", "spell_backward", "word_sequence_reversal")
@@ -21,6 +24,40 @@ def _verdicts(tasks: list[Task], model: str, rng: random.Random) -> list[Verdict
         outcome: Outcome = "pass" if rng.random() < PASS_RATES[model] * (1.6 - 0.3 * task.difficulty) else miss
         rows.append(Verdict(task.id, "smollm2", "" if model == "base" else "v1", outcome, answer="7"))
     return rows
+
+
+def _router() -> RouterReport:
+    """A report of the shape that training a router gives, with plausible figures."""
+    rng = np.random.default_rng(3)
+
+    def output(rate: float) -> OutputReport:
+        p = np.clip(rng.beta(2, 2 / rate - 2, 120), 0, 1)
+        y = rng.random(120) < p
+        return OutputReport("platt", 120, 0.12, 0.03, {"platt": 0.5, "isotonic": 0.6}, reliability(p, y))
+
+    def share(passed: int) -> Figure:
+        return Figure.share([True] * passed + [False] * (120 - passed))
+
+    return RouterReport(
+        seed=17,
+        threshold=0.5,
+        trained_on=180,
+        held_out=120,
+        other_trained_on=60,
+        other_held_out=40,
+        other_source="built-in general chat",
+        outputs={"base": output(0.2), "reasoning": output(0.5)},
+        ece_before=0.12,
+        ece_after=0.03,
+        accuracy=share(110),
+        coverage=share(100),
+        quality={
+            n: share(k) for n, k in {"routed": 56, "base": 7, "best_single": 55, "random": 30, "oracle": 58}.items()
+        },
+        best_single="reasoning",
+        gain={"base": Figure(0.41, 120, 0.33, 0.49), "best_single": Figure(0.008, 120, -0.01, 0.03)},
+        other_to_base=share(115),
+    )
 
 
 @pytest.fixture(scope="session")
@@ -76,11 +113,6 @@ def report_data() -> ReportData:
         for p in (0.5, 0.65, 0.75, 0.85)
         for r in (32, 64, 96)
     ]
-    bins = [
-        {"lower": b / 10, "upper": b / 10 + 0.1, "n": 20, "confidence": b / 10 + 0.05, "accuracy": b / 10 + 0.08}
-        for b in range(9)
-    ]
-    bins = [b | {"low": max(0.0, b["accuracy"] - 0.15), "high": min(1.0, b["accuracy"] + 0.15)} for b in bins]
     return ReportData(
         summary=summary,
         tasks=tasks,
@@ -88,16 +120,7 @@ def report_data() -> ReportData:
         tiers=tiers,
         curve=curve,
         trials=trials,
-        router={
-            "reliability": {"base": bins[:3], "reasoning": bins},
-            "ece": {"base": 0.031, "reasoning": 0.042},
-            "policies": {
-                "router": {"accuracy": 0.46, "low": 0.4, "high": 0.52, "n": 300},
-                "best single": {"accuracy": 0.44, "low": 0.38, "high": 0.5, "n": 300},
-                "random": 0.25,
-                "oracle": {"accuracy": 0.48, "n": 300},
-            },
-        },
+        router=_router().as_dict(),
         samples=[
             Sample(
                 t.id,
