@@ -18,6 +18,8 @@ from ray_jobs._runs import JOBS, Runs
 from ray_jobs.pipeline import WORK, run_pipeline
 
 ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file of a domain")]
+ASSUMED_FAILURES = 0.9
+"""Share of the tasks that a base is taken to fail as long as it has not been tested."""
 app = typer.Typer(
     help="Make a small language model strong where it is weak, for little money, and serve the result.",
     no_args_is_help=True,
@@ -42,7 +44,8 @@ def _print_plan(path: str) -> None:
     config = load_config(path)
     runs = Runs(config)
     console = Console()
-    rate, base_known = None, True
+    rate: float | None = None
+    base_known = True
     try:
         if runs.test_domain.done:
             tested = runs.test_domain.metrics
@@ -73,13 +76,11 @@ def _steps_table(runs: Runs, *, base_known: bool) -> Table:
 def _cost_table(runs: Runs, rate: float | None) -> Table:
     """What the teachers are expected to be asked; `rate` is the measured share of tasks that the base fails."""
     config = runs.config
-    measured = {} if rate is None else {"failure_rate": rate}
-    rows = plan_tiers(config, runs.train_tasks, ledger=Ledger(runs.store, config.domain).entries(), **measured)
-    source = "measured" if measured else "assumed"
-    table = Table(
-        title=f"Teachers ({0.9 if rate is None else rate:.0%} of the tasks failed by the base, {source})",
-        title_justify="left",
-    )
+    source, failed = ("assumed", ASSUMED_FAILURES) if rate is None else ("measured", rate)
+    ledger = Ledger(runs.store, config.domain).entries()
+    rows = plan_tiers(config, runs.train_tasks, failure_rate=failed, ledger=ledger)
+    title = f"Teachers ({failed:.0%} of the tasks failed by the base, {source})"
+    table = Table(title=title, title_justify="left")
     for heading in ("tier", "teacher", "tasks", "calls", "tokens in", "tokens out", "cost", "tokens"):
         table.add_column(heading, justify="left" if heading in ("teacher", "tokens") else "right")
     for row in rows:
