@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Verdicts on function calls against BFCL's own AST checker, on its reference answers and mutations of them.
 
 The oracle is the checker's source out of the pinned wheel, run in a process of its own with stand-ins for the vendor
