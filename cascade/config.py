@@ -194,7 +194,9 @@ class Router(Section):
     hidden: Positive = 64
     features: Positive = Field(4096, description="hashed n-gram buckets")
     epochs: Positive = 60
-    threshold: Fraction = Field(0.5, description="below this confidence a request goes to the base")
+    threshold: Fraction = Field(
+        0.5, description="below this confidence that a request is of a kind that was measured, it goes to the base"
+    )
     calibration_share: Fraction = Field(0.4, description="share of the validation tasks kept for calibration")
 
 

@@ -113,7 +113,7 @@ class Gateway:
         if request.model == ROUTED:
             return self.router.route(request.conversation, available, request.router_threshold)
         if request.model == BASE or request.model in available:
-            return Route(request.model, 1.0, "override")
+            return self.router.override(request.conversation, request.model)
         names = ", ".join([ROUTED, BASE, *sorted(available)])
         message = f"The model {request.model[:80]!r} does not exist; there are {names}."
         raise ApiError(404, message, code="model_not_found", param="model")

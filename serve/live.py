@@ -117,6 +117,12 @@ class LiveRouter:
             return Route(BASE, route.probabilities[BASE], "unavailable", route.probabilities)
         return route
 
+    def override(self, messages: list[Message], choice: str) -> Route:
+        """The route to a candidate that the client named, with what the router thinks of it (0 if nothing)."""
+        model = self._refreshed()
+        probabilities = model.route(messages).probabilities if model else {}
+        return Route(choice, probabilities.get(choice, 0.0), "override", probabilities)
+
     def _refreshed(self) -> RouterModel | None:
         with self._lock:
             if time.monotonic() - self._read_at >= self._refresh_s:

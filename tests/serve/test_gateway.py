@@ -75,6 +75,15 @@ async def test_a_threshold_of_its_own(client) -> None:
     assert (raw.headers["x-cascade-route"], raw.headers["x-cascade-reason"]) == ("base", "low-confidence")
 
 
+async def test_an_override_is_obeyed_and_says_what_the_router_thinks_of_it(client) -> None:
+    sure = {}
+    for model in ("sums", "letters"):
+        raw = await client.chat.completions.with_raw_response.create(**ask(model, SUMS_QUESTION))
+        assert (raw.headers["x-cascade-route"], raw.headers["x-cascade-reason"]) == (model, "override")
+        sure[model] = float(raw.headers["x-cascade-confidence"])
+    assert sure["letters"] < 0.3 < 0.5 < sure["sums"]
+
+
 async def test_streams_come_to_the_same_and_carry_the_headers(client, reference) -> None:
     raw = await client.chat.completions.with_raw_response.create(
         **ask("sums", LETTERS_QUESTION, temperature=0), stream=True, stream_options={"include_usage": True}
