@@ -159,7 +159,7 @@ def load_tables(report: Path) -> ReportData:
         router = json.loads((folder / "router.json").read_text(encoding="utf-8"))
         return ReportData(summary=read_summary(folder / "summary.json"), verdicts=verdicts, router=router, **rows)
     except FileNotFoundError as error:
-        raise DataError(f"{error.filename} is missing: the tables of {report.name} are not complete") from error
+        raise DataError(f"the tables of {report.name} are not complete: {error}") from error
 
 
 def plain(value: Any) -> Any:

@@ -1,0 +1,230 @@
+"""The report page: self-contained, safe, and every number of it recomputed from the Parquet beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import Counter
+from html.parser import HTMLParser
+
+import pyarrow.parquet as pq
+import pytest
+from scipy.stats import binomtest
+
+from cascade.errors import DataError
+from cascade.reports import figures
+from cascade.reports.data import ReportData, TrialRow, load_tables
+from cascade.reports.html import render, write_report
+from cascade.reports.summary import TierRow
+
+MODELS = ("base", "modifier", "compressed")
+
+
+class Page(HTMLParser):
+    """Texts of the elements that carry data-figure, and all tags with their attributes."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.figures, self.tags, self._open = {}, [], []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.tags.append((tag, attributes))
+        if "data-figure" in attributes:
+            self._open.append((tag, attributes["data-figure"]))
+            self.figures[attributes["data-figure"]] = ""
+        elif self._open and tag == "small":
+            self._open.append((tag, None))
+
+    def handle_endtag(self, tag):
+        if self._open and self._open[-1][0] == tag:
+            self._open.pop()
+
+    def handle_data(self, data):
+        if self._open and self._open[-1][1]:
+            self.figures[self._open[-1][1]] += data.strip()
+
+
+@pytest.fixture(scope="module")
+def report(report_data, tmp_path_factory):
+    return write_report(report_data, tmp_path_factory.mktemp("run") / "report.html")
+
+
+@pytest.fixture(scope="module")
+def page(report):
+    return Page(report.read_text(encoding="utf-8"))
+
+
+def tables(report):
+    folder = report.with_name("report.tables")
+    return {path.stem: pq.read_table(path).to_pylist() for path in folder.glob("*.parquet")}
+
+
+def percent(x):
+    return f"{x:.1%}"
+
+
+def from_verdicts(rows):
+    """Figures recomputed from the verdict and task tables, with nothing of the report's own code."""
+    task = {t["id"]: t for t in rows["tasks"]}
+    found, passed = {}, {}
+    for model in MODELS:
+        verdicts = rows[f"verdicts-{model}"]
+        passed[model] = {v["task_id"]: v["outcome"] == "pass" for v in verdicts}
+        found[f"accuracy/{model}"] = percent(sum(passed[model].values()) / len(verdicts))
+        outcomes = Counter(v["outcome"] for v in verdicts)
+        readable = len(verdicts) - outcomes["unparsed"] - outcomes["error"]
+        found[f"parsed/{model}"] = percent(outcomes["pass"] / readable)
+        for outcome in ("pass", "fail", "unparsed", "timeout", "error"):
+            found[f"outcome/{outcome}/{model}"] = str(outcomes[outcome])
+        for key in ("category", "difficulty"):
+            groups = {}
+            for v in verdicts:
+                groups.setdefault(task[v["task_id"]][key], []).append(v["outcome"] == "pass")
+            for name, results in groups.items():
+                found[f"{key}/{name}/{model}"] = percent(sum(results) / len(results))
+    found["base_accuracy"], found["compressed_accuracy"] = found["accuracy/base"], found["accuracy/compressed"]
+    base, compressed = passed["base"], passed["compressed"]
+    gain = sum(compressed.values()) / len(compressed) - sum(base.values()) / len(base)
+    found["gain"] = f"{100 * gain:+.1f}"
+    only = [sum(a[t] and not b[t] for t in task) for a, b in ((base, compressed), (compressed, base))]
+    found["mcnemar_p"] = f"p = {binomtest(only[0], sum(only)).pvalue:.1e}"
+    return found
+
+
+def test_every_number_of_the_verdicts_is_recomputed_from_parquet(report, page):
+    expected = from_verdicts(tables(report))
+    assert len(expected) > 50
+    assert {name: page.figures[name] for name in expected} == expected
+
+
+def test_every_number_of_the_tiers_is_recomputed_from_parquet(report, page):
+    tiers = tables(report)["tiers"]
+    failures = tiers[0]["tasks_in"]
+    for t in tiers:
+        assert page.figures[f"tier_shares/{t['tier']}"] == percent((t["tasks_in"] - t["escalated"]) / failures)
+    cost = sum(t["cost_usd"] for t in tiers)
+    assert page.figures["cost_usd"] == f"${cost:.4f}"
+    single = float(page.figures["cost_single_teacher_usd"].removeprefix("$"))
+    assert page.figures["saving"] == percent(1 - cost / single)
+
+
+def test_every_marked_number_is_covered_by_these_tests(report, page):
+    covered = set(from_verdicts(tables(report))) | {"cost_usd", "cost_single_teacher_usd", "saving", "ratio"}
+    others = {
+        n for n in page.figures if n not in covered and not n.startswith(("tier_shares/", "policy/", "reference/"))
+    }
+    assert others == set()
+
+
+def test_references_are_recomputed_from_parquet(report, page):
+    for row in tables(report)["references"]:
+        assert page.figures[f"reference/{row['benchmark']}"] == f"{row['ours']:.1f}"
+        assert row["ratio"] == pytest.approx(row["ours"] / row["score"])
+
+
+def test_the_page_made_from_its_tables_is_the_same_page(report, report_data):
+    again = load_tables(report)
+    assert again.summary == report_data.summary
+    assert list(again.tasks) == list(report_data.tasks)
+    assert render(again, tables="report.tables") == report.read_text(encoding="utf-8")
+
+
+def test_missing_tables_are_named(report_data, tmp_path):
+    path = write_report(report_data, tmp_path / "report.html")
+    (tmp_path / "report.tables/tiers.parquet").unlink()
+    with pytest.raises(DataError, match=r"tiers\.parquet"):
+        load_tables(path)
+
+
+def test_the_page_needs_nothing_from_outside(report, page):
+    assert {tag for tag, _ in page.tags} & {"link", "script", "img", "iframe", "object"} == set()
+    links = [a[k] for _, a in page.tags for k in ("src", "href", "xlink:href") if a.get(k)]
+    assert all(link.startswith("#") for link in links)
+    style = re.sub(r'xmlns(:\w+)?="[^"]*"', "", report.read_text())
+    assert "http" not in "".join(re.findall(r"<style.*?</style>|<svg.*?>", style, re.DOTALL))
+
+
+def test_ids_are_unique_and_every_reference_has_a_target(page):
+    ids = [a["id"] for _, a in page.tags if "id" in a]
+    assert len(ids) == len(set(ids)) > 0
+    used = {a["xlink:href"][1:] for _, a in page.tags if a.get("xlink:href")}
+    used |= {u for _, a in page.tags for value in a.values() for u in re.findall(r"url\(#([^)]+)\)", value or "")}
+    assert used <= set(ids)
+
+
+def test_light_and_dark_share_one_set_of_pictures(report):
+    html = report.read_text()
+    assert "prefers-color-scheme: dark" in html
+    for colour, variable in figures._VARIABLES.items():
+        assert colour not in html
+        assert html.count(f"{variable}:") == 2, f"{variable} needs a light and a dark value"
+    for svg in re.findall(r"<svg.*?</svg>", html, re.DOTALL):
+        hard = set(re.findall(r"#[0-9a-f]{6}\b", svg)) - {"#ffffff"}
+        assert hard == set(), "a colour that no theme can change"
+
+
+def test_every_picture_has_a_label_and_scales(page):
+    pictures = [a for tag, a in page.tags if tag == "svg"]
+    assert len(pictures) == 8
+    assert all(a["role"] == "img" and a["aria-label"] and a["viewbox"] and "width" not in a for a in pictures)
+    viewport = [a for tag, a in page.tags if tag == "meta" and a.get("name") == "viewport"]
+    assert viewport[0]["content"].startswith("width=device-width")
+
+
+def test_what_models_wrote_cannot_become_markup(report_data):
+    evil = dataclasses.replace(report_data.samples[0], base_answer="<script>alert(1)</script>", prompt="</pre><b>")
+    html = render(dataclasses.replace(report_data, samples=[evil]), tables="t")
+    assert "<script>" not in html
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
+    assert "</pre><b>" not in html
+
+
+def test_category_names_with_dollar_signs_and_markup_are_drawn_as_they_are(report_data):
+    tasks = [dataclasses.replace(t, category=f"$x_{t.difficulty}$ <&>") for t in report_data.tasks]
+    html = render(dataclasses.replace(report_data, tasks=tasks), tables="t")
+    assert html.count("$x_1$ &lt;&amp;&gt; (100)") == 1
+
+
+def test_the_answer_key_is_called_what_it_is(report, report_data):
+    html = report.read_text()
+    assert "About the teachers." in html
+    assert html.count("replays an answer key") == 3
+    real = [dataclasses.replace(t, answer_key=False, teacher="gpt") for t in report_data.tiers]
+    teachers = tuple(t.model_copy(update={"answer_key": False}) for t in report_data.summary.teachers)
+    summary = report_data.summary.model_copy(update={"teachers": teachers, "teacher_statement": "By gpt."})
+    html = render(dataclasses.replace(report_data, tiers=real, summary=summary), tables="t")
+    assert "About the teachers." not in html
+    assert "answer key" not in html
+
+
+def test_a_run_without_search_router_or_samples_still_has_a_report(report_data):
+    bare = ReportData(report_data.summary, report_data.tasks, report_data.verdicts, report_data.tiers)
+    html = render(bare, tables="t")
+    assert html.count("<svg") == 5
+    for heading in ("Router", "Training and compression", "Before and after", "Beside published scores"):
+        assert heading not in html
+
+
+def test_a_report_needs_the_verdicts_of_all_three(report_data):
+    with pytest.raises(DataError, match="base, modifier, compressed"):
+        ReportData(report_data.summary, report_data.tasks, {"base": []}, report_data.tiers)
+
+
+def test_the_flow_shows_each_tiers_tasks():
+    tiers = [
+        TierRow(1, "a", False, 100, 70, 35, 1, 1, 1, 1.0),
+        TierRow(2, "b", False, 35, 35, 0, 1, 1, 1, 1.0),
+        TierRow(3, "c", False, 0, 0, 0, 0, 0, 0, 0.0),
+    ]
+    svg = figures.tier_flow(tiers)
+    for text in ("100 in", "35 in", "0 in", "65.0%", "35.0%"):
+        assert text in svg
+    assert "unsolved" not in svg
+    assert "nan" not in svg
+
+
+def test_the_pareto_front_holds_what_nothing_beats():
+    trials = [TrialRow("r", size, loss) for size, loss in ((5, 1.0), (3, 2.0), (4, 3.0), (6, 1.0), (7, 0.5), (3, 2.5))]
+    assert [(t.bytes, t.loss) for t in figures.pareto_front(trials)] == [(3, 2.0), (5, 1.0), (7, 0.5)]
