@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock
@@ -26,6 +27,8 @@ from filelock import FileLock
 from cascade.artifacts import sha256_of_file
 from cascade.errors import DataError
 
+HUB_TIMEOUT_S = 10.0
+"""How long the hub may take to answer at all."""
 PIP_TIMEOUT_S = 1800
 """A wheel of 100 MB over a slow line must still fit."""
 
@@ -232,27 +235,51 @@ class HubSource:
     prefixes: Mapping[str, str]
 
 
+def _snapshot(source: HubSource, patterns: list[str]) -> Path:
+    """The folder with the matching files, from the cache alone if it has them and the hub does not answer.
+
+    The hub is asked once first: its client would repeat a download for half a minute before it says that it is offline.
+    """
+    from huggingface_hub import constants, get_session, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    offline = constants.HF_HUB_OFFLINE
+    problem = "HF_HUB_OFFLINE is set" if offline else ""
+    try:
+        if not offline:
+            get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT_S)
+    except (httpx.TransportError, OSError) as error:
+        offline, problem = True, str(error)
+    try:
+        folder = snapshot_download(
+            source.repo,
+            repo_type="dataset",
+            revision=source.revision,
+            allow_patterns=patterns,
+            local_files_only=offline,
+        )
+        return Path(folder)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, httpx.TransportError, OSError) as error:
+        raise DataError(
+            f"cannot load {source.repo}@{source.revision[:8]} from the Hugging Face hub: "
+            f"{problem or str(error).splitlines()[0]}. "
+            f"Offline, download its files elsewhere and name them with the option 'path' (a file or folder)."
+        ) from error
+
+
 def hub_rows(source: HubSource, split: str) -> list[dict[str, Any]]:
     """All rows of one split, from the hub or its cache.
 
     Raises:
         DataError: the hub cannot be reached or has no such files; names the alternatives.
     """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
     prefix = source.prefixes[split]
-    patterns = [prefix, *(f"{prefix}*{suffix}" for suffix in SUFFIXES)]
-    try:
-        folder = snapshot_download(source.repo, repo_type="dataset", revision=source.revision, allow_patterns=patterns)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        raise DataError(
-            f"cannot load {source.repo}@{source.revision[:8]} from the Hugging Face hub: {str(error).splitlines()[0]}. "
-            f"Offline, download its files elsewhere and name them with the option 'path' (a file or folder)."
-        ) from error
-    files = [
-        p for p in sorted(Path(folder).rglob("*")) if str(p.relative_to(folder)).startswith(prefix) and p.is_file()
-    ]
+    folder = _snapshot(source, [prefix, *(f"{prefix}*{suffix}" for suffix in SUFFIXES)])
+    found = [p for p in sorted(folder.rglob("*")) if p.is_file()]
+    files = [p for p in found if str(p.relative_to(folder)).startswith(prefix)]
     if not files:
-        raise DataError(f"{source.repo}@{source.revision[:8]} has no file whose name starts with {prefix!r}")
+        raise DataError(
+            f"{source.repo}@{source.revision[:8]} has no file whose name starts with {prefix!r} here. Offline, download "
+            f"its files elsewhere and name them with the option 'path' (a file or folder)."
+        )
     return [row for f in files for row in read_rows(f)]
