@@ -1,0 +1,197 @@
+"""The config schema: what is refused, and that the message says which key and what is allowed there."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import yaml
+
+from cascade.artifacts import fingerprint
+from cascade.config import Config, Execution, check_config, load_config
+from cascade.errors import ConfigError
+
+TEACHER = {
+    "name": "answer-key-small",
+    "endpoints": [{"base_url": "answer-key"}],
+    "input_usd_per_million": 0.1,
+    "output_usd_per_million": 0.4,
+    "answer_key": {"max_difficulty": 1},
+}
+SOURCES = {"count": 4, "sources": [{"benchmark": "reasoning_gym"}]}
+MINIMAL = {
+    "domain": "reasoning",
+    "base": {"model": "some/model"},
+    "tasks": {"train": SOURCES, "validation": SOURCES, "test": SOURCES},
+    "tiers": [copy.deepcopy(TEACHER) for _ in range(3)],
+    "budget_usd": 1,
+}
+
+
+def changed(path, value):
+    """The minimal config with one value set; a path like "tiers.0.name". ... removes the key."""
+    raw = copy.deepcopy(MINIMAL)
+    *parents, last = [int(p) if p.isdigit() else p for p in path.split(".")]
+    place = raw
+    for part in parents:
+        place = place.setdefault(part, {}) if isinstance(place, dict) else place[part]
+    if value is ...:
+        del place[last]
+    else:
+        place[last] = value
+    return raw
+
+
+def refusal(path, value):
+    with pytest.raises(ConfigError) as caught:
+        check_config(changed(path, value), source="my.yaml")
+    message = str(caught.value)
+    assert message.startswith("my.yaml cannot be used:\n")
+    return message
+
+
+def test_the_minimal_config_is_taken_with_its_defaults():
+    config = check_config(MINIMAL)
+    assert config.seed == 17
+    assert config.tier(1).name == "answer-key-small"
+    assert config.tasks.split("test").count == 4
+    assert config.execution == Execution()
+
+
+@pytest.mark.parametrize(
+    ("path", "section_keys"),
+    [
+        ("learning_rate", ["domain", "seed", "tiers", "execution"]),
+        ("base.modle", ["model", "revision", "dtype"]),
+        ("tiers.1.price", ["input_usd_per_million", "budget_usd"]),
+        ("tiers.0.endpoints.0.url", ["base_url", "api_key_env", "requests_per_minute"]),
+        ("tiers.2.answer_key.difficulty", ["max_difficulty", "slip_rate"]),
+        ("training.lora.r", ["rank", "alpha", "learning_rate"]),
+        ("tasks.train.sources.0.option", ["benchmark", "weight", "options"]),
+        ("probe.lora.lr", ["learning_rate"]),
+    ],
+)
+def test_an_unknown_key_is_named_with_those_that_are_allowed_there(path, section_keys):
+    message = refusal(path, 1)
+    assert f"- {path}: unknown key; allowed here: " in message
+    allowed = message.split("allowed here: ")[1].splitlines()[0].split(", ")
+    assert set(section_keys) <= set(allowed)
+    assert path.split(".")[-1] not in allowed
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "expected"),
+    [
+        ("domain", ..., "domain: is required"),
+        ("base.model", ..., "base.model: is required"),
+        ("base.dtype", "float16", "base.dtype: Input should be 'auto', 'float32' or 'bfloat16' (got 'float16')"),
+        ("domain", "Code!", "domain: String should match pattern"),
+        ("training.zero_stage", 4, "training.zero_stage: Input should be 0, 1, 2 or 3 (got 4)"),
+        ("training.lora.rank", 0, "training.lora.rank: Input should be greater than 0 (got 0)"),
+        ("probe.folds", 1, "probe.folds: Input should be greater than or equal to 2 (got 1)"),
+        ("budget_usd", -1, "budget_usd: Input should be greater than or equal to 0 (got -1)"),
+        ("tasks.test.sources", [], "tasks.test.sources: List should have at least 1 item"),
+        ("compression.max_ratio", 1.5, "compression.max_ratio: Input should be less than or equal to 1 (got 1.5)"),
+        ("tiers", [TEACHER], "tiers: List should have at least 3 items"),
+        ("execution.train_workers", "two", "execution.train_workers: Input should be a valid integer"),
+    ],
+)
+def test_a_bad_value_is_named_with_what_would_do(path, value, expected):
+    assert f"  - {expected}" in refusal(path, value)
+
+
+def test_all_mistakes_are_told_at_once():
+    raw = changed("base.modle", "x") | {"budget_usd": "much"}
+    with pytest.raises(ConfigError) as caught:
+        check_config(raw)
+    assert {"base.modle", "budget_usd"} <= {line.split(":")[0].strip("- ") for line in str(caught.value).splitlines()}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "expected"),
+    [
+        ("tiers.0.name", "gpt-5", "must start with 'answer-key'"),
+        ("tiers.0.answer_key", None, "go together"),
+        ("tiers.0.endpoints.0.base_url", "https://api.openai.com/v1", "go together"),
+        ("tiers.0.endpoints", [{"base_url": "answer-key"}, {"base_url": "https://a/v1"}], "go together"),
+    ],
+)
+def test_a_teacher_that_replays_answers_cannot_pass_for_a_real_one(path, value, expected):
+    message = refusal(path, value)
+    assert "- tiers.0: " in message
+    assert expected in message
+
+
+def test_configs_are_immutable():
+    config = check_config(MINIMAL)
+    with pytest.raises(ValueError, match="frozen"):
+        config.seed = 3
+
+
+def test_files_that_are_no_config_are_refused_in_words(tmp_path):
+    with pytest.raises(ConfigError, match=r"cannot read the config .*nothing\.yaml: No such file"):
+        load_config(tmp_path / "nothing.yaml")
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("tiers: [1, 2")
+    with pytest.raises(ConfigError, match=r"bad\.yaml is not valid YAML"):
+        load_config(bad)
+    bad.write_text("- a\n- b\n")
+    with pytest.raises(ConfigError, match="must hold a mapping with the keys domain, seed"):
+        load_config(bad)
+    bad.write_text("")
+    with pytest.raises(ConfigError, match="must hold a mapping"):
+        load_config(bad)
+
+
+def test_numbers_as_people_write_them_are_read(tmp_path):
+    """PyYAML takes 1e-3 for a string and 47_000_000 for a number; both must work."""
+    path = tmp_path / "c.yaml"
+    text = (
+        yaml.safe_dump(MINIMAL) + "training: {lora: {learning_rate: 1e-3}}\ncompression: {target_bytes: 47_000_000}\n"
+    )
+    path.write_text(text)
+    config = load_config(path)
+    assert config.training.lora.learning_rate == 1e-3
+    assert config.compression.target_bytes == 47_000_000
+
+
+def test_execution_is_apart_so_that_fingerprints_can_leave_it_out():
+    """Every section that a fingerprint may take is the same whatever the execution."""
+    one, other = check_config(MINIMAL), check_config(changed("execution.student_batch", 7))
+    assert one.execution != other.execution
+    for section in set(Config.model_fields) - {"execution"}:
+        assert fingerprint(x=getattr(one, section)) == fingerprint(x=getattr(other, section))
+
+
+def test_runs_of_the_pipeline_do_not_depend_on_execution(monkeypatch):
+    from cascade.tasks import Message, Task
+    from ray_jobs import _runs
+
+    def tasks(config, split):
+        return [Task(f"t/{split}", "reasoning_gym", "reasoning", split, (Message("user", split),), config.seed)]
+
+    monkeypatch.setattr(_runs, "load_tasks", tasks)
+    monkeypatch.setattr(_runs, "base_sha256", lambda base: base.model)
+    quick = _runs.Runs(check_config(MINIMAL))
+
+    def fingerprints(config):
+        runs = _runs.Runs(config)
+        return {job: runs.run(job).fingerprint for job in _runs.JOBS}
+
+    plain = fingerprints(quick.config)
+    for key, value in (("execution.student_batch", 7), ("execution.use_gpu", True), ("execution.train_workers", 2)):
+        assert fingerprints(check_config(changed(key, value))) == plain
+    for key, value, first in (
+        ("seed", 18, "test_domain"),
+        ("base.model", "other", "test_domain"),
+        ("tiers.0.temperature", 0.5, "generate_tier1"),
+        ("tiers.2.max_tokens", 9, "generate_tier3"),
+        ("probe.folds", 3, "test_tier1"),
+        ("training.lora.rank", 8, "train_modifier"),
+        ("compression.trials", 3, "compress_modifier"),
+        ("router.hidden", 8, "train_router"),
+    ):
+        other = fingerprints(check_config(changed(key, value)))
+        changed_jobs = [job for job in _runs.JOBS if other[job] != plain[job]]
+        assert changed_jobs == list(_runs.JOBS[_runs.JOBS.index(first) :]), key
+    assert fingerprints(check_config(changed("tiers.0.input_usd_per_million", 9))) == plain, "a price decides no answer"
