@@ -13,13 +13,14 @@ import os
 import subprocess
 import sys
 import tempfile
+import urllib.error
+import urllib.request
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock
@@ -27,6 +28,7 @@ from filelock import FileLock
 from cascade.artifacts import sha256_of_file
 from cascade.errors import DataError
 
+ALTERNATIVES = "Offline, download its files elsewhere and name them with the option 'path' (a file or folder)."
 HUB_TIMEOUT_S = 10.0
 """How long the hub may take to answer at all."""
 PIP_TIMEOUT_S = 1800
@@ -235,36 +237,44 @@ class HubSource:
     prefixes: Mapping[str, str]
 
 
-def _snapshot(source: HubSource, patterns: list[str]) -> Path:
-    """The folder with the matching files, from the cache alone if it has them and the hub does not answer.
+def _hub_problem() -> str:
+    """Why the hub cannot be reached, "" if it answers.
 
-    The hub is asked once first: its client would repeat a download for half a minute before it says that it is offline.
+    Asked before each download, because the hub's client repeats one for half a minute before it gives up.
     """
-    from huggingface_hub import constants, get_session, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub import constants
 
-    offline = constants.HF_HUB_OFFLINE
-    problem = "HF_HUB_OFFLINE is set" if offline else ""
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
     try:
-        if not offline:
-            get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT_S)
-    except (httpx.TransportError, OSError) as error:
-        offline, problem = True, str(error)
+        request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
+        with urllib.request.urlopen(request, timeout=HUB_TIMEOUT_S):
+            return ""
+    except urllib.error.HTTPError:
+        return ""  # it answers, if only to refuse this request
+    except OSError as error:
+        return str(error)
+
+
+def _snapshot(source: HubSource, patterns: list[str]) -> Path:
+    """The folder with the matching files; what the cache holds, if the hub does not answer."""
+    from huggingface_hub import snapshot_download
+
+    problem = _hub_problem()
     try:
         folder = snapshot_download(
             source.repo,
             repo_type="dataset",
             revision=source.revision,
             allow_patterns=patterns,
-            local_files_only=offline,
+            local_files_only=bool(problem),
         )
-        return Path(folder)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, httpx.TransportError, OSError) as error:
+    except Exception as error:  # the client's HTTP library, and so its errors, differ from version to version
         raise DataError(
             f"cannot load {source.repo}@{source.revision[:8]} from the Hugging Face hub: "
-            f"{problem or str(error).splitlines()[0]}. "
-            f"Offline, download its files elsewhere and name them with the option 'path' (a file or folder)."
+            f"{problem or str(error).splitlines()[0]}. {ALTERNATIVES}"
         ) from error
+    return Path(folder)
 
 
 def hub_rows(source: HubSource, split: str) -> list[dict[str, Any]]:
@@ -278,8 +288,6 @@ def hub_rows(source: HubSource, split: str) -> list[dict[str, Any]]:
     found = [p for p in sorted(folder.rglob("*")) if p.is_file()]
     files = [p for p in found if str(p.relative_to(folder)).startswith(prefix)]
     if not files:
-        raise DataError(
-            f"{source.repo}@{source.revision[:8]} has no file whose name starts with {prefix!r} here. Offline, download "
-            f"its files elsewhere and name them with the option 'path' (a file or folder)."
-        )
+        where = f"{source.repo}@{source.revision[:8]}"
+        raise DataError(f"{where} has no file here whose name starts with {prefix!r}. {ALTERNATIVES}")
     return [row for f in files for row in read_rows(f)]
