@@ -1,0 +1,252 @@
+"""The step loop: it learns, the number of workers does not matter, and a resumed run is the unbroken one."""
+
+from __future__ import annotations
+
+import copy
+import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cascade.config import Base, Lora
+from cascade.models.base import load_base
+from cascade.models.generation import Request, generate
+from cascade.tasks import Message
+from cascade.training.examples import EncodedExample, encode_example
+from cascade.training.loop import TargetLoss, TorchEngine, learning_rate_at, mean_loss, run_steps
+from cascade.training.lora import add_lora, trainable
+from cascade.training.packing import Row, Step, pack, plan_steps
+
+CPU = torch.device("cpu")
+SETTINGS = Lora(rank=4, learning_rate=5e-3, epochs=2, tokens_per_step=90, max_length=48, gradient_clip=0.7)
+
+
+@pytest.fixture
+def base(tiny_folder):
+    return load_base(Base(model=str(tiny_folder), dtype="float32"), CPU)
+
+
+@pytest.fixture
+def module(base):
+    """A fresh adapter whose loss is differentiable in both A and B."""
+    module = TargetLoss(add_lora(base, SETTINGS, seed=3))
+    generator = torch.Generator().manual_seed(0)
+    for parameter in trainable(module):
+        parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
+    return module
+
+
+def made(lengths):
+    """Examples of which the second half is learned."""
+    return [
+        EncodedExample(
+            f"e{i}", tuple(5 + (i * 31 + j * 7) % 250 for j in range(n)), tuple(j >= n // 2 for j in range(n))
+        )
+        for i, n in enumerate(lengths)
+    ]
+
+
+PLAN = plan_steps(made([12, 30, 7, 40, 9, 22, 15, 33, 8, 19]), SETTINGS, seed=1)
+
+
+def weights(module):
+    return [p.detach().clone() for p in trainable(module)]
+
+
+def train(module, plan=PLAN, settings=SETTINGS, **more):
+    return list(run_steps(TorchEngine(module, settings), plan, settings, **more))
+
+
+def test_a_tiny_task_is_learned_and_answered(base):
+    pairs = [("red", "stop"), ("green", "go"), ("amber", "wait")]
+    conversations = [(Message("user", q), Message("assistant", a)) for q, a in pairs]
+    examples = [encode_example(c[0].content, c, base.tokenizer) for c in conversations]
+    settings = Lora(rank=8, learning_rate=1e-2, epochs=40, tokens_per_step=64, max_length=64)
+    module = TargetLoss(add_lora(base, settings, seed=1))
+    rows = pack(examples, 64)
+    before = mean_loss(module, rows, CPU)
+    reports = train(module, plan_steps(examples, settings, seed=1), settings)
+    assert reports[0].loss == pytest.approx(before, rel=1e-4)
+    assert mean_loss(module, rows, CPU) < 0.05 < 2 < before
+    prompts = [e.input_ids[: e.is_target.index(True)] for e in examples]
+    answers = generate(base, [Request(p, 8) for p in prompts])
+    assert [(a.text, a.finish_reason) for a in answers] == [(a, "stop") for _, a in pairs]
+
+
+class Worker(TorchEngine):
+    """One of several workers in threads of one process; gradients are averaged by hand, as engines do."""
+
+    def __init__(self, module, settings, meeting, rank):
+        super().__init__(module, settings)
+        self.meeting, self.rank = meeting, rank
+
+    def step(self, learning_rate):
+        own = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        gathered = self.meeting.exchange(self.rank, own)
+        for i, parameter in enumerate(self.parameters):
+            parameter.grad = torch.stack([g[i] for g in gathered]).mean(0)
+        return super().step(learning_rate)
+
+
+class Meeting:
+    """Where all workers wait for each other and swap what they have."""
+
+    def __init__(self, world):
+        self.slots = [None] * world
+        self.barrier = threading.Barrier(world, timeout=20)
+
+    def exchange(self, rank, value):
+        self.slots[rank] = value
+        self.barrier.wait()
+        everything = list(self.slots)
+        self.barrier.wait()
+        return everything
+
+
+def train_in(world, module, plan, settings):
+    """Train copies of a module on several workers; returns the reports and the module of each."""
+    meeting = Meeting(world)
+    copies = [copy.deepcopy(module) for _ in range(world)]
+
+    def work(rank):
+        torch.set_num_threads(1)
+        engine = Worker(copies[rank], settings, meeting, rank)
+        add_up = lambda value: sum(meeting.exchange(rank, value))  # noqa: E731
+        return list(run_steps(engine, plan, settings, rank=rank, world=world, reduce_sum=add_up))
+
+    with ThreadPoolExecutor(world) as pool:
+        return list(pool.map(work, range(world))), copies
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_any_number_of_workers_takes_the_same_steps(module, world):
+    plan = PLAN[:3]
+    assert any(len(step.rows) % world for step in plan)  # some worker goes without a row
+    assert len({row.targets for step in plan for row in step.rows}) > 1
+    settings = SETTINGS.model_copy(update={"learning_rate": 1e-4})
+    reports, copies = train_in(world, module, plan, settings)
+    alone = train(module, plan, settings)
+    for per_worker in reports:
+        for ours, theirs in zip(per_worker, alone, strict=True):
+            assert (ours.step, ours.tokens, ours.targets) == (theirs.step, theirs.tokens, theirs.targets)
+            assert ours.loss == pytest.approx(theirs.loss, rel=1e-5)
+            assert ours.gradient_norm == pytest.approx(theirs.gradient_norm, rel=1e-4)
+    for other in copies:
+        for x, y in zip(trainable(module), trainable(other), strict=True):
+            torch.testing.assert_close(x, y, atol=1e-6, rtol=0)
+
+
+def test_a_gradient_is_that_of_the_mean_over_all_targets_of_the_step(module):
+    step = PLAN[0]
+    assert len(step.rows) > 1
+    total = sum(module(**row.tensors(CPU)) for row in step.rows) / step.targets
+    expected = torch.autograd.grad(total, trainable(module))
+    engine = TorchEngine(module, SETTINGS)
+    seen = []
+    engine.step = lambda rate: seen.extend(p.grad.clone() for p in engine.parameters) or 0.0
+    report = next(run_steps(engine, [step], SETTINGS))
+    assert report.loss == pytest.approx(total.item(), rel=1e-5)
+    for x, y in zip(seen, expected, strict=True):
+        torch.testing.assert_close(x, y, atol=1e-6, rtol=1e-4)
+
+
+def test_packing_does_not_change_what_is_learned(module):
+    step = PLAN[0]
+    unpacked = Step(tuple(Row((e,)) for r in step.rows for e in r.examples))
+    assert len(unpacked.rows) > len(step.rows)
+    other = copy.deepcopy(module)
+    one, two = train(module, [step])[0], train(other, [unpacked])[0]
+    assert one.loss == pytest.approx(two.loss, rel=1e-5)
+    assert one.gradient_norm == pytest.approx(two.gradient_norm, rel=1e-4)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_a_run_resumed_at_step_k_is_the_unbroken_run(module, k):
+    assert len(PLAN) > 4
+    unbroken = copy.deepcopy(module)
+    expected = train(unbroken)
+    first = TorchEngine(module, SETTINGS)
+    steps = run_steps(first, PLAN, SETTINGS)
+    reports = [next(steps) for _ in range(k)]
+    resumed = copy.deepcopy(module)  # what a checkpoint holds: weights, optimiser, the next step
+    second = TorchEngine(resumed, SETTINGS)
+    second.optimizer.load_state_dict(copy.deepcopy(first.optimizer.state_dict()))
+    reports += run_steps(second, PLAN, SETTINGS, start=k)
+    assert [(r.step, r.loss, r.learning_rate) for r in reports] == [(r.step, r.loss, r.learning_rate) for r in expected]
+    for x, y in zip(weights(resumed), weights(unbroken), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_a_resumed_run_without_its_optimiser_would_differ(module):
+    # What the test above can tell apart.
+    unbroken = copy.deepcopy(module)
+    train(unbroken)
+    steps = run_steps(TorchEngine(module, SETTINGS), PLAN, SETTINGS)
+    for _ in range(3):
+        next(steps)
+    train(module, start=3)
+    assert any((x - y).abs().max() > 1e-4 for x, y in zip(weights(module), weights(unbroken), strict=True))
+
+
+def test_only_the_adapter_changes(module):
+    frozen = {n: p.clone() for n, p in module.named_parameters() if not p.requires_grad}
+    before = weights(module)
+    train(module)
+    assert all(torch.equal(p, frozen[n]) for n, p in module.named_parameters() if n in frozen)
+    assert all(not torch.equal(x, y) for x, y in zip(weights(module), before, strict=True))
+
+
+def test_gradients_are_clipped_before_the_step_and_cleared_after(module):
+    settings = SETTINGS.model_copy(update={"gradient_clip": 1e-3})
+    engine = TorchEngine(module, settings)
+    norms = []
+    original = engine.optimizer.step
+    engine.optimizer.step = lambda: (
+        norms.append(torch.stack([p.grad.norm() for p in engine.parameters]).norm().item()) or original()
+    )
+    reports = list(run_steps(engine, PLAN[:2], settings))
+    assert norms == pytest.approx([1e-3, 1e-3], rel=1e-3)
+    assert all(r.gradient_norm > 0.1 for r in reports)
+    assert all(p.grad is None for p in engine.parameters)
+
+
+def test_the_schedule_warms_up_and_falls_to_a_twentieth():
+    settings = Lora(learning_rate=1.0, warmup_share=0.1)
+    rates = [learning_rate_at(i, 100, settings) for i in range(100)]
+    assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert rates[10] == pytest.approx(1.0)
+    assert rates[55] == pytest.approx(0.05 + 0.95 / 2)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert 0.05 < rates[99] < 0.051
+
+
+@given(st.integers(1, 400), st.floats(0, 1))
+def test_no_step_is_without_a_rate(total, warmup):
+    settings = Lora(learning_rate=2.0, warmup_share=warmup)
+    rates = [learning_rate_at(i, total, settings) for i in range(total)]
+    assert all(0 < r <= 2.0 for r in rates)
+    assert max(rates) == pytest.approx(2.0)
+
+
+def test_the_rate_of_each_step_is_the_one_used(module):
+    engine = TorchEngine(module, SETTINGS)
+    used = []
+    original = engine.optimizer.step
+    engine.optimizer.step = lambda: used.append(engine.optimizer.param_groups[0]["lr"]) or original()
+    reports = list(run_steps(engine, PLAN, SETTINGS, start=2))
+    assert [r.step for r in reports] == list(range(2, len(PLAN)))
+    assert used == [r.learning_rate for r in reports]
+    assert used == [learning_rate_at(i, len(PLAN), SETTINGS) for i in range(2, len(PLAN))]
+
+
+def test_mean_loss_weighs_targets_alike(module):
+    rows = [Row((e,)) for e in made([6, 30])]
+    sums = [module(**r.tensors(CPU)).item() for r in rows]
+    before = weights(module)
+    assert mean_loss(module, rows, CPU) == pytest.approx(sum(sums) / 18, rel=1e-5)
+    assert math.isnan(mean_loss(module, [], CPU))
+    assert all(torch.equal(x, y) for x, y in zip(weights(module), before, strict=True))
