@@ -1,7 +1,9 @@
 """Draws tasks from reasoning-gym generators in a process of its own: `python -m cascade.benchmarks.procedural`.
 
 A child process, because some generators iterate over sets of strings (only a fixed hash seed makes them
-deterministic) and some loop for ever (only a process can be given a time limit that holds).
+deterministic), some loop for ever (only a process can be given a time limit that holds), and some (codeio) run
+programs of the package that print, draw from the global random state, and write files where they stand: here standard
+output is set aside, the state is seeded for every entry, and the folder is a temporary one.
 
 It reads one JSON request from standard input and prints one JSON entry per line: the generator's number, the
 question and the entry (see `pack`). A line with "error" reports a request that cannot be served.
@@ -10,12 +12,15 @@ question and the entry (see `pack`). A line with "error" reports a request that 
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+
+import numpy
 
 from cascade.benchmarks.normalise import text_hash
 
@@ -117,6 +122,8 @@ class _Stream:
     def _draw(self) -> dict[str, Any] | None:
         if self.position and self.position % _WINDOW == 0:
             self.open(self.position % _BLOCK)
+        random.seed(self.seed + self.position)
+        numpy.random.seed((self.seed + self.position) % 2**32)
         signal.setitimer(signal.ITIMER_VIRTUAL, ENTRY_SECONDS)
         try:
             entry: dict[str, Any] = self.dataset[self.position % _WINDOW]
@@ -164,13 +171,17 @@ def main() -> None:
     """Serve one request."""
     signal.signal(signal.SIGVTALRM, _interrupt)
     request = json.load(sys.stdin)
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     try:
         streams = _streams(request)
     except (AssertionError, TypeError, ValueError) as error:
-        print(json.dumps({"error": f"{error}"}))
+        answers.write(json.dumps({"error": f"{error}"}) + "\n")
+        answers.close()
         return
     for index, entry in draw(streams, request["count"]):
-        print(json.dumps({"generator": index, "entry": pack(entry)}, ensure_ascii=True))
+        answers.write(json.dumps({"generator": index, "entry": pack(entry)}, ensure_ascii=True) + "\n")
+    answers.close()
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -165,22 +166,24 @@ def _draw(split: Split, generators: list[Generator], seed: int, count: int) -> l
     environment = os.environ | {"PYTHONHASHSEED": "0", "PYTHONPATH": path}
     names = ", ".join(dict.fromkeys(g.name for g in generators))
     try:
-        done = subprocess.run(
-            command,
-            input=json.dumps(request),
-            capture_output=True,
-            text=True,
-            timeout=limit,
-            env=environment,
-            check=False,
-        )
+        with tempfile.TemporaryDirectory(prefix="cascade-generate-") as folder:
+            done = subprocess.run(
+                command,
+                input=json.dumps(request),
+                capture_output=True,
+                text=True,
+                timeout=limit,
+                env=environment,
+                cwd=folder,
+                check=False,
+            )
     except subprocess.TimeoutExpired:
         raise DataError(
             f"drawing {count} tasks took over {limit:.0f} s; drop the slow one of the generators {names}"
         ) from None
     if done.returncode != 0:
         raise DataError(f"drawing tasks from the generators {names} failed:\n{done.stderr.strip()[-1500:]}")
-    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
     if rows and "error" in rows[0]:
         raise ConfigError(f"a generator of reasoning_gym refuses its options: {rows[0]['error']}")
     return rows

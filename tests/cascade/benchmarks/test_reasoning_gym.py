@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -140,3 +141,12 @@ print(list(procedural.draw([stream], 5)))
 def test_pack_restores_what_json_would_change() -> None:
     value = {"a": (1, 2, [3, (4,)]), "b": {3: "x", (1, 2): "y"}, "c": {1, 2}, "d": {"$odd": None}}
     assert unpack(pack(value)) == value
+
+
+def test_generators_that_run_programs_leave_nothing_and_repeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    generators = [{"name": "codeio", "options": {"difficulty": 2}}]
+    first = load("train", 40, generators=generators)
+    assert len(first) == 40
+    assert load("train", 40, generators=generators) == first
+    assert list(tmp_path.iterdir()) == []
