@@ -71,6 +71,7 @@ def connect_ray(config: Config) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if quiet:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+        os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # else Tune prints a box of its own whatever it is told
     local: dict[str, Any] = {}
     if not os.environ.get("RAY_ADDRESS"):
         local = {"num_cpus": max(2, os.cpu_count() or 1), "object_store_memory": 512 * 2**20}
