@@ -13,21 +13,21 @@ from cascade.tasks import Completion, Task, Verdict
 from cascade.teachers.economics import CascadeReport, tier_report
 from cascade.teachers.ledger import Ledger
 from cascade.training.loop import StepReport
-from ray_jobs._runs import JOBS, Runs
+from ray_jobs._runs import Runs
 from ray_jobs._search import Trial
 from ray_jobs._test import by_id
 
 SAMPLES = 12
 
 
-def report_data(runs: Runs, config_path: str, peak_rss_bytes: int) -> ReportData:
+def report_data(runs: Runs, config_path: str, *, wall_seconds: float, peak_rss_bytes: int) -> ReportData:
     """Everything that the report of a finished pipeline shows."""
     validated = runs.validate_modifier.require()
     tasks = validated.read("tasks", Task)
     verdicts = {name: validated.read(f"{name}_verdicts", Verdict) for name in MODELS}
     cascade = cascade_report(runs)
     return ReportData(
-        summary=_summary(runs, config_path, peak_rss_bytes, verdicts, cascade),
+        summary=_summary(runs, config_path, (wall_seconds, peak_rss_bytes), verdicts, cascade),
         tasks=tasks,
         verdicts=verdicts,
         tiers=cascade.tiers,
@@ -49,7 +49,7 @@ def cascade_report(runs: Runs) -> CascadeReport:
 def _summary(
     runs: Runs,
     config_path: str,
-    peak_rss_bytes: int,
+    time_and_memory: tuple[float, int],
     verdicts: dict[str, list[Verdict]],
     cascade: CascadeReport,
 ) -> Summary:
@@ -65,8 +65,8 @@ def _summary(
         cost_single_teacher_usd=cascade.cost_single_teacher_usd,
         adapter_bytes=compressed["fp16_bytes"],
         compressed_bytes=compressed["disk_bytes"],
-        wall_seconds=sum(runs.run(job).manifest["seconds"] for job in JOBS),
-        peak_rss_bytes=peak_rss_bytes,
+        wall_seconds=time_and_memory[0],
+        peak_rss_bytes=time_and_memory[1],
         max_ratio=config.compression.max_ratio,
         modifier_version=runs.validate_modifier.metrics["version"],
         config=config_path,

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from pathlib import Path
 
 from rich.console import Console
@@ -48,27 +49,55 @@ WORK: dict[str, Work] = {
 
 def run_pipeline(config_path: str) -> Summary:
     """Run what has not been run, write the report, and say where it is."""
+    began = time.perf_counter()
     runs = Runs(load_config(config_path))
-    with PeakMemory() as memory, Progress.live(f"cascade: {runs.config.domain}", JOBS) as progress:
-        for name in JOBS:
-            if not runs.run(name).done:
-                connect_ray(runs.config)
-            run_job(name, WORK[name], runs, progress)
-    summary = _write_report(runs, config_path, memory.peak_bytes)
+    with PeakMemory() as memory:
+        account = _Account(runs, memory, began)
+        with Progress.live(f"cascade: {runs.config.domain}", JOBS) as progress:
+            for name in JOBS:
+                if not runs.run(name).done:
+                    connect_ray(runs.config)
+                    run_job(name, WORK[name], runs, progress)
+                    account.note()
+                else:
+                    progress.reused(name)
+    summary = _write_report(runs, config_path, account)
     print_summary(summary)
     _say_what_next(runs, config_path)
     return summary
 
 
-def _write_report(runs: Runs, config_path: str, peak_bytes: int) -> Summary:
+class _Account:
+    """Time and memory of a pipeline over all the processes that worked on it, kept beside its runs."""
+
+    def __init__(self, runs: Runs, memory: PeakMemory, began: float) -> None:
+        self.runs, self.memory, self.began = runs, memory, began
+        self.path = f"{runs.config.domain}/pipeline.json"
+        fingerprints = {name: runs.run(name).fingerprint for name in JOBS}
+        kept = runs.store.read_json(self.path) if runs.store.exists(self.path) else {}
+        if kept.get("runs") != fingerprints:
+            kept = {"runs": fingerprints, "wall_seconds": 0.0, "peak_rss_bytes": 0}
+        self.before = kept
+        self.now = kept
+
+    def note(self) -> None:
+        """After each job: a process that is killed later has been counted up to here."""
+        self.now = self.before | {
+            "wall_seconds": self.before["wall_seconds"] + time.perf_counter() - self.began,
+            "peak_rss_bytes": max(self.before["peak_rss_bytes"], self.memory.peak_bytes),
+        }
+        self.runs.store.write_json(self.path, self.now)
+
+
+def _write_report(runs: Runs, config_path: str, account: _Account) -> Summary:
     """`report.html`, its tables and `summary.json` in the domain's folder; `summary.json` at the storage's root too."""
     domain, store = runs.config.domain, runs.store
-    note = f"{domain}/pipeline.json"
-    before = store.read_json(note) if store.exists(note) else {}
-    runs_before = before.get("runs") == _fingerprints(runs)
-    peak = max(peak_bytes, before.get("peak_rss_bytes", 0)) if runs_before else peak_bytes
-    store.write_json(note, {"runs": _fingerprints(runs), "peak_rss_bytes": peak})
-    data = report_data(runs, config_path, peak)
+    data = report_data(
+        runs,
+        config_path,
+        wall_seconds=account.now["wall_seconds"],
+        peak_rss_bytes=account.now["peak_rss_bytes"],
+    )
     with tempfile.TemporaryDirectory() as folder:
         write_report(data, Path(folder) / "report.html")
         store.upload_folder(folder, domain)
@@ -76,10 +105,6 @@ def _write_report(runs: Runs, config_path: str, peak_bytes: int) -> Summary:
     for path in ("summary.json", f"{domain}/summary.json"):
         store.write_bytes(path, text)
     return data.summary
-
-
-def _fingerprints(runs: Runs) -> dict[str, str]:
-    return {name: runs.run(name).fingerprint for name in JOBS}
 
 
 def _say_what_next(runs: Runs, config_path: str) -> None:
