@@ -171,6 +171,17 @@ def test_the_quickstart_needs_no_key_no_hub_and_no_gpu():
     assert {s.benchmark for _, s in sources(config, "train", "validation", "test")} == {"reasoning_gym"}
 
 
+@pytest.mark.parametrize("name", ["code", "automation"])
+def test_the_line_that_a_config_shows_for_ones_own_tasks_is_a_task(name, tmp_path):
+    opening = re.split(r"^domain:", (ROOT / f"configs/{name}.yaml").read_text(), flags=re.MULTILINE)[0]
+    text = " ".join(line.lstrip("# ") for line in opening.splitlines())
+    line = re.search(r'\{"id": 1.*\}', text)[0]
+    (tmp_path / "train.jsonl").write_text(line + "\n")
+    options = {"path": str(tmp_path / "train.jsonl")}
+    tasks = benchmarks.get("jsonl").load("train", domain=name, options=options, seed=1, count=None)
+    assert [t.split for t in tasks] == ["train"]
+
+
 def test_the_reasoning_generators_give_tasks():
     """A few tasks of the real mixture, of the generators alone (the other sources need the hub)."""
     train = next(s for _, s in sources(domain("reasoning"), "train") if s.benchmark == "reasoning_gym")
