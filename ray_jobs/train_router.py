@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from cascade import modifiers
 from cascade.artifacts import Run
+from cascade.config import PromptStyle
 from cascade.routing.model import publish
 from cascade.routing.train import train_router
 from cascade.tasks import Task
@@ -18,13 +19,15 @@ from ray_jobs._evaluate import Assignment, evaluate
 from ray_jobs._test import training_style
 
 BASE = "base"
+AS_SERVED = PromptStyle(name="as-served")
+"""How the base is asked when it serves: with the client's own messages alone."""
 
 
 def work(job: Job) -> Metrics:
     job.runs.validate_modifier.require()
     tasks = [*job.runs.validation_tasks, *_tasks_of_other_domains(job)]
     style, store = training_style(job.runs), job.run.store
-    assignments = [Assignment(BASE, tasks, style)]
+    assignments = [Assignment(BASE, tasks, AS_SERVED)]
     for domain in modifiers.list_domains(store):
         modifier = modifiers.current(store, domain)
         if modifier is not None and modifier.base_sha256 == job.runs.base_sha256:
