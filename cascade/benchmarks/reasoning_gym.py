@@ -119,8 +119,9 @@ class ReasoningGym:
             return "unparsed", f"no answer of the form of {_form(task.category, expected)} found"
         entry = unpack(task.reference["entry"]) | {"question": task.prompt}
         answer = expected if _same(task.category, reading.answer, expected) else reading.answer
+        dataset = _dataset(task.category, task.reference["options"])
         try:
-            reward = float(_dataset(task.category, task.reference["options"]).score_answer(answer, entry))
+            reward = float(dataset.score_answer(answer, entry))
         except Exception as error:  # a scorer of the package that cannot digest a text has not accepted it
             return "fail", f"the scorer of {task.category} could not read {answer!r}: {type(error).__name__}"
         if reward >= 1.0:
@@ -189,10 +190,15 @@ def _draw(split: Split, generators: list[Generator], seed: int, count: int) -> l
     return rows
 
 
+_importing = threading.Lock()
+
+
 @lru_cache(maxsize=256)
 def _dataset(name: str, options: str) -> Any:
     """A dataset object for scoring alone."""
-    from reasoning_gym.factory import create_dataset
+    # Answers are scored in threads, and a thread that meets a half-imported package finds generators missing.
+    with _importing:
+        from reasoning_gym import create_dataset
 
     return create_dataset(name, seed=0, size=1, **json.loads(options))
 

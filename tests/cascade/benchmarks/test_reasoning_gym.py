@@ -150,3 +150,16 @@ def test_generators_that_run_programs_leave_nothing_and_repeat(tmp_path: Path, m
     assert len(first) == 40
     assert load("train", 40, generators=generators) == first
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_first_answers_may_be_scored_in_many_threads() -> None:
+    """In a process that has not imported the package yet, as a teacher's answers are."""
+    script = """
+from concurrent.futures import ThreadPoolExecutor
+from cascade.benchmarks.reasoning_gym import _dataset
+with ThreadPoolExecutor(16) as pool:
+    names = ["aiw", "lcm", "chain_sum", "syllogism", "family_relationships", "word_sequence_reversal"] * 4
+    print(len([d for d in pool.map(lambda name: _dataset(name, "{}"), names) if d is not None]))
+"""
+    printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
+    assert printed.stdout.strip() == "24"
