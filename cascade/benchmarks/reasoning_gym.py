@@ -21,6 +21,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import tempfile
 from collections.abc import Callable, Mapping
 from functools import lru_cache
