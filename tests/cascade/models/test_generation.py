@@ -90,10 +90,10 @@ def test_stop_strings_are_cut_off_at_the_earliest(loaded):
         (r, i)
         for r, text in enumerate(whole)
         for i in range(4, len(text) - 6)
-        if text[i : i + 5].isascii() and text[i : i + 5].isprintable() and text.find(text[i : i + 2]) == i
+        if text[i : i + 5].isascii() and text[i : i + 5].isprintable() and text.find(text[i + 1 : i + 3]) == i + 1
     )
-    # The later stop is given first, and the earlier one spans two tokens.
-    stops = (whole[row][at + 3 : at + 5], whole[row][at : at + 2])
+    # Both are complete with the same token; the one that begins later is given first.
+    stops = (whole[row][at + 1 : at + 3], whole[row][at : at + 3])
     requests = [Request(p, 40, stop=stops if i == row else ()) for i, p in enumerate(PROMPTS)]
     results = generate(loaded, requests)
     assert results[row].text == whole[row][:at]

@@ -120,6 +120,10 @@ def test_packing_keeps_every_example_whole_and_within_the_row(lengths, most):
     assert all(a.tokens + b.tokens > most for i, a in enumerate(rows) for b in rows[:i])
 
 
+def test_a_row_is_filled_to_the_last_token():
+    assert [r.tokens for r in pack(made([40, 20, 35, 25]), 60)] == [60, 60]
+
+
 @given(lengths, settings_of, st.integers(0, 99))
 def test_every_example_comes_up_once_in_each_epoch(lengths, settings, seed):
     examples = made(lengths)
