@@ -21,8 +21,8 @@ import os
 import re
 import subprocess
 import sys
-import threading
 import tempfile
+import threading
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
