@@ -26,6 +26,7 @@ from ray_jobs._runs import JOBS, Runs
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[2]
+RAY = str(Path(sys.executable).with_name("ray"))
 CASCADE = [sys.executable, "-m", "ray_jobs.cli"]
 
 
@@ -78,7 +79,8 @@ def write_config(folder: Path, **changes: object) -> Path:
 
 
 def environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    """Of every process that a test starts. The clusters are on loopback and need no tokens."""
+    return os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "RAY_AUTH_MODE": "disabled"}
 
 
 def run_cascade(config: Path) -> subprocess.CompletedProcess[str]:
@@ -180,29 +182,30 @@ def check_results(runs: Runs) -> None:
 @pytest.fixture(scope="module")
 def ray_head() -> Iterator[str]:
     """A local Ray head as a user would start it; yields the address of its job server."""
-    ray = str(Path(sys.executable).with_name("ray"))
     port, dashboard = free_port(), free_port()
-    subprocess.run(
-        [ray, "start", "--head", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=2"]
-        + ["--object-store-memory=200000000", "--disable-usage-stats"],
-        check=True,
-        capture_output=True,
-        env=environment(),
-        timeout=120,
-    )
+    command = [RAY, "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=2"]
+    command += ["--object-store-memory=200000000", "--disable-usage-stats"]
+    head = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    address = f"http://127.0.0.1:{dashboard}"
     try:
-        yield f"http://127.0.0.1:{dashboard}"
+        listing = [RAY, "job", "list", "--address", address]
+        for _ in range(30):
+            if subprocess.run(listing, env=environment(), capture_output=True, check=False).returncode == 0:
+                break
+            assert head.poll() is None, "the Ray head did not start"
+            time.sleep(1)
+        yield address
     finally:
-        subprocess.run([ray, "stop", "--force"], check=False, capture_output=True, timeout=120)
+        head.terminate()  # this head alone: `ray stop` would end every Ray on the machine
+        head.wait(60)
 
 
 def test_every_job_submitted_to_a_cluster(tmp_path: Path, ray_head: str) -> None:
     config = write_config(tmp_path)
     runs = Runs(load_config(config))
-    ray = str(Path(sys.executable).with_name("ray"))
     for job in JOBS:
         submitted = subprocess.run(
-            [ray, "job", "submit", "--address", ray_head, "--working-dir", str(source_tree(tmp_path)), "--"]
+            [RAY, "job", "submit", "--address", ray_head, "--working-dir", str(source_tree(tmp_path)), "--"]
             + [sys.executable, "-m", f"ray_jobs.{job}", "--config", str(config)],
             capture_output=True,
             text=True,
