@@ -188,12 +188,12 @@ def ray_head() -> Iterator[str]:
     head = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     address = f"http://127.0.0.1:{dashboard}"
     try:
-        listing = [RAY, "job", "list", "--address", address]
+        trial = [RAY, "job", "submit", "--address", address, "--", "true"]  # refused until the head's agent is up
         for _ in range(30):
-            if subprocess.run(listing, env=environment(), capture_output=True, check=False).returncode == 0:
+            if subprocess.run(trial, env=environment(), capture_output=True, check=False).returncode == 0:
                 break
             assert head.poll() is None, "the Ray head did not start"
-            time.sleep(1)
+            time.sleep(2)
         yield address
     finally:
         head.terminate()  # this head alone: `ray stop` would end every Ray on the machine
