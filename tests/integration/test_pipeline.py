@@ -184,6 +184,7 @@ def ray_head() -> Iterator[str]:
     """A local Ray head as a user would start it; yields the address of its job server."""
     port, dashboard = free_port(), free_port()
     command = [RAY, "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=2"]
+    command += [f"--dashboard-agent-listen-port={free_port()}"]  # its default may belong to another Ray
     command += ["--object-store-memory=200000000", "--disable-usage-stats"]
     head = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     address = f"http://127.0.0.1:{dashboard}"
