@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from cascade import benchmarks
+from cascade import benchmarks, modifiers
 from cascade.compression.methods import Recipe
 from cascade.reports.data import CurvePoint, FailureRow, ReferenceRow, ReportData, Sample, TrialRow
 from cascade.reports.summary import MODELS, Summary
@@ -54,6 +54,7 @@ def _summary(
     cascade: CascadeReport,
 ) -> Summary:
     config, compressed = runs.config, runs.compress_modifier.metrics
+    version = runs.validate_modifier.metrics["version"]
     return Summary.of(
         domain=config.domain,
         base_model=config.base.model,
@@ -64,11 +65,11 @@ def _summary(
         examples=runs.train_modifier.metrics["examples"],
         cost_single_teacher_usd=cascade.cost_single_teacher_usd,
         adapter_bytes=compressed["fp16_bytes"],
-        compressed_bytes=compressed["disk_bytes"],
+        compressed_bytes=modifiers.get(runs.store, config.domain, version).disk_bytes,
         wall_seconds=time_and_memory[0],
         peak_rss_bytes=time_and_memory[1],
         max_ratio=config.compression.max_ratio,
-        modifier_version=runs.validate_modifier.metrics["version"],
+        modifier_version=version,
         config=config_path,
         prompt_style=runs.test_domain.metrics["style"],
         seed=config.seed,
