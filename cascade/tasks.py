@@ -219,6 +219,8 @@ KEYS = {
     "Completion": ("task_id", "model", "modifier"),
     "Verdict": ("task_id", "model", "modifier"),
     "Example": ("task_id", "tier"),
+    "Answer": ("task_id", "attempt"),
+    "StepReport": ("step",),
 }
 """What a row is about, per record: rows that a killed job wrote twice are known by it (see `cascade.artifacts`)."""
 
