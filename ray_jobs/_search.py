@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import optuna
 import ray
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.samplers import TPESampler
@@ -85,6 +86,7 @@ def search(job: Job, adapter: AdapterWeights, style: PromptStyle) -> list[Trial]
 def _tuner(job: Job, trainable: Any, path: str, adapter: AdapterWeights) -> tune.Tuner:
     if tune.Tuner.can_restore(path):
         return tune.Tuner.restore(path, trainable, resume_errored=True)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     compression = job.config.compression
     algorithm = OptunaSearch(
         space=_distributions(search_space(compression, adapter=adapter)),
