@@ -16,7 +16,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -166,12 +166,17 @@ def _move(partial: Path, target: Path) -> None:
 
 @dataclass(frozen=True)
 class Run:
-    """One job's folder. Made by `open_run`."""
+    """One job's folder. Made by `open_run`.
+
+    Attributes:
+        inputs: what decides the result, by name, each as a fingerprint: two runs' manifests tell what set them apart.
+    """
 
     store: Store
     domain: str
     job: str
     fingerprint: str
+    inputs: tuple[tuple[str, str], ...] = field(default=(), compare=False)
 
     @property
     def name(self) -> str:
@@ -248,7 +253,7 @@ class Run:
         arrow = self.read_arrow(table)
         return [] if arrow is None else from_table(record, arrow)
 
-    def start(self, *, inputs: Mapping[str, str], config: Any) -> None:
+    def start(self, config: Any) -> None:
         """Write the manifest of a job that begins or resumes."""
         manifest = self.manifest
         manifest.setdefault("created", time.time())
@@ -257,11 +262,15 @@ class Run:
             "domain": self.domain,
             "fingerprint": self.fingerprint,
             "state": "running",
-            "inputs": dict(inputs),
+            "inputs": dict(self.inputs),
             "config": config.model_dump(mode="json") if hasattr(config, "model_dump") else config,
             "starts": manifest.get("starts", 0) + 1,
         }
         self.store.write_json(f"{self.folder}/{MANIFEST}", manifest)
+
+    def note(self, **figures: Any) -> None:
+        """Keep figures in the manifest of a job that has not ended."""
+        self.store.write_json(f"{self.folder}/{MANIFEST}", self.manifest | figures)
 
     def finish(self, metrics: Mapping[str, Any], **more: Any) -> None:
         """Merge the parts of each table (sorted by its first column) and mark the run done."""
@@ -300,4 +309,5 @@ def _newest_of_each_key(pieces: Sequence[pa.Table]) -> pa.Table:
 
 def open_run(store: Store, domain: str, job: str, **decides: Any) -> Run:
     """The run of a job whose result is decided by `decides` (config parts, inputs' fingerprints, seed)."""
-    return Run(store, domain, job, fingerprint(job=job, **decides))
+    inputs = tuple((name, fingerprint(value=value)) for name, value in decides.items())
+    return Run(store, domain, job, fingerprint(job=job, **decides), inputs)

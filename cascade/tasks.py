@@ -221,6 +221,7 @@ KEYS = {
     "Example": ("task_id", "tier"),
     "Answer": ("task_id", "attempt"),
     "StepReport": ("step",),
+    "Trial": ("recipe",),
 }
 """What a row is about, per record: rows that a killed job wrote twice are known by it (see `cascade.artifacts`)."""
 

@@ -50,13 +50,12 @@ def run_job(name: str, work: Work, runs: Runs, progress: Progress | None = None)
     job = Job(runs.config, runs, run, progress)
     before = run.manifest.get("seconds", 0.0)
     began = time.perf_counter()
-    run.start(inputs={}, config=runs.config)
+    run.start(runs.config)
     progress.started(name)
     try:
         metrics = work(job)
     finally:
-        seconds = before + time.perf_counter() - began
-        run.store.write_json(f"{run.folder}/manifest.json", run.manifest | {"seconds": seconds})
+        run.note(seconds=before + time.perf_counter() - began)
     run.finish(metrics)
     progress.finished(name, metrics)
     return metrics

@@ -14,6 +14,7 @@ from typing import cast
 
 import pyarrow as pa
 import ray.data
+import torch
 from ray.data import ActorPoolStrategy
 
 from cascade import benchmarks
@@ -22,7 +23,7 @@ from cascade.compression.adapter import AdapterWeights, load_peft_folder
 from cascade.compression.apply import LoraSlot
 from cascade.compression.format import load_modifier
 from cascade.compression.packed import CompressedAdapter
-from cascade.config import Config, PromptStyle
+from cascade.config import Config, Execution, PromptStyle
 from cascade.models.base import load_base
 from cascade.models.student import Student, WorkedExamples
 from cascade.tasks import Completion, Task, Verdict, from_table, to_table
@@ -48,10 +49,6 @@ class Assignment:
     @property
     def verdicts(self) -> str:
         return f"{self.name}_verdicts"
-
-    @property
-    def completions(self) -> str:
-        return f"{self.name}_completions"
 
 
 def evaluate(job: Job, assignments: Sequence[Assignment], pool: Sequence[Task] = ()) -> dict[str, list[Verdict]]:
@@ -126,7 +123,7 @@ class StudentActor:
         settings: dict[str, tuple[PromptStyle, str | None, str]],
         examples: WorkedExamples,
     ) -> None:
-        limit_threads(config)
+        limit_threads(config.execution, config.execution.cpus_per_actor)
         self.config, self.run, self.settings = config, run, settings
         self.examples = examples
         self.loaded = load_base(config.base)
@@ -179,8 +176,6 @@ def score(task: Task, completion: Completion) -> Verdict:
     return benchmarks.get(task.benchmark).score(task, completion)
 
 
-def limit_threads(config: Config) -> None:
-    """Let torch use as many CPU threads as the actor was given, not as many as the machine has."""
-    import torch
-
-    torch.set_num_threads(config.execution.threads or max(1, int(config.execution.cpus_per_actor)))
+def limit_threads(execution: Execution, cpus: float) -> None:
+    """Let torch use as many CPU threads as the process was given CPUs, not as many as the machine has."""
+    torch.set_num_threads(execution.threads or max(1, int(cpus)))

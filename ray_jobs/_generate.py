@@ -17,7 +17,7 @@ import ray
 import ray.data
 from ray.data import ActorPoolStrategy
 
-from cascade.artifacts import Run
+from cascade.artifacts import Run, Store
 from cascade.config import ANSWER_KEY, Config, Endpoint
 from cascade.errors import BudgetExceeded, CascadeError, TeacherError
 from cascade.tasks import Example, Task, Verdict, from_table, to_table
@@ -102,8 +102,6 @@ class _Desk:
     """One per run of a job: the budget, and a limiter for each endpoint and key, for all teacher actors."""
 
     def __init__(self, config: Config) -> None:
-        from cascade.artifacts import Store
-
         self.budget = LocalBudget(budget_state(config, Ledger(Store(config.storage), config.domain)))
         self.limiters: dict[str, RateLimiter] = {}
 
@@ -183,7 +181,7 @@ class TeacherActor:
     """Asks one tier's teacher, many tasks at once, and verifies the answers."""
 
     def __init__(self, config: Config, run: Run, tier: int, resolve: dict[str, str], desk: Any) -> None:
-        self.run, self.tier, self.domain = run, tier, config.domain
+        self.run, self.tier = run, tier
         self.teacher = config.tier(tier)
         self.make_client = lambda: TeacherClient(
             self.teacher,

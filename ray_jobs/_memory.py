@@ -10,13 +10,13 @@ import psutil
 
 
 class PeakMemory:
-    """`with PeakMemory() as memory:` … `memory.peak_bytes`: largest sum of resident sizes seen, in bytes.
+    """`with PeakMemory() as memory:` … `memory.peak_bytes`: largest sum of resident memory seen, in bytes.
 
-    Pages that processes share (a mapped weight file, the object store) count once for each of them, so the figure
-    is never too low.
+    Where the kernel says how many processes share a page (Linux), a page counts once however many map it; elsewhere
+    once for each, so that the figure is never too low.
     """
 
-    def __init__(self, interval_s: float = 0.5) -> None:
+    def __init__(self, interval_s: float = 1.0) -> None:
         self.peak_bytes = 0
         self._interval, self._stop = interval_s, threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -34,12 +34,20 @@ class PeakMemory:
     def _watch(self) -> None:
         me = psutil.Process()
         while not self._stop.wait(self._interval):
-            self.peak_bytes = max(self.peak_bytes, _resident(me))
+            self.peak_bytes = max(self.peak_bytes, resident_bytes(me))
 
 
-def _resident(root: psutil.Process) -> int:
+def resident_bytes(root: psutil.Process) -> int:
+    """Memory that a process and all its descendants hold together, in bytes."""
     total = 0
     for process in [root, *root.children(recursive=True)]:
         with contextlib.suppress(psutil.Error):
-            total += process.memory_info().rss
+            total += _resident(process)
     return total
+
+
+def _resident(process: psutil.Process) -> int:
+    try:
+        return int(process.memory_full_info().pss)
+    except (AttributeError, psutil.AccessDenied):
+        return int(process.memory_info().rss)

@@ -87,7 +87,7 @@ def _probe_fold(
     fold: int,
 ) -> Iterator[Event]:
     """Train and test one fold's probe; verdicts go to the run in one part."""
-    limit_threads(config)
+    limit_threads(config.execution, config.execution.cpus_per_actor)
     settings = config.probe.lora
     loaded = load_base(config.base)
     seen = [e for e in examples if folds[e.task_id] != fold]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,6 +39,24 @@ class Progress:
         display = _LiveTable(title, jobs)
         with Live(console=console, refresh_per_second=4, get_renderable=display.render):
             yield display
+
+
+@contextmanager
+def polling(look: Callable[[], None], every_s: float = 1.0) -> Iterator[None]:
+    """Call `look` again and again while the block runs: for progress that workers leave in the store."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(every_s):
+            look()
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
 
 
 class _Lines(Progress):

@@ -14,7 +14,7 @@ from cascade.teachers.economics import CascadeReport, tier_report
 from cascade.teachers.ledger import Ledger
 from cascade.training.loop import StepReport
 from ray_jobs._runs import Runs
-from ray_jobs._search import Trial
+from ray_jobs._search import TRIALS, Trial
 from ray_jobs._test import by_id
 
 SAMPLES = 12
@@ -84,7 +84,7 @@ def _curve(runs: Runs) -> list[CurvePoint]:
 def _trials(runs: Runs) -> list[TrialRow]:
     run = runs.compress_modifier
     accuracy: dict[str, float] = {}
-    finalists = [t for t in run.read("trials", Trial) if t.fits][: runs.config.compression.finalists]
+    finalists = [t for t in run.read(TRIALS, Trial) if t.fits][: runs.config.compression.finalists]
     for number, trial in enumerate(finalists):
         accuracy[trial.recipe] = Score.of(run.read(f"candidate{number}_verdicts", Verdict)).accuracy
     return [
@@ -95,7 +95,7 @@ def _trials(runs: Runs) -> list[TrialRow]:
             accuracy=accuracy.get(t.recipe),
             chosen=t.recipe == run.metrics["recipe"],
         )
-        for t in run.read("trials", Trial)
+        for t in run.read(TRIALS, Trial)
     ]
 
 

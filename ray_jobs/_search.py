@@ -14,11 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import optuna
-import ray
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.samplers import TPESampler
 from ray import tune
-from ray.tune import ResultGrid
 from ray.tune.search.optuna import OptunaSearch
 
 from cascade import benchmarks
@@ -43,11 +41,15 @@ from cascade.training.loop import TargetLoss, mean_loss
 from cascade.training.packing import Row, pack
 from ray_jobs._context import Job
 from ray_jobs._evaluate import limit_threads
+from ray_jobs._progress import polling
+
+TRIALS = "trials"
+"""Table of the recipes that were tried; each trial adds its own row."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One recipe that was tried.
+    """One recipe that was tried; also what Tune shows of it.
 
     Attributes:
         recipe: the recipe as JSON text.
@@ -77,16 +79,23 @@ def search(job: Job, adapter: AdapterWeights, style: PromptStyle) -> list[Trial]
     resources = {"cpu": execution.cpus_per_actor, "gpu": 1 if execution.use_gpu else 0}
     trainable = tune.with_resources(tune.with_parameters(_trial, **parameters), resources)
     path = f"{job.run.store.uri}/{job.run.folder}/search"
-    results = _tuner(job, trainable, path, adapter).fit()
-    trials = _trials_of(results)
-    job.run.write_table("trials", Trial, trials)
+    with polling(lambda: _show_progress(job)):
+        _tuner(job, trainable, path, adapter).fit()
+    trials = sorted(job.run.read(TRIALS, Trial), key=lambda t: (t.loss, t.disk_bytes, t.recipe))
+    job.run.write_table(TRIALS, Trial, trials)
     return trials
 
 
+def _show_progress(job: Job) -> None:
+    trials = job.run.read(TRIALS, Trial)
+    best = min((t.loss for t in trials if t.fits), default=float("nan"))
+    job.progress.update(job.run.job, len(trials), job.config.compression.trials, f"trials, best loss {best:.3f}")
+
+
 def _tuner(job: Job, trainable: Any, path: str, adapter: AdapterWeights) -> tune.Tuner:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     if tune.Tuner.can_restore(path):
         return tune.Tuner.restore(path, trainable, resume_errored=True)
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
     compression = job.config.compression
     algorithm = OptunaSearch(
         space=_distributions(search_space(compression, adapter=adapter)),
@@ -114,15 +123,6 @@ def _distributions(space: dict[str, tuple[Any, ...]]) -> dict[str, BaseDistribut
     return {name: kinds[kind](*arguments) for name, (kind, *arguments) in space.items()}
 
 
-def _trials_of(results: ResultGrid) -> list[Trial]:
-    found = [
-        Trial(**{f.name: r.metrics[f.name] for f in dataclasses.fields(Trial)})
-        for r in (results[i] for i in range(len(results)))
-        if r.metrics and "loss" in r.metrics
-    ]
-    return sorted(found, key=lambda t: (t.loss, t.disk_bytes, t.recipe))
-
-
 def held_out(tasks: Sequence[Task]) -> list[tuple[str, tuple[Message, ...]]]:
     """Validation tasks with their reference answers: what the search's loss is measured on."""
     return [
@@ -146,15 +146,9 @@ def _trial(
     compressed = compress(adapter, recipe)
     bench = _bench(config.model_dump_json(), style, tuple(held_out))
     size = disk_bytes(compressed)
-    tune.report(
-        {
-            "loss": bench.loss(compressed),
-            "disk_bytes": size,
-            "resident_bytes": resident_bytes(compressed),
-            "fits": size <= limit,
-            "recipe": recipe.model_dump_json(),
-        }
-    )
+    trial = Trial(recipe.model_dump_json(), size, resident_bytes(compressed), bench.loss(compressed), size <= limit)
+    run.write_part(TRIALS, [trial])
+    tune.report(dataclasses.asdict(trial))
 
 
 @dataclass(frozen=True)
@@ -173,7 +167,7 @@ class _Bench:
 @functools.lru_cache(maxsize=1)
 def _bench(config_json: str, style: PromptStyle, held_out: tuple[tuple[str, tuple[Message, ...]], ...]) -> _Bench:
     config = Config.model_validate(json.loads(config_json))
-    limit_threads(config)
+    limit_threads(config.execution, config.execution.cpus_per_actor)
     loaded = load_base(config.base)
     ends, longest = end_token_ids(loaded), config.training.lora.max_length
     encoded = [
@@ -182,18 +176,3 @@ def _bench(config_json: str, style: PromptStyle, held_out: tuple[tuple[str, tupl
     ]
     rows = pack([e for e in encoded if e.targets and len(e) <= longest], longest)
     return _Bench(loaded, LoraSlot(loaded.model), rows)
-
-
-def uncompressed_loss(job: Job, adapter: AdapterWeights, style: PromptStyle) -> float:
-    """Held-out loss of the adapter as trained, to compare with."""
-    remote = ray.remote(num_cpus=job.config.execution.cpus_per_actor, num_gpus=1 if job.config.execution.use_gpu else 0)
-    measured: float = ray.get(
-        remote(_uncompressed_loss).remote(job.config, adapter, held_out(job.runs.validation_tasks), style)
-    )
-    return measured
-
-
-def _uncompressed_loss(
-    config: Config, adapter: AdapterWeights, held_out: list[tuple[str, tuple[Message, ...]]], style: PromptStyle
-) -> float:
-    return _bench(config.model_dump_json(), style, tuple(held_out)).loss(adapter)

@@ -59,15 +59,8 @@ def base_style(runs: Runs) -> PromptStyle:
 def _test_base(job: Job) -> tuple[list[Verdict], list[Task], Metrics]:
     """Find the base's best prompt on validation tasks, then let it answer every training task."""
     runs, student = job.runs, job.config.student
-    sample = runs.validation_tasks[: student.selection_tasks]
-    trials = [Assignment(f"style_{s.name.replace('.', '_')}", sample, s) for s in student.prompts]
-    scores = {
-        style.name: Score.of(verdicts)
-        for style, verdicts in zip(
-            student.prompts, evaluate(job, trials, runs.train_tasks).values() if len(trials) > 1 else [[]], strict=True
-        )
-    }
-    best = max(student.prompts, key=lambda s: scores[s.name].passed)
+    scores = _score_styles(job) if len(student.prompts) > 1 else {}
+    best = max(student.prompts, key=lambda s: scores[s.name].passed) if scores else student.prompts[0]
     tasks = runs.train_tasks
     verdicts = evaluate(job, [Assignment("base", tasks, best)], tasks)["base"]
     job.run.write_table("tasks", Task, tasks)
@@ -75,6 +68,14 @@ def _test_base(job: Job) -> tuple[list[Verdict], list[Task], Metrics]:
     unsolved = [t for t, v in zip(tasks, verdicts, strict=True) if not v.passed]
     styles = {name: {"passed": s.passed, "n": s.n} for name, s in scores.items()}
     return verdicts, unsolved, {"style": best.name, "styles": styles}
+
+
+def _score_styles(job: Job) -> dict[str, Score]:
+    """The bare base's score on some validation tasks with each prompt style."""
+    sample = job.runs.validation_tasks[: job.config.student.selection_tasks]
+    styles = {f"style_{s.name.replace('.', '_')}": s for s in job.config.student.prompts}
+    verdicts = evaluate(job, [Assignment(name, sample, s) for name, s in styles.items()], job.runs.train_tasks)
+    return {style.name: Score.of(verdicts[name]) for name, style in styles.items()}
 
 
 def _test_probes(job: Job, tier: int) -> tuple[list[Verdict], list[Task], Metrics]:

@@ -8,10 +8,7 @@ under the same name in the same storage.
 from __future__ import annotations
 
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +29,7 @@ from cascade.training.lora import add_lora, save_adapter, trainable
 from cascade.training.packing import Step, plan_steps
 from ray_jobs._context import Job, Metrics
 from ray_jobs._evaluate import limit_threads
+from ray_jobs._progress import polling
 
 ADAPTER = "adapter"
 """Folder of the trained PEFT adapter, inside the run."""
@@ -66,7 +64,7 @@ def train_modifier(job: Job, examples: list[Example], style: PromptStyle) -> Met
             checkpoint_config=CheckpointConfig(num_to_keep=1),
         ),
     )
-    with _watching(job):
+    with polling(lambda: _show_progress(job)):
         result = trainer.fit()
     if result.checkpoint is None:
         raise DataError(f"training in {job.run.folder} ended without a checkpoint; remove the folder and run again")
@@ -79,31 +77,19 @@ def train_modifier(job: Job, examples: list[Example], style: PromptStyle) -> Met
     return dict(result.metrics or {})
 
 
-@contextmanager
-def _watching(job: Job) -> Iterator[None]:
+def _show_progress(job: Job) -> None:
     """Show how far the workers are, as the first of them notes it in the run."""
-    path, finished = f"{job.run.folder}/{PROGRESS}", threading.Event()
-
-    def watch() -> None:
-        while not finished.wait(1.0):
-            if job.run.store.exists(path):
-                state = job.run.store.read_json(path)
-                job.progress.update(job.run.job, state["step"], state["steps"], f"steps, loss {state['loss']:.3f}")
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        finished.set()
-        watcher.join()
+    path = f"{job.run.folder}/{PROGRESS}"
+    if job.run.store.exists(path):
+        state = job.run.store.read_json(path)
+        job.progress.update(job.run.job, state["step"], state["steps"], f"steps, loss {state['loss']:.3f}")
 
 
 def _worker(settings: dict[str, Any]) -> None:
     """What each training worker runs."""
     config: Config = settings["config"]
     run: Run = settings["run"]
-    limit_threads(config)
+    limit_threads(config.execution, config.execution.cpus_per_worker)
     rank, world = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
     loaded = load_base(config.base, ray.train.torch.get_device())
     encoded = _encode(run, config, settings["style"], loaded)

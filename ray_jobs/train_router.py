@@ -46,7 +46,7 @@ def _tasks_of_other_domains(job: Job) -> list[Task]:
         if domain == job.config.domain:
             continue
         names = [n for n in store.list(domain) if n.startswith("test_domain@")]
-        runs = [Run(store, domain, *name.split("@")) for name in names]
+        runs = [Run(store, domain, job, digest) for job, digest in (name.split("@") for name in names)]
         finished = sorted((r for r in runs if r.done), key=lambda r: r.manifest["finished"])
         found += finished[-1].read("validation_tasks", Task) if finished else []
     return found

@@ -21,8 +21,9 @@ from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from cascade.artifacts import Store
+from cascade.benchmarks.sources import cache_dir
 from cascade.config import Base
-from cascade.models.base import cache_folder, load_base
+from cascade.models.base import load_base
 from serve.engine import Engine, Limits
 from serve.events import Event, Failed, Work
 from serve.gateway import Gateway, build_api
@@ -145,7 +146,7 @@ class Ingress:
     def __init__(self, served: Served, engine: DeploymentHandle[Any]) -> None:
         torch.set_num_threads(1)
         store = Store(served.storage)
-        router = LiveRouter(store, cache_folder() / "router")
+        router = LiveRouter(store, cache_dir() / "router")
         self._gateway = Gateway(
             RemoteEngine(engine), LiveModifiers(store), router, served.systems, temperature=served.temperature
         )

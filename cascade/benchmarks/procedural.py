@@ -124,7 +124,7 @@ class _Stream:
             self.open(self.position % _BLOCK)
         random.seed(self.seed + self.position)
         numpy.random.seed((self.seed + self.position) % 2**32)
-        signal.setitimer(signal.ITIMER_VIRTUAL, ENTRY_SECONDS)
+        signal.setitimer(signal.ITIMER_VIRTUAL, ENTRY_SECONDS, ENTRY_SECONDS)  # repeated: some kernels lose one
         try:
             entry: dict[str, Any] = self.dataset[self.position % _WINDOW]
             stored = json.loads(json.dumps(pack(entry)))

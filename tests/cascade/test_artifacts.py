@@ -59,7 +59,7 @@ def test_a_run_is_addressed_by_job_and_fingerprint(tmp_path):
 
 
 def test_parts_are_read_together_and_merged_in_order(run):
-    run.start(inputs={}, config={})
+    run.start({})
     run.write_part("verdicts", verdicts(5, 3))
     run.write_part("verdicts", verdicts(1))
     run.write_part("verdicts", [])
@@ -95,7 +95,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize("survived", range(8))
 def test_a_finish_that_is_killed_anywhere_neither_loses_nor_repeats_rows(run, monkeypatch, survived):
     """Kill before the n-th change on disk, run `finish` again, and have every row once."""
-    run.start(inputs={}, config={})
+    run.start({})
     for n in range(3):
         run.write_part("verdicts", verdicts(n))
     run.write_part("others", verdicts(7))
@@ -127,7 +127,7 @@ def test_a_finish_that_is_killed_anywhere_neither_loses_nor_repeats_rows(run, mo
 
 
 def test_rows_added_after_a_merge_that_was_killed_are_kept(run, monkeypatch):
-    run.start(inputs={}, config={})
+    run.start({})
     run.write_part("verdicts", verdicts(1, 2))
     with monkeypatch.context() as patch:
         patch.setattr(Store, "delete", lambda *_: (_ for _ in ()).throw(Killed))
@@ -192,9 +192,9 @@ def test_parts_survive_kill_minus_nine_whole_or_not_at_all(run):
 
 
 def test_the_manifest_says_what_ran_and_how_often(run):
-    run.start(inputs={"tasks": "abc"}, config=Student())
+    run.start(Student())
     created = run.manifest["created"]
-    run.start(inputs={"tasks": "abc"}, config=Student())
+    run.start(Student())
     manifest = run.manifest
     assert manifest["starts"] == 2
     assert manifest["created"] == created
@@ -257,7 +257,7 @@ def test_a_store_that_is_not_local(bucket):
     assert not bucket.is_local
     assert bucket.path("a/b") == "/bucket/models/a/b"
     run = Run(bucket, "code", "job", "1")
-    run.start(inputs={}, config={})
+    run.start({})
     run.write_part("verdicts", verdicts(2))
     run.write_part("verdicts", verdicts(1))
     run.finish({"n": 2})

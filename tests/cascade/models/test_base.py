@@ -95,7 +95,7 @@ def test_a_wheel_is_converted_once_and_a_half_done_conversion_is_not_used(monkey
             if cls.broken:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr("cascade.benchmarks.sources.wheel_file", fetch)
+    monkeypatch.setattr(module, "wheel_file", fetch)
     monkeypatch.setattr(module, "AutoModelForCausalLM", Parts)
     monkeypatch.setattr(module, "AutoTokenizer", Parts)
     with pytest.raises(KeyboardInterrupt):
