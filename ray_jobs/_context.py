@@ -73,7 +73,8 @@ def connect_ray(config: Config) -> None:
         os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # else Tune prints a box of its own whatever it is told
     local: dict[str, Any] = {}
     if not os.environ.get("RAY_ADDRESS"):
-        local = {"num_cpus": max(2, os.cpu_count() or 1), "object_store_memory": 512 * 2**20}
+        # "local": a Ray that somebody else started on this machine, perhaps long dead, is not ours to join unasked.
+        local = {"address": "local", "num_cpus": max(2, os.cpu_count() or 1), "object_store_memory": 512 * 2**20}
     ray.init(
         log_to_driver=not quiet,
         logging_level=logging.ERROR if quiet else logging.INFO,
