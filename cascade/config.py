@@ -119,7 +119,15 @@ class Teacher(Section):
     system: str | None = Field(None, description="system message put before the task's messages")
     temperature: float | None = Field(None, ge=0, description="null leaves the model's default (GPT-5 takes no other)")
     max_tokens: Positive = 1024
-    samples: Positive = Field(1, description="attempts per task; the first verified answer wins")
+    samples: Positive = Field(1, description="attempts per task, each a request of its own")
+    choose: Literal["first", "shortest"] = Field(
+        "first",
+        description="first: one sample after another until one is verified, the cheapest way; shortest: all samples at "
+        "once, of those verified the shortest",
+    )
+    repair_rounds: int = Field(
+        0, ge=0, description="times that a failed sample goes back to the teacher with what the scorer found wrong"
+    )
     keep_reasoning: bool = Field(False, description="train on the whole answer rather than on the final answer alone")
     timeout_s: float = Field(120.0, gt=0)
     retries: int = Field(5, ge=0, description="per request, on 429, 5xx, timeouts and broken connections")
@@ -141,6 +149,8 @@ class Teacher(Section):
             raise ValueError(f"answer_key and base_url: {ANSWER_KEY} go together, on every endpoint of the teacher")
         if self.is_answer_key and not self.name.startswith("answer-key"):
             raise ValueError("the name of a teacher that replays known answers must start with 'answer-key'")
+        if self.is_answer_key and self.repair_rounds:
+            raise ValueError("a teacher that replays known answers cannot mend one: set repair_rounds to 0")
         return self
 
 

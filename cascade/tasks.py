@@ -219,7 +219,7 @@ KEYS = {
     "Completion": ("task_id", "model", "modifier"),
     "Verdict": ("task_id", "model", "modifier"),
     "Example": ("task_id", "tier"),
-    "Answer": ("task_id", "attempt"),
+    "Answer": ("task_id", "attempt", "round"),
     "StepReport": ("step",),
     "Trial": ("recipe",),
 }

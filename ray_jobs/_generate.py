@@ -20,14 +20,16 @@ from ray.data import ActorPoolStrategy
 from cascade.artifacts import Run, Store
 from cascade.config import ANSWER_KEY, Config, Endpoint
 from cascade.errors import BudgetExceeded, CascadeError, TeacherError
-from cascade.tasks import Example, Task, Verdict, from_table, to_table
+from cascade.tasks import Task, Verdict, from_table, to_table
 from cascade.teachers.budget import LocalBudget, budget_state
 from cascade.teachers.client import Answer, TeacherClient
 from cascade.teachers.ledger import Ledger
 from cascade.teachers.limits import RateLimiter, Signal, limiter_key
 from cascade.teachers.offline import answer_key_server
+from cascade.teachers.solve import Solved, solve
 from ray_jobs._context import Job, Metrics
 from ray_jobs._evaluate import score
+from ray_jobs._meter import TierGauges, TierMeter
 from ray_jobs._test import unsolved_before
 
 ANSWERS, VERDICTS, EXAMPLES = "answers", "verdicts", "examples"
@@ -62,18 +64,30 @@ def _ask_all(job: Job, tier: int, pending: list[Task], resolve: dict[str, str], 
     remote: Any = ray.remote(_Desk)
     desk = remote.options(num_cpus=0, max_concurrency=10_000).remote(job.config)
     try:
-        done, passed, spent = total - len(pending), 0, 0.0
+        meter, gauges = _meter(job, tier, total, total - len(pending)), TierGauges(job.config.domain)
         stopped: CascadeError | None = None
         for row in _answers(job, tier, pending, resolve, desk):
             if row["stopped"]:
                 stopped = stopped or _STOPPED[row["stopped"]](row["note"])
                 continue
-            done, passed, spent = done + 1, passed + row["passed"], spent + row["cost_usd"]
-            job.progress.update(job.run.job, done, total, f"asked, {passed} verified, ${spent:.4f}")
+            state = meter.add(**{name: row[name] for name in ("passed", "cost_usd", "paid_usd", "requests")})
+            gauges.show(state)
+            job.progress.tier(job.run.job, state)
     finally:
         ray.kill(desk)
     if stopped is not None:
         raise stopped
+
+
+def _meter(job: Job, tier: int, total: int, done: int) -> TierMeter:
+    """A meter that goes on where an earlier start of the job stopped."""
+    config, before = job.config, job.run.read(VERDICTS, Verdict)
+    budget = budget_state(config, Ledger(job.runs.store, config.domain))
+    left = [budget.domain_usd - budget.total_spent()]
+    left += [budget.tier_usd[tier] - budget.total_spent(tier)] if tier in budget.tier_usd else []
+    spent = sum(a.cost_usd for a in job.run.read(ANSWERS, Answer))
+    passed = sum(v.passed for v in before)
+    return TierMeter(tier, config.tier(tier).name, total, done, passed, min(left), spent_usd=spent)
 
 
 def _answers(job: Job, tier: int, tasks: list[Task], resolve: dict[str, str], desk: Any) -> Iterator[dict[str, Any]]:
@@ -152,31 +166,6 @@ class _SharedBudget:
         await self.desk.settle.remote(lease, usd)
 
 
-@dataclass(frozen=True)
-class _Solved:
-    """What came of one task: every attempt, and the verdict on the last."""
-
-    task: Task
-    answers: list[Answer]
-    verdict: Verdict
-
-    @property
-    def cost_usd(self) -> float:
-        return sum(a.cost_usd for a in self.answers)
-
-    def example(self, teacher: str, tier: int) -> Example:
-        last = self.answers[-1]
-        return Example.from_answer(
-            self.task,
-            last.text,
-            self.verdict,
-            teacher=teacher,
-            tier=tier,
-            cost_usd=self.cost_usd,
-            prompt_hash=last.prompt_hash,
-        )
-
-
 class TeacherActor:
     """Asks one tier's teacher, many tasks at once, and verifies the answers."""
 
@@ -200,28 +189,25 @@ class TeacherActor:
         What a kill in between loses is only verdicts: the answers are in the ledger and are verified again.
         """
         self.client = self.client or self.make_client()
-        solved: list[_Solved] = []
+        solved: list[Solved] = []
         asking = [asyncio.ensure_future(self._solve(task, solved)) for task in from_table(Task, block)]
         for next_done in asyncio.as_completed(asking):
             yield pa.Table.from_pylist([await next_done])
         await asyncio.to_thread(self._keep, solved)
 
-    async def _solve(self, task: Task, solved: list[_Solved]) -> dict[str, Any]:
-        """Up to `samples` attempts; the first verified answer wins."""
-        answers: list[Answer] = []
-        verdicts: list[Verdict] = []
+    async def _solve(self, task: Task, solved: list[Solved]) -> dict[str, Any]:
+        """What came of one task, also as a row for the driver."""
         try:
-            for attempt in range(self.teacher.samples):
-                answers.append(await self._client.answer(task, attempt))
-                verdicts.append(await self._verdict(task, answers[-1]))
-                if verdicts[-1].passed:
-                    break
+            outcome = await solve(task, self.teacher, self._client, self._verdict)
         except BudgetExceeded as error:
             return _row(stopped="budget", note=_message(error))
         except TeacherError as error:
             return _row(stopped="teacher", note=_message(error))
-        solved.append(_Solved(task, answers, verdicts[-1]))
-        return _row(passed=verdicts[-1].passed, cost_usd=solved[-1].cost_usd)
+        solved.append(outcome)
+        bought = [a.answer.cost_usd for a in outcome.attempts if not a.answer.from_ledger]
+        return _row(
+            passed=outcome.verdict.passed, cost_usd=outcome.cost_usd, paid_usd=sum(bought), requests=len(bought)
+        )
 
     @property
     def _client(self) -> TeacherClient:
@@ -233,15 +219,31 @@ class TeacherActor:
             return Verdict(task.id, answer.teacher, "", "error", evidence=answer.error)
         return await asyncio.to_thread(score, task, answer.completion())
 
-    def _keep(self, solved: list[_Solved]) -> None:
+    def _keep(self, solved: list[Solved]) -> None:
         """Write what came of a block; verdicts last, since they mark their tasks as decided."""
-        self.run.write_part(EXAMPLES, [s.example(self.teacher.name, self.tier) for s in solved if s.verdict.passed])
-        self.run.write_part(ANSWERS, [answer for s in solved for answer in s.answers])
+        self.run.write_part(EXAMPLES, [s.example(self.tier) for s in solved if s.verdict.passed])
+        self.run.write_part(ANSWERS, [a.answer for s in solved for a in s.attempts])
         self.run.write_part(VERDICTS, [s.verdict for s in solved])
 
 
-def _row(*, stopped: str = "", note: str = "", passed: bool = False, cost_usd: float = 0.0) -> dict[str, Any]:
-    return {"stopped": stopped, "note": note, "passed": passed, "cost_usd": cost_usd}
+def _row(
+    *,
+    stopped: str = "",
+    note: str = "",
+    passed: bool = False,
+    cost_usd: float = 0.0,
+    paid_usd: float = 0.0,
+    requests: int = 0,
+) -> dict[str, Any]:
+    """What the driver learns of one task; `stopped` names why none more is asked."""
+    return {
+        "stopped": stopped,
+        "note": note,
+        "passed": passed,
+        "cost_usd": cost_usd,
+        "paid_usd": paid_usd,
+        "requests": requests,
+    }
 
 
 def _message(error: Exception) -> str:
@@ -260,5 +262,6 @@ def _metrics(run: Run, tier: int, teacher: str, verdicts: list[Verdict]) -> Metr
         "unparsed": sum(v.outcome == "unparsed" for v in verdicts),
         "errors": sum(v.outcome == "error" for v in verdicts),
         "requests": len(answers),
+        "repairs": sum(a.round > 0 for a in answers),
         "cost_usd": sum(a.cost_usd for a in answers),
     }

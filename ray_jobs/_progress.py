@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
+
+from ray_jobs._meter import TierState
 
 
 class Progress:
@@ -24,6 +26,10 @@ class Progress:
 
     def update(self, job: str, done: int, total: int, note: str = "") -> None:
         """A job has done `done` of `total` pieces of its current stage, which `note` names."""
+
+    def tier(self, job: str, state: TierState) -> None:
+        """A tier's teacher has got that far."""
+        self.update(job, state.done, state.total, state.note)
 
     def finished(self, job: str, metrics: dict[str, Any]) -> None:
         """A job is done."""
@@ -91,6 +97,7 @@ class _LiveTable(Progress):
     def __init__(self, title: str, jobs: tuple[str, ...]) -> None:
         self.title = title
         self.rows: dict[str, dict[str, Any]] = {job: {"state": ""} for job in jobs}
+        self.tiers: dict[int, TierState] = {}
 
     def _row(self, job: str) -> dict[str, Any]:
         return self.rows.setdefault(job, {"state": ""})
@@ -104,12 +111,19 @@ class _LiveTable(Progress):
     def update(self, job: str, done: int, total: int, note: str = "") -> None:
         self._row(job).update(done=done, total=total, note=note)
 
+    def tier(self, job: str, state: TierState) -> None:
+        self.tiers[state.tier] = state
+        self.update(job, state.done, state.total)
+
     def finished(self, job: str, metrics: dict[str, Any]) -> None:
         row = self._row(job)
         row.update(state="done", seconds=time.perf_counter() - row.get("began", time.perf_counter()))
         row["note"] = headline(metrics)
 
-    def render(self) -> Table:
+    def render(self) -> Group:
+        return Group(self._steps(), *([tier_table(list(self.tiers.values()))] if self.tiers else []))
+
+    def _steps(self) -> Table:
         table = Table(title=self.title, expand=False)
         for column in ("step", "", "progress", "seconds", ""):
             table.add_column(column, justify="right" if column == "seconds" else "left")
@@ -123,6 +137,27 @@ class _LiveTable(Progress):
             note = "reused" if row["state"] == "reused" else str(row.get("note", ""))
             table.add_row(job, marks[row["state"]], bar + count, f"{seconds:.0f}" if seconds else "", note)
         return table
+
+
+def tier_table(states: list[TierState]) -> Table:
+    """What each tier has done, spent and has still to do."""
+    table = Table(title="teachers", title_justify="left")
+    for column in ("tier", "teacher", "done", "verified", "escalated", "spent", "budget left", "requests/min", "ETA"):
+        table.add_column(column, justify="left" if column == "teacher" else "right")
+    for s in states:
+        rate = f"{s.requests_per_minute:,.0f}" if s.requests_per_minute else ""
+        table.add_row(
+            str(s.tier),
+            s.teacher,
+            f"{s.done:,}/{s.total:,}",
+            f"{s.verified:,}",
+            f"{s.escalated:,}",
+            f"${s.spent_usd:.4f}",
+            f"${s.remaining_usd:.4f}",
+            rate,
+            s.eta,
+        )
+    return table
 
 
 def headline(metrics: dict[str, Any]) -> str:

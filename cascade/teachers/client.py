@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from types import TracebackType
@@ -42,6 +42,8 @@ class Answer:
     """What a teacher answered to one task.
 
     Attributes:
+        attempt: which of the samples of this task it is.
+        round: how many times the sample has been sent back for repair; 0 is the first answer.
         text: what to verify and train on (reasoning removed unless the config keeps it); "" if there is an error.
         cost_usd: what the request cost when it was paid, also if it was in an earlier run.
         prompt_hash: `message_hash` of the messages sent.
@@ -61,6 +63,7 @@ class Answer:
     prompt_hash: str
     from_ledger: bool
     error: str = ""
+    round: int = 0
 
     @property
     def ok(self) -> bool:
@@ -86,6 +89,7 @@ class Answer:
 class _Request:
     task: Task
     attempt: int
+    round: int
     messages: tuple[Message, ...]
     parameters: dict[str, Any]
     keys: dict[str, str]  # base_url as configured -> request key
@@ -153,8 +157,12 @@ class TeacherClient:
             for endpoint in self._endpoints:
                 stack.push_async_callback(endpoint.aclose)
 
-    async def answer(self, task: Task, attempt: int = 0) -> Answer:
+    async def answer(self, task: Task, attempt: int = 0, follow_up: Sequence[Message] = ()) -> Answer:
         """The teacher's answer to a task, from the ledger if it was ever given.
+
+        Args:
+            attempt: further samples of one task are requests of their own.
+            follow_up: what was said since: an earlier answer and what was found wrong with it, in turn.
 
         What concerns this task alone (nobody answered in the end, the request was refused, the answer was empty or
         cut off) comes back as `Answer.error`.
@@ -163,7 +171,7 @@ class TeacherClient:
             TeacherError: no endpoint can be used: refused key, unknown model, nobody answering any more.
             BudgetExceeded: the request does not fit the budget.
         """
-        request = self._request(task, attempt)
+        request = self._request(task, attempt, follow_up)
         name = next(iter(request.keys.values()))
         lock = self._asking.setdefault(name, asyncio.Lock())
         async with lock:
@@ -175,8 +183,8 @@ class TeacherClient:
         """Whether the ledger has the answer already, so that asking costs nothing."""
         return any(key in self._ledger for key in self._request(task, attempt).keys.values())
 
-    def _request(self, task: Task, attempt: int) -> _Request:
-        messages = teacher_messages(task, self.teacher)
+    def _request(self, task: Task, attempt: int, follow_up: Sequence[Message] = ()) -> _Request:
+        messages = (*teacher_messages(task, self.teacher), *follow_up)
         parameters = request_parameters(self.teacher, attempt)
         decides: dict[str, Any] = dict(parameters)
         if self.teacher.answer_key:
@@ -185,7 +193,7 @@ class TeacherClient:
             e.base_url: request_key(e.base_url, self.teacher.name, messages, decides, attempt)
             for e in self.teacher.endpoints
         }
-        return _Request(task, attempt, messages, parameters, keys)
+        return _Request(task, attempt, len(follow_up) // 2, messages, parameters, keys)
 
     def _known(self, request: _Request) -> LedgerEntry | None:
         return next((e for key in request.keys.values() if (e := self._ledger.get(key)) is not None), None)
@@ -284,6 +292,7 @@ class TeacherClient:
             "tier": self.tier,
             "task_id": request.task.id,
             "attempt": request.attempt,
+            "round": request.round,
             "teacher": self.teacher.name,
             "endpoint": endpoint.endpoint.base_url,
             "created": time.time(),
@@ -299,6 +308,7 @@ class TeacherClient:
         return Answer(
             task_id=request.task.id,
             attempt=request.attempt,
+            round=request.round,
             teacher=self.teacher.name,
             tier=self.tier,
             text="" if error else text,

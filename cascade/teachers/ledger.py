@@ -51,6 +51,8 @@ class LedgerEntry:
         finish_reason: the endpoint's word for why the answer ended.
         created: Unix time in seconds.
         detail: for "error": what went wrong.
+        round: how many times the sample had been sent back for repair.
+        judge: whether the request asked a judge for its opinion of an answer, rather than for an answer.
     """
 
     key: str
@@ -70,6 +72,8 @@ class LedgerEntry:
     finish_reason: str = ""
     created: float = 0.0
     detail: str = ""
+    round: int = 0
+    judge: bool = False
 
     @property
     def responded(self) -> bool:

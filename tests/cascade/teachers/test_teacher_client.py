@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse
 from cascade.artifacts import Store
 from cascade.config import ANSWER_KEY, Teacher
 from cascade.errors import BudgetExceeded, TeacherError
+from cascade.tasks import Message
 from cascade.teachers.budget import BudgetState, LocalBudget
 from cascade.teachers.client import TeacherClient, missing_keys
 from cascade.teachers.endpoint import EndpointClient, retry_after
@@ -73,6 +74,20 @@ async def test_an_answer_is_paid_once_and_then_comes_from_the_ledger(
     assert server.calls[0]["messages"][0] == {"role": "system", "content": "Be right."}
     assert sorted(r.task_id for r in rows(tmp_path)) == ["sums/1", "sums/1", "sums/1", "sums/2"]
     assert Ledger(Store(str(tmp_path))).spent(1) == pytest.approx(4 * PRICE)
+
+
+async def test_a_repair_is_a_request_of_its_own_and_paid_once(
+    fake_server, make_teacher, make_task, open_client, tmp_path
+) -> None:
+    server = fake_server()
+    said = (Message("assistant", "3"), Message("user", "That is not correct."))
+    async with open_client(make_teacher(server.url, repair_rounds=1)) as client:
+        await client.answer(make_task(1))
+        mended = await client.answer(make_task(1), follow_up=said)
+        again = await client.answer(make_task(1), follow_up=said)
+    assert (mended.round, mended.from_ledger, again.from_ledger) == (1, False, True)
+    assert [m["content"] for m in server.calls[1]["messages"]] == ["What is 1 + 1?", "3", "That is not correct."]
+    assert sorted(r.round for r in rows(tmp_path)) == [0, 1]
 
 
 async def test_the_same_question_asked_at_once_is_paid_once(fake_server, make_teacher, make_task, open_client) -> None:
