@@ -82,7 +82,12 @@ class Store:
         return f"{root}/{relative}" if relative else root
 
     def child(self, relative: str) -> Store:
-        return Store(f"{self.uri.rstrip('/')}/{relative}")
+        return Store(self.uri_of(relative))
+
+    def uri_of(self, relative: str) -> str:
+        """URI of a file or folder below; options that the store's URI ends with ("?region=…") stay at the end."""
+        root, mark, options = self.uri.partition("?") if "://" in self.uri else (self.uri, "", "")
+        return f"{root.rstrip('/')}/{relative}{mark}{options}"
 
     def exists(self, relative: str) -> bool:
         return self.filesystem.get_file_info(self.path(relative)).type != pafs.FileType.NotFound

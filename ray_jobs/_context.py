@@ -32,6 +32,10 @@ class Job:
     run: Run
     progress: Progress = field(default_factory=Progress)
 
+    def ray_storage(self) -> dict[str, Any]:
+        """Where Ray Train and Ray Tune keep their state: in the run, through the store's own file system."""
+        return {"storage_path": self.run.store.path(self.run.folder), "storage_filesystem": self.run.store.filesystem}
+
 
 Work = Callable[[Job], Metrics]
 

@@ -78,9 +78,8 @@ def search(job: Job, adapter: AdapterWeights, style: PromptStyle) -> list[Trial]
     execution = job.config.execution
     resources = {"cpu": execution.cpus_per_actor, "gpu": 1 if execution.use_gpu else 0}
     trainable = tune.with_resources(tune.with_parameters(_trial, **parameters), resources)
-    path = f"{job.run.store.uri}/{job.run.folder}/search"
     with polling(lambda: _show_progress(job)):
-        _tuner(job, trainable, path, adapter).fit()
+        _tuner(job, trainable, adapter).fit()
     trials = sorted(job.run.read(TRIALS, Trial), key=lambda t: (t.loss, t.disk_bytes, t.recipe))
     job.run.write_table(TRIALS, Trial, trials)
     return trials
@@ -92,10 +91,12 @@ def _show_progress(job: Job) -> None:
     job.progress.update(job.run.job, len(trials), job.config.compression.trials, f"trials, best loss {best:.3f}")
 
 
-def _tuner(job: Job, trainable: Any, path: str, adapter: AdapterWeights) -> tune.Tuner:
+def _tuner(job: Job, trainable: Any, adapter: AdapterWeights) -> tune.Tuner:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    if tune.Tuner.can_restore(path):
-        return tune.Tuner.restore(path, trainable, resume_errored=True)
+    storage = job.ray_storage()
+    path, filesystem = f"{storage['storage_path']}/search", storage["storage_filesystem"]
+    if tune.Tuner.can_restore(path, filesystem):
+        return tune.Tuner.restore(path, trainable, resume_errored=True, storage_filesystem=filesystem)
     compression = job.config.compression
     algorithm = OptunaSearch(
         space=_distributions(search_space(compression, adapter=adapter)),
@@ -104,7 +105,6 @@ def _tuner(job: Job, trainable: Any, path: str, adapter: AdapterWeights) -> tune
         points_to_evaluate=seed_points(compression, adapter=adapter)[: compression.trials],
         sampler=TPESampler(seed=job.config.seed, n_startup_trials=4),
     )
-    store = job.run.store
     return tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
@@ -113,7 +113,7 @@ def _tuner(job: Job, trainable: Any, path: str, adapter: AdapterWeights) -> tune
             max_concurrent_trials=job.config.execution.tune_concurrency,
             reuse_actors=True,
         ),
-        run_config=tune.RunConfig(name="search", storage_path=f"{store.uri}/{job.run.folder}", verbose=0),
+        run_config=tune.RunConfig(name="search", **storage, verbose=0),
     )
 
 

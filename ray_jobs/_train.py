@@ -59,7 +59,7 @@ def train_modifier(job: Job, examples: list[Example], style: PromptStyle) -> Met
         ),
         run_config=RunConfig(
             name="train",
-            storage_path=f"{job.run.store.uri}/{job.run.folder}",
+            **job.ray_storage(),
             failure_config=FailureConfig(max_failures=3),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
         ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -149,13 +150,6 @@ class Summary(_Record):
         Raises:
             DataError: the three models were not judged on the same tasks, once each, or there are none.
         """
-        verdicts = dict(zip(MODELS, (base, modifier, compressed), strict=True))
-        passes = aligned_passes(verdicts)
-        scores = {name: ModelScore.of(v) for name, v in verdicts.items()}
-        gain = paired_bootstrap(passes["base"], passes["compressed"], seed=seed)
-        loss = paired_bootstrap(passes["compressed"], passes["modifier"], seed=seed)
-        cost = sum(t.cost_usd for t in tiers)
-        failures = tiers[0].tasks_in if tiers else 0
         return cls(
             domain=domain,
             base_model=base_model,
@@ -164,30 +158,48 @@ class Summary(_Record):
             prompt_style=prompt_style,
             wall_seconds=wall_seconds,
             peak_rss_bytes=peak_rss_bytes,
-            n=scores["base"].n,
-            base_accuracy=scores["base"].accuracy,
-            modifier_accuracy=scores["modifier"].accuracy,
-            compressed_accuracy=scores["compressed"].accuracy,
-            scores=scores,
-            gain=scores["compressed"].accuracy - scores["base"].accuracy,
-            gain_interval=(gain.low, gain.high),
-            mcnemar_p=mcnemar_exact(passes["base"], passes["compressed"]),
-            compression_loss=scores["modifier"].accuracy - scores["compressed"].accuracy,
-            compression_loss_interval=(loss.low, loss.high),
             adapter_bytes=adapter_bytes,
             compressed_bytes=compressed_bytes,
             ratio=compressed_bytes / adapter_bytes,
             max_ratio=max_ratio,
-            failures=failures,
-            tier_shares={str(t.tier): t.settled / failures if failures else 0.0 for t in tiers},
-            unsolved_share=tiers[-1].escalated / failures if failures else 0.0,
             examples=examples,
-            cost_usd=cost,
-            cost_single_teacher_usd=cost_single_teacher_usd,
-            saving=saving(cost, cost_single_teacher_usd),
-            teachers=tuple(TeacherName(tier=t.tier, name=t.teacher, answer_key=t.answer_key) for t in tiers),
-            teacher_statement=teacher_statement(tiers),
+            **_comparison(dict(zip(MODELS, (base, modifier, compressed), strict=True)), seed),
+            **_economy(tiers, cost_single_teacher_usd),
         )
+
+
+def _comparison(verdicts: dict[str, Sequence[Verdict]], seed: int) -> dict[str, Any]:
+    """The fields of `Summary` that compare the three models on the test tasks."""
+    passes = aligned_passes(verdicts)
+    scores = {name: ModelScore.of(v) for name, v in verdicts.items()}
+    gain = paired_bootstrap(passes["base"], passes["compressed"], seed=seed)
+    loss = paired_bootstrap(passes["compressed"], passes["modifier"], seed=seed)
+    return {
+        "n": scores["base"].n,
+        **{f"{name}_accuracy": score.accuracy for name, score in scores.items()},
+        "scores": scores,
+        "gain": scores["compressed"].accuracy - scores["base"].accuracy,
+        "gain_interval": (gain.low, gain.high),
+        "mcnemar_p": mcnemar_exact(passes["base"], passes["compressed"]),
+        "compression_loss": scores["modifier"].accuracy - scores["compressed"].accuracy,
+        "compression_loss_interval": (loss.low, loss.high),
+    }
+
+
+def _economy(tiers: Sequence[TierRow], single_usd: float) -> dict[str, Any]:
+    """The fields of `Summary` that say who answered what, and for how much."""
+    cost = sum(t.cost_usd for t in tiers)
+    failures = tiers[0].tasks_in if tiers else 0
+    return {
+        "failures": failures,
+        "tier_shares": {str(t.tier): t.settled / failures if failures else 0.0 for t in tiers},
+        "unsolved_share": tiers[-1].escalated / failures if failures else 0.0,
+        "cost_usd": cost,
+        "cost_single_teacher_usd": single_usd,
+        "saving": saving(cost, single_usd),
+        "teachers": tuple(TeacherName(tier=t.tier, name=t.teacher, answer_key=t.answer_key) for t in tiers),
+        "teacher_statement": teacher_statement(tiers),
+    }
 
 
 def aligned_passes(verdicts: dict[str, Sequence[Verdict]]) -> dict[str, list[bool]]:

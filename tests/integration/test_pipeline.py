@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -14,85 +13,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import yaml
-from stand_in import free_port, save_tiny_base
+from pipelines import CASCADE, ROOT, check_results, environment, run_cascade, write_config
+from stand_in import free_port
 
-from cascade import modifiers
 from cascade.artifacts import Store
 from cascade.config import load_config
-from cascade.tasks import Example, Task
 from cascade.teachers.ledger import Ledger
 from ray_jobs._runs import JOBS, Runs
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
-ROOT = Path(__file__).parents[2]
 RAY = str(Path(sys.executable).with_name("ray"))
-CASCADE = [sys.executable, "-m", "ray_jobs.cli"]
-
-
-def write_config(folder: Path, **changes: object) -> Path:
-    """A domain of a few sums for a tiny base; its teachers are slow enough to be killed at work."""
-    base = folder / "base"
-    if not base.exists():
-        save_tiny_base(base)
-    generators = [
-        {"name": "chain_sum", "difficulty": n, "options": {"min_terms": n + 1, "max_terms": n + 1, "max_digits": 1}}
-        for n in (1, 2, 3)
-    ]
-    sources = [{"benchmark": "reasoning_gym", "options": {"generators": generators}}]
-    endpoint = {"base_url": "answer-key", "requests_per_minute": 100_000, "max_concurrency": 4}
-    prices = {"input_usd_per_million": 1.0, "output_usd_per_million": 2.0}
-    ability = {"slip_rate": 0.1, "latency_ms": 150}
-    lora = {"rank": 4, "epochs": 2, "tokens_per_step": 256, "max_length": 256}
-    config = {
-        "domain": "sums",
-        "storage": str(folder / "out"),
-        "base": {"model": str(base), "dtype": "float32"},
-        "tasks": {
-            "train": {"count": 60, "sources": sources},
-            "validation": {"count": 24, "sources": sources},
-            "test": {"count": 30, "sources": sources},
-        },
-        "student": {
-            "max_tokens": 8,
-            "selection_tasks": 8,
-            "prompts": [{"name": "direct"}, {"name": "shots", "shots": 1}],
-        },
-        "tiers": [
-            {
-                "name": f"answer-key-{n}",
-                "endpoints": [endpoint],
-                "answer_key": {"max_difficulty": n, **ability},
-                **{key: value * 5**n for key, value in prices.items()},
-            }
-            for n in (1, 2, 3)
-        ],
-        "budget_usd": 1.0,
-        "probe": {"lora": lora},
-        "training": {"lora": {**lora, "epochs": 6}, "checkpoint_steps": 4, "replay_share": 0.1},
-        "compression": {"trials": 4, "max_ratio": 0.9},
-        "router": {"epochs": 5},
-    }
-    path = folder / "sums.yaml"
-    path.write_text(yaml.safe_dump(config | changes), encoding="utf-8")
-    return path
-
-
-def environment() -> dict[str, str]:
-    """Of every process that a test starts. The clusters are on loopback and need no tokens."""
-    return os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "RAY_AUTH_MODE": "disabled"}
-
-
-def run_cascade(config: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*CASCADE, "run", str(config)],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
 
 
 def kill_when(config: Path, reached: Callable[[], bool]) -> None:
@@ -146,37 +76,6 @@ def test_killed_twice_it_finishes_and_pays_nothing_twice(tmp_path: Path) -> None
     assert changed.train_modifier.done
     assert not changed.compress_modifier.done
     assert not changed.validate_modifier.done
-
-
-def check_results(runs: Runs) -> None:
-    """What a finished pipeline must have left."""
-    store = runs.store
-    assert all(runs.run(job).done for job in JOBS)
-    summary = json.loads(store.read_bytes("summary.json"))
-    assert summary["n"] == 30
-    assert summary["compressed_bytes"] <= 0.9 * summary["adapter_bytes"]
-    assert "answer key" in summary["teacher_statement"] or "answer-key" in summary["teacher_statement"]
-    assert abs(sum(summary["tier_shares"].values()) + summary["unsolved_share"] - 1) < 1e-9
-    modifier = modifiers.current(store, "sums")
-    assert modifier is not None
-    assert modifier.disk_bytes == summary["compressed_bytes"]
-    assert all(name.startswith("answer-key") for name in modifier.teachers)
-    report = store.read_bytes("sums/report.html").decode()
-    assert "answer key" in report or "answer-key" in report
-
-    train = {t.id for t in runs.test_domain.read("tasks", Task)}
-    examples = runs.train_modifier.read("examples", Example)
-    assert examples
-    assert {e.task_id for e in examples} <= train
-    prompts = {t.prompt for t in runs.test_tasks}
-    assert not any(m.content in prompts for e in examples for m in e.messages)
-    curve = runs.train_modifier.read_arrow("curve")
-    assert curve is not None
-    steps = curve.column("step").to_pylist()
-    assert steps == list(range(runs.train_modifier.metrics["steps"]))
-
-    asked = [{t.id for t in runs.test(tier).read("unsolved", Task)} for tier in (0, 1, 2)]
-    assert asked[0] >= asked[1] >= asked[2], "a tier saw what the tier before had solved"
 
 
 @pytest.fixture(scope="module")
