@@ -13,11 +13,13 @@ class PeakMemory:
     """`with PeakMemory() as memory:` … `memory.peak_bytes`: largest sum of resident memory seen, in bytes.
 
     Where the kernel says how many processes share a page (Linux), a page counts once however many map it; elsewhere
-    once for each, so that the figure is never too low.
+    once for each, so that the figure is never too low. Asking the kernel that is dear, so it is asked only when the
+    plain sum of resident sizes is higher than ever before.
     """
 
     def __init__(self, interval_s: float = 1.0) -> None:
         self.peak_bytes = 0
+        self._highest_sum = 0
         self._interval, self._stop = interval_s, threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -34,20 +36,25 @@ class PeakMemory:
     def _watch(self) -> None:
         me = psutil.Process()
         while not self._stop.wait(self._interval):
-            self.peak_bytes = max(self.peak_bytes, resident_bytes(me))
+            self._sample([me, *me.children(recursive=True)])
 
-
-def resident_bytes(root: psutil.Process) -> int:
-    """Memory that a process and all its descendants hold together, in bytes."""
-    total = 0
-    for process in [root, *root.children(recursive=True)]:
-        with contextlib.suppress(psutil.Error):
-            total += _resident(process)
-    return total
+    def _sample(self, processes: list[psutil.Process]) -> None:
+        summed = sum(_resident(p) for p in processes)
+        if summed > self._highest_sum:
+            self._highest_sum = summed
+            self.peak_bytes = max(self.peak_bytes, sum(_proportional(p) for p in processes))
 
 
 def _resident(process: psutil.Process) -> int:
+    """Resident bytes, those of shared pages included; 0 for a process that has ended."""
+    with contextlib.suppress(psutil.Error):
+        return int(process.memory_info().rss)
+    return 0
+
+
+def _proportional(process: psutil.Process) -> int:
+    """Resident bytes, each shared page divided among the processes that map it."""
     try:
         return int(process.memory_full_info().pss)
-    except (AttributeError, psutil.AccessDenied):
-        return int(process.memory_info().rss)
+    except (AttributeError, psutil.Error):
+        return _resident(process)
