@@ -61,6 +61,11 @@ class Tasks(Section):
     train: TaskSet
     validation: TaskSet
     test: TaskSet
+    protect: list[TaskSource] | None = Field(
+        None,
+        description="benchmarks whose test splits no training example may overlap, besides this domain's own test "
+        "tasks; null: every published benchmark whose data is in the caches (the others are named in the figures)",
+    )
 
     def split(self, split: Split) -> TaskSet:
         section: TaskSet = getattr(self, split)
@@ -186,6 +191,9 @@ class Training(Section):
     zero_stage: Literal[0, 1, 2, 3] = 0
     offload: bool = Field(False, description="optimiser state (and with stage 3, parameters) in CPU memory")
     checkpoint_steps: Positive = Field(20, description="optimiser steps between checkpoints")
+    near_duplicates: Fraction = Field(
+        0.8, description="Jaccard similarity of word 5-grams from which on an example repeats an earlier one and goes"
+    )
 
 
 class Compression(Section):

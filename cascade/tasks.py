@@ -56,6 +56,8 @@ class Task:
         choices: for "likelihood": the continuations whose log-likelihoods are compared.
         stop: strings that end the answer (they are cut off).
         max_tokens: the most tokens an answer may have.
+        max_turns: answers that the model may give in one conversation. Above 1, the benchmark's `reply` says what
+            follows each answer (see `cascade.benchmarks.Conversational`).
     """
 
     id: str
@@ -70,6 +72,7 @@ class Task:
     choices: tuple[str, ...] = ()
     stop: tuple[str, ...] = ()
     max_tokens: int = 256
+    max_turns: int = 1
 
     @property
     def prompt(self) -> str:
@@ -84,7 +87,8 @@ class Completion:
     Attributes:
         model: name of the base or teacher model.
         modifier: version of the modifier in use, "" for the base alone.
-        text: the answer, stop string and end token removed, a prefill not included.
+        text: the answer, stop string and end token removed, a prefill not included; of several turns, the last one.
+        turns: for tasks of several turns all that was said after the task's messages: answers and replies in order.
         choice_logprobs: for form "likelihood": sum of token log-probabilities (nats) of each choice, in order.
         choice_tokens: for form "likelihood": number of tokens of each choice.
         seconds: wall time spent on it; in a batch, the batch's time divided by its size.
@@ -100,6 +104,12 @@ class Completion:
     seconds: float = 0.0
     choice_logprobs: tuple[float, ...] = ()
     choice_tokens: tuple[int, ...] = ()
+    turns: tuple[Message, ...] = ()
+
+    @property
+    def said(self) -> tuple[Message, ...]:
+        """What follows the task's messages: the one answer, or the whole conversation."""
+        return self.turns or (Message("assistant", self.text),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,9 +159,20 @@ class Example:
 
     @classmethod
     def from_answer(
-        cls, task: Task, answer: str, verdict: Verdict, *, teacher: str, tier: int, cost_usd: float, prompt_hash: str
+        cls,
+        task: Task,
+        answer: str | Sequence[Message],
+        verdict: Verdict,
+        *,
+        teacher: str,
+        tier: int,
+        cost_usd: float,
+        prompt_hash: str,
     ) -> Example:
         """A verified answer as an example; refuses test and validation tasks and answers that did not pass.
+
+        Args:
+            answer: the text, or all that was said in a conversation (`Completion.said`).
 
         Raises:
             DataError: the task is not of the training split, the verdict is not a pass, or it judges another task.
@@ -166,7 +187,7 @@ class Example:
             domain=task.domain,
             category=task.category,
             difficulty=task.difficulty,
-            messages=(*task.messages, Message("assistant", answer)),
+            messages=(*task.messages, *([Message("assistant", answer)] if isinstance(answer, str) else answer)),
             teacher=teacher,
             tier=tier,
             cost_usd=cost_usd,

@@ -1,10 +1,12 @@
-"""What a modifier is trained on: verified examples of all tiers, replayed passes, nothing that overlaps a test."""
+"""What a modifier is trained on: verified examples of all tiers and replayed passes, each once, none that overlaps a
+test task."""
 
 from __future__ import annotations
 
 import hashlib
 
-from cascade.scoring.decontaminate import clean
+from cascade.benchmarks.protected import protected_tasks
+from cascade.scoring.decontaminate import clean, deduplicate
 from cascade.tasks import Completion, Example, Task, Verdict, message_hash
 from ray_jobs._context import Job, Metrics
 from ray_jobs._test import by_id, examples_up_to
@@ -13,17 +15,23 @@ from ray_jobs._test import by_id, examples_up_to
 def training_examples(job: Job) -> tuple[list[Example], Metrics]:
     """The training set, and how it came to be.
 
-    Examples that overlap a test task (13-grams or the same normalised text) are left out and counted.
+    Examples that overlap a test task of this domain or of a protected benchmark (13-grams or the same normalised text)
+    are left out and counted, and so are those that nearly repeat an earlier one.
     """
     taught = examples_up_to(job.runs, 3)
     replayed = _replayed(job, round(len(taught) * job.config.training.replay_share))
     everything = [*taught, *replayed]
-    kept, overlaps = clean(everything, job.runs.test_tasks)
+    protected = protected_tasks(job.config)
+    untested, overlaps = clean(everything, protected.tasks)
+    kept = deduplicate(untested, threshold=job.config.training.near_duplicates)
     teachers = sorted({e.teacher for e in kept if e.tier > 0})
     about: Metrics = {
         "taught": len(taught),
         "replayed": len(replayed),
         "left_out_overlapping_test": len({o.example for o in overlaps}),
+        "left_out_near_duplicates": len(untested) - len(kept),
+        "checked_against_tests_of": protected.checked,
+        "not_checked_against": protected.missing,
         "teachers": teachers,
         "by_tier": {str(tier): sum(e.tier == tier for e in kept) for tier in (0, 1, 2, 3)},
     }
@@ -42,7 +50,7 @@ def _replayed(job: Job, count: int) -> list[Example]:
     return [
         Example.from_answer(
             tasks[v.task_id],
-            answers[v.task_id].text.strip(),
+            answers[v.task_id].turns or answers[v.task_id].text.strip(),
             v,
             teacher=job.config.base.model,
             tier=0,

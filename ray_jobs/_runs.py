@@ -104,6 +104,7 @@ class Runs:
             examples=self.generate_tier3.fingerprint,
             training=training,
             test_tasks=self._tasks_hash("test"),
+            protect=self.config.tasks.protect,
         )
 
     @cached_property

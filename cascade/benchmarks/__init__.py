@@ -7,12 +7,12 @@ that follows `Benchmark`, added to `_MODULES`.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, Protocol
 
 from cascade.errors import ConfigError
-from cascade.tasks import Completion, Split, Task, Verdict
+from cascade.tasks import Completion, Message, Split, Task, Verdict
 
 _MODULES = (
     "arc",
@@ -47,6 +47,30 @@ class Benchmark(Protocol):
 
     def reference_answer(self, task: Task) -> str:
         """A correct answer in the form that the prompt asks for: worked examples and offline teachers use it."""
+
+
+class Conversational(Benchmark, Protocol):
+    """A benchmark with tasks of several turns (`Task.max_turns` above 1)."""
+
+    def reply(self, task: Task, said: Sequence[Message]) -> tuple[Message, ...]:
+        """What follows the last answer; () if the conversation is over.
+
+        A function of its arguments alone, so that a conversation can be stored, resumed and checked again: an
+        environment with a state plays it again from the start.
+
+        Args:
+            task: as loaded.
+            said: what followed the task's messages so far, an answer (role "assistant") last.
+        """
+
+
+def reply(task: Task, said: Sequence[Message]) -> tuple[Message, ...]:
+    """What follows the last of a conversation's answers; () if it is over, as every other task is after one."""
+    answers = sum(m.role == "assistant" for m in said)
+    if answers >= task.max_turns:
+        return ()
+    benchmark: Conversational = get(task.benchmark)  # type: ignore[assignment]
+    return benchmark.reply(task, said)
 
 
 @cache

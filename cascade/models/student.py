@@ -10,7 +10,8 @@ import hashlib
 import itertools
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 
 from cascade import benchmarks
 from cascade.config import PromptStyle
@@ -19,6 +20,9 @@ from cascade.models.base import LoadedBase
 from cascade.models.chat import prompt_text
 from cascade.models.generation import Generated, Request, choice_logprobs, generate
 from cascade.tasks import Completion, Message, Task
+
+REPLY_THREADS = 4
+"""Environments of conversations that reply at once, each in processes of its own."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +88,10 @@ class Student:
     ) -> list[Completion]:
         """One completion per task, in order."""
         chosen = [t for t in tasks if t.form == "likelihood"]
-        written = [t for t in tasks if t.form != "likelihood"]
-        by_id = {c.task_id: c for c in [*self._compare(chosen), *self._write(written, style, examples)]}
+        talks = [t for t in tasks if t.form != "likelihood" and t.max_turns > 1]
+        written = [t for t in tasks if t.form != "likelihood" and t.max_turns == 1]
+        completions = [*self._compare(chosen), *self._write(written, style, examples), *self._talk(talks, style)]
+        by_id = {c.task_id: c for c in completions}
         return [by_id[t.id] for t in tasks]
 
     def prompt_ids(self, task: Task, style: PromptStyle, examples: WorkedExamples = NO_EXAMPLES) -> list[int]:
@@ -114,6 +120,23 @@ class Student:
         seconds = (time.perf_counter() - start) / len(tasks)
         triples = zip(tasks, requests, answers, strict=True)
         return [self._completion(t, r, a, seconds) for t, r, a in triples]
+
+    def _talk(self, tasks: Sequence[Task], style: PromptStyle) -> list[Completion]:
+        """Conversations, all at once: every round answers those that go on, in batches as ever."""
+        rounds: dict[str, list[Completion]] = {t.id: [] for t in tasks}
+        said: dict[str, tuple[Message, ...]] = {t.id: () for t in tasks}
+        pending = list(tasks)
+        with ThreadPoolExecutor(REPLY_THREADS) as pool:
+            while pending:
+                asked = [replace(t, messages=(*t.messages, *said[t.id])) for t in pending]
+                for completion in self._write(asked, style, NO_EXAMPLES):
+                    rounds[completion.task_id].append(completion)
+                    said[completion.task_id] += (Message("assistant", completion.text),)
+                replies = list(pool.map(lambda t: benchmarks.reply(t, said[t.id]), pending))
+                for task, reply in zip(pending, replies, strict=True):
+                    said[task.id] += reply
+                pending = [t for t, reply in zip(pending, replies, strict=True) if reply]
+        return [_whole(rounds[t.id], said[t.id]) for t in tasks]
 
     def _completion(self, task: Task, request: Request, answer: Generated, seconds: float) -> Completion:
         return Completion(
@@ -152,6 +175,17 @@ class Student:
             )
             for task, context, options, row in zip(tasks, contexts, choices, scores, strict=True)
         ]
+
+
+def _whole(rounds: Sequence[Completion], said: tuple[Message, ...]) -> Completion:
+    """The answers of one conversation as one completion."""
+    return replace(
+        rounds[-1],
+        turns=said,
+        prompt_tokens=sum(c.prompt_tokens for c in rounds),
+        completion_tokens=sum(c.completion_tokens for c in rounds),
+        seconds=sum(c.seconds for c in rounds),
+    )
 
 
 def _split_choices(loaded: LoadedBase, task: Task) -> tuple[list[int], list[list[int]]]:

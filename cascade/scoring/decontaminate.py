@@ -143,7 +143,8 @@ def deduplicate(
 
     Args:
         examples: in order of preference.
-        threshold: Jaccard similarity of the sets of word runs from which on two are alike.
+        threshold: Jaccard similarity of the sets of word runs from which on two are alike. Two filled-in templates
+            (`TEMPLATED`) are alike only if they are the same.
         permutations: of the MinHash; candidates that it proposes are compared exactly.
         shingle: length of the runs in words.
     """
@@ -154,7 +155,8 @@ def deduplicate(
         own = set(ngrams("\n".join(_example_texts(example)), shingle))
         sketch = MinHash(num_perm=permutations, seed=1)
         sketch.update_batch([" ".join(run).encode() for run in sorted(own)])
-        if any(_jaccard(own, sets[name]) >= threshold for name in index.query(sketch)):
+        limit = 1.0 if example.benchmark in TEMPLATED else threshold
+        if any(_jaccard(own, sets[name]) >= limit for name in index.query(sketch)):
             continue
         name = str(position)
         index.insert(name, sketch)

@@ -255,6 +255,15 @@ def run_python(code: str, stdin: str, limits: Limits) -> Output:
     return _run_with_streams(stdin, limits, roles=["program_role"], payload={"code": code})
 
 
+def run_role(roles: Sequence[str], payload: dict[str, Any], limits: Limits) -> Output:
+    """A role of this package (see `Confined`) that writes its answer to standard output.
+
+    Raises:
+        SandboxError: see `Confined`.
+    """
+    return _run_with_streams("", limits, roles=roles, payload=payload)
+
+
 def run_javascript(code: str, stdin: str, limits: Limits) -> Output:
     """A JavaScript program under node, with its standard input.
 

@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 
 from cascade import benchmarks
-from cascade.benchmarks.bfcl import WHEEL, language_of
+from cascade.benchmarks.bfcl import language_of
+from cascade.benchmarks.bfcl_multi_turn import WHEEL
 from cascade.benchmarks.sources import wheel_folder
 from cascade.errors import DataError
 from cascade.scoring.calls import Call, match_calls, parse_calls
@@ -53,11 +54,9 @@ for line in sys.stdin:
 def wheel_root() -> Path:
     find_links = os.environ.get("PIP_FIND_LINKS")
     try:
-        data = wheel_folder(*WHEEL)
-        code = wheel_folder(WHEEL[0], WHEEL[1], "bfcl_eval/", WHEEL[3])
+        code = wheel_folder(*WHEEL)
     except DataError as error:
         pytest.skip(f"the wheel {WHEEL[0]} cannot be had ({find_links=}): {str(error)[:80]}")
-    assert data.is_dir()
     return code.parent
 
 
