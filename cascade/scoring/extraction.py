@@ -48,12 +48,15 @@ Finder = Callable[[str], list[str]]
 _STATED = re.compile(
     r"\b(?P<final>final\s+|correct\s+final\s+)?(?:answer|solution|option|choice|result)\b"
     r"(?:\s+(?:to|for|of)\s+(?:the|this|that|your)\s[^.:=\n]{0,60}?)?"
-    r"[\s*_`]*(?:is|are|would\s+be|will\s+be|must\s+be|should\s+be|=|:)[\s*_`]*:?(?!\s*not\b)(?=(?P<span>\s*[^\n]*))",
+    r"[\s*_`]*(?:is|are|would\s+be|will\s+be|must\s+be|should\s+be|=|:|[-–—](?=\s))[\s*_`]*:?(?!\s*not\b)"
+    r"(?=(?P<span>\s*[^\n]*))",
     re.IGNORECASE,
 )
 _CONCLUSION = re.compile(r"(?:^|[.!\n])\s*(?:so|therefore|thus|hence|in conclusion)\b[,:]?(?P<span>[^\n]*)", re.I)
 _BOLD = re.compile(r"\*\*(?P<span>[^*\n]{1,200})\*\*|__(?P<other>[^_\n]{1,200})__")
 _TAGS = re.compile(r"<answer>(?P<span>.*?)(?:</answer>|\Z)", re.IGNORECASE | re.DOTALL)
+_HASHES = re.compile(r"^####[ \t]+(?P<span>[^\n]+)\Z", re.MULTILINE)
+_EQUATED = re.compile(r"^[A-Za-z]\w{0,20}[ \t]*=[ \t]*(?P<span>[^\n=]+)\Z", re.MULTILINE)
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$)|[.!?][)*\"'](?=\s|$)")
 _FENCE = re.compile(r"^[ \t]*(?P<mark>```+|~~~+)[ \t]*(?P<language>[\w+#.-]*)[^\n]*$", re.MULTILINE)
 
@@ -78,9 +81,11 @@ def marked_spans(text: str) -> Iterator[tuple[str, list[str]]]:
     signs = (
         ("boxed", boxed(text)),
         ("answer tag", [m["span"] for m in _TAGS.finditer(text)]),
+        ("hashes", [m["span"] for m in _HASHES.finditer(text)]),
         ("final answer", final),
         ("stated", [m["span"] for m in stated if not m["final"]]),
         ("bold", [m["span"] or m["other"] for m in _BOLD.finditer(text)]),
+        ("last line", [m["span"] for m in _EQUATED.finditer(text)]),
         ("conclusion", [m["span"] for m in _CONCLUSION.finditer(text)][-1:]),
     )
     yield from ((how, [_clean(s) for s in spans]) for how, spans in signs if spans)
@@ -252,8 +257,8 @@ def _options_named(span: str, options: Mapping[str, str]) -> list[str]:
 
 def list_items(span: str) -> list[str]:
     """The items of "a, b, c", "[a, b, c]", "'a' 'b' 'c'" or "a b c"."""
-    bare = _clean(span).strip().rstrip(".").strip("[](){} \t\n")
-    parts = re.split(r"\s*[,;\n]\s*(?:and\s+)?" if re.search(r"[,;\n]", bare) else r"\s+", bare)
+    bare = _clean(span).strip(" \t\n*").rstrip(".!").strip("[](){} \t\n")
+    parts = re.split(r"\s*[,;\n]\s*(?:and\s+)?|\s+and\s+" if re.search(r"[,;\n]", bare) else r"\s+", bare)
     return [p.strip(" \t\"'“”‘’.") for p in parts if p.strip(" \t\"'“”‘’.")]
 
 
@@ -272,7 +277,7 @@ def read_list(text: str, length: int) -> Reading:
     def lines(whole: str) -> list[str]:
         rows = [row.strip() for row in whole.splitlines() if not _FENCE.match(row)]
         rows = [row for row in rows if row and not row.endswith(":")]
-        items = [re.sub(r"^(?:[-*•]|\d+[.)])\s+", "", row) for row in rows]
+        items = [re.sub(r"^(?:[-*•]|\d+[.):])\s+", "", row).rstrip(",") for row in rows]
         body = [i for i, row in zip(items, rows, strict=True) if i != row or len(row.split()) == 1]
         if len(body) == length > 1 and all("," not in b for b in body):
             return [", ".join(list_items("\n".join(body)))]
@@ -285,7 +290,7 @@ def read_text(text: str) -> Reading:
     """A short free answer: what a sign points at (up to the end of its line), a fenced block, or the whole text."""
     text = text[-MAX_CHARS:].strip()
     for how, spans in marked_spans(text):
-        if how in {"bold", "conclusion"}:
+        if how in {"bold", "last line", "conclusion"}:
             continue
         values = _distinct(span.strip().rstrip(".").strip("\"'") for span in spans if span.strip())
         if values:
@@ -326,7 +331,8 @@ def read_code(text: str, defines: str | None = None) -> str | None:
         without fences, the code from its first to its last line that Python accepts; None if there is none.
     """
     blocks = [body for language, body in fenced_blocks(text) if language in {"", "python", "py", "python3"}]
-    pattern = re.compile(rf"^\s*(?:async\s+)?(?:def|class)\s+{re.escape(defines)}\b", re.M) if defines else None
+    name = re.escape(defines or "")
+    pattern = re.compile(rf"^\s*(?:(?:async\s+)?(?:def|class)\s+{name}\b|{name}\s*=[^=])", re.M) if defines else None
     if blocks:
         fitting = [i for i, body in enumerate(blocks) if body.strip() and (pattern is None or pattern.search(body))]
         if not fitting:
@@ -334,6 +340,8 @@ def read_code(text: str, defines: str | None = None) -> str | None:
         last = blocks[fitting[-1]]
         helpers = [b for b in blocks[: fitting[-1]] if _only_definitions(b) and not (pattern and pattern.search(b))]
         return "\n\n".join([*helpers, textwrap.dedent(last)])
+    tagged = _TAGS.search(text)
+    text = _PROGRAM_MARKS.sub("", tagged["span"] if tagged else text)
     if pattern is not None and not pattern.search(text):
         return None
     return _longest_program(text)
@@ -348,6 +356,7 @@ def _only_definitions(code: str) -> bool:
     return bool(body) and all(isinstance(node, kinds) for node in body)
 
 
+_PROGRAM_MARKS = re.compile(r"^\[(?:BEGIN|DONE)\][ \t]*$", re.MULTILINE)
 _CODE_LINE = re.compile(r"^(?:def|class|import|from|@|async def)\b|^@|^\w+\s*=[^=]")
 
 

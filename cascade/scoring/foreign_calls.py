@@ -97,8 +97,7 @@ def parse_foreign_calls(text: str) -> list[Call]:
         CallSyntaxError: there is no call, or an argument is named twice.
     """
     bare = text[:MAX_CHARS].strip("`\n ").removeprefix("java\n").removeprefix("javascript\n").strip()
-    if bare.startswith("[") and bare.endswith("]"):
-        bare = bare[1:-1]
+    bare = bare.removeprefix("[").removesuffix("]")  # either may be missing, as in the accepted harness
     calls = [_parse_call(part) for part in split_top(bare)]
     if not calls:
         raise CallSyntaxError("an empty list of calls")

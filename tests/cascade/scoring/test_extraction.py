@@ -1,11 +1,14 @@
-# ruff: noqa: E501
 """Reading answers: forms as models write them, several candidates, and nothing to read."""
 
 from __future__ import annotations
 
+import re
 import time
+from collections.abc import Callable
+from typing import Any
 
 import pytest
+from answer_forms import CHOICES, LISTS, NUMBERS, WORDS, code_forms, forms, json_forms
 
 from cascade.scoring.extraction import (
     fenced_blocks,
@@ -18,245 +21,41 @@ from cascade.scoring.extraction import (
     read_word,
 )
 
-NUMBER_FORMS = r"""{a}
-{a}.
- {a}
-**{a}**
-*{a}*
-`{a}`
-${a}$
-\({a}\)
-\boxed{{{a}}}
-$\boxed{{{a}}}$
-The answer is \boxed{{{a}}}.
-\fbox is not it, but \boxed{{\text{{{a}}}}}
-<answer>{a}</answer>
-<answer> {a} apples </answer>
-Answer: {a}
-answer: {a}
-ANSWER: {a}
-**Answer:** {a}
-**Answer: {a}**
-Answer:|{a}
-### Answer|{a}
-The answer is {a}
-The answer is {a}.
-The answer is: {a}.
-The answer is **{a}**.
-The answer is ${a}.
-The answer is {a} apples.
-The answer is {a}, because 3 + 4 makes 7.
-The answer to the problem is {a}.
-The answer would be {a}.
-the correct answer is {a}
-The final answer is {a}.
-Final answer: {a}
-**Final Answer:** {a}
-The answer is 99. Wait, no. Final answer: {a}
-The result is {a}.
-The solution is {a}.
-So the answer is {a}.
-Therefore, the answer is {a}.
-Mary has 3 brothers. Therefore she has {a} sisters.
-There are 2 and 5 of them. So it is {a}.
-Thus, {a}.
-Hence {a}
-Mary has {a} sisters.
-She has {a} of them
-It equals {a}.
-It is {a}
-x = {a}
-= {a}
-3 + 4 = {a}
-3+4={a}
-The sum of 3 and 4 is {a}.
-The LCM of 4 and 6 is {a}.
-The next number in the sequence is {a}.
-3 + 4 - 2 equals {a}
-Sure! The total is {a}
-{a} apples
-{a} km/h
-First, 3 + 4 = 7.|The answer is {a}.
-Step 1: add 3 and 4.|Step 2: subtract 2.|Answer: {a}
-Let's think. 3 plus 4 is 7, minus 2 is 5.|**{a}**
-We get 3 * 4 = {a}"""
-CHOICE_FORMS = r"""({a})
-{a}
-{a}.
-{a})
-({a}).
-**{a}**
-**({a})**
-({a}) whale
-{a}) whale
-{a}. whale
-{a}: whale
-Answer: {a}
-Answer: ({a})
-answer: ({a}).
-**Answer:** {a}
-**Answer: ({a})**
-Answer:|{a}
-Answer:|({a}) whale
-The answer is {a}
-The answer is {a}.
-The answer is ({a})
-The answer is ({a}).
-The answer is ({a}).
-The answer is: ({a})
-The answer is **{a}**.
-The answer is **({a}) whale**.
-The answer is option {a}.
-The answer is choice ({a})
-The correct answer is {a}.
-The correct answer is ({a}) whale.
-The correct option is ({a}).
-The correct choice is {a}
-The best answer is ({a}).
-So the answer is ({a}).
-Therefore, the answer is ({a}).
-Final answer: {a}
-**Final Answer:** ({a})
-The final answer is \boxed{{{a}}}.
-\boxed{{{a}}}
-$\boxed{{\text{{{a}}}}}$
-<answer>{a}</answer>
-<answer>({a})</answer>
-Option ({a}) is correct.
-({a}) is correct.
-{a} is correct
-{a} is the correct answer.
-{a} is the right choice
-I would choose ({a}).
-Let's see. Ants are small.|So the answer is ({a}).
-Ants are small, so it must be|({a})
-[{a}]
-The answer is [{a}].
-The answer would be {a}."""
-WORD_FORMS = """{a}
-{a}.
- {a}
-**{a}**
-"{a}"
-{a}!
-{a}, because it is so.
-{a}. It follows from 1.
-{a}: all birds fly.
-{a} - it follows.
-{a}, it logically follows.
-{a}, it does.|All birds fly.
-Answer: {a}
-answer: {a}.
-**Answer:** {a}
-**Answer: {a}**
-Answer:|{a}
-The answer is {a}
-The answer is {a}.
-The answer is "{a}".
-The answer is: {a}
-The answer is **{a}**.
-The answer would be {a}.
-The correct answer is {a}.
-The final answer is {a}.
-Final answer: {a}
-So the answer is {a}.
-Therefore, the answer is {a}, it follows.
-All birds fly. So {a}.
-Thus, {a}.
-Hence: {a}
-Does it follow? {a}, clearly.
-Does it logically follow? {a}.
-It follows that the claim holds: {a}
-\\boxed{{{a}}}
-\\boxed{{\\text{{{a}}}}}
-<answer>{a}</answer>
-Let us see.|Birds fly.|**{a}**
-I would say {a}.
-My answer: {a}
-`{a}`
-*{a}*
-In conclusion, {a}.
-The result is {a}.
-The answer to the question is {a}.
-The answer to this problem is: {a}
-Sure. {a}.
-Well, {a}
-{a}, that follows logically from the statements.
-{a} (it follows from the first statement)"""
-LIST_FORMS = """c, b, a
-c,b,a
-c, b, a.
-[c, b, a]
-(c, b, a)
-['c', 'b', 'a']
-"c", "b", "a"
-'c, b, a'
-c b a
-c; b; a
-**c, b, a**
-`c, b, a`
-Answer: c, b, a
-Answer: c, b, a.
-Answer:|c, b, a
-**Answer:** c, b, a
-The answer is c, b, a.
-The answer is: c, b, a
-The answer is [c, b, a].
-The final answer is c, b, a.
-Final answer: c, b, a
-The reversed list is: c, b, a
-The reversed list is c, b, a.
-The reversed list of words is c, b, a
-Reversed: c, b, a
-Reversed list: c,b,a
-Sure, here it is: c, b, a
-Here is the reversed list:||c, b, a
-Here is the reversed list:||c,b,a||
-1. c|2. b|3. a
-1) c|2) b|3) a
-- c|- b|- a
-* c|* b|* a
-c|b|a
-```|c, b, a|```
-```text|c, b, a|```
-\\boxed{c, b, a}
-<answer>c, b, a</answer>
-c, b, and a
-So the list is c, b, a
-The words in reverse order are: c, b, a
-The words in reverse order are c, b, a."""
 OPTIONS = {"A": "ant", "B": "whale", "C": "dog", "D": "cat"}
 
 
-def forms(text: str) -> list[str]:
-    return [line.replace("|", "\n") for line in text.splitlines()]
+def wrong(forms: list[str], read: Callable[[str], object], expected: object) -> list[str]:
+    return [form for form in forms if read(form) != expected]
 
 
-@pytest.mark.parametrize("form", forms(NUMBER_FORMS))
-def test_numbers(form: str) -> None:
-    for given, value in (("5", "5"), ("-31", "-31"), ("1,250", "1250"), ("7.5", "7.5")):
-        assert read_number(form.format(a=given)).answer == value, form.format(a=given)
+def test_each_corpus_has_a_hundred_forms() -> None:
+    corpora = [forms(text) for text in (NUMBERS, CHOICES, WORDS, LISTS)]
+    assert min(map(len, [*corpora, code_forms(), json_forms()])) >= 100
 
 
-@pytest.mark.parametrize("form", forms(CHOICE_FORMS))
-def test_choices(form: str) -> None:
-    assert read_choice(form.format(a="B"), OPTIONS).answer == "B"
-    other = form.replace("whale", "dog").format(a="C")
-    assert read_choice(other, OPTIONS).answer == "C"
+@pytest.mark.parametrize(("given", "value"), [("5", "5"), ("-31", "-31"), ("1,250", "1250"), ("7.5", "7.5")])
+def test_numbers(given: str, value: str) -> None:
+    filled = [form.format(a=given) for form in forms(NUMBERS)]
+    assert wrong(filled, lambda text: read_number(text).answer, value) == []
 
 
-@pytest.mark.parametrize("form", forms(WORD_FORMS))
-def test_words(form: str) -> None:
-    for word in ("Yes", "No", "yes", "NO"):
-        assert read_word(form.format(a=word), ("yes", "no")).answer == word.lower()
+@pytest.mark.parametrize(("label", "option"), [("B", "whale"), ("C", "dog"), ("D", "cat")])
+def test_choices(label: str, option: str) -> None:
+    filled = [form.replace("whale", option).replace("Whale", option.title()).format(a=label) for form in forms(CHOICES)]
+    assert wrong(filled, lambda text: read_choice(text, OPTIONS).answer, label) == []
 
 
-@pytest.mark.parametrize("form", forms(LIST_FORMS))
-def test_lists(form: str) -> None:
-    assert read_list(form, 3).answer == "c, b, a"
-    longer = form.replace("c", "\0").replace("b", "whales").replace("\0", "the")  # ordinary words, of any length
-    if "reverse" not in form.lower() and "list" not in form and "here" not in form and "boxed" not in form:
-        assert read_list(longer, 3).answer == "the, whales, a"
+@pytest.mark.parametrize("word", ["Yes", "No", "yes", "NO"])
+def test_words(word: str) -> None:
+    filled = [form.format(a=word) for form in forms(WORDS)]
+    assert wrong(filled, lambda text: read_word(text, ("yes", "no")).answer, word.lower()) == []
+
+
+@pytest.mark.parametrize("items", ["c b a", "the whales swim", "and 12 or"])
+def test_lists(items: str) -> None:
+    names = dict(zip("cba", items.split(), strict=True))
+    filled = [re.sub(r"\b[abc]\b", lambda m: names[m[0]], form.format()) for form in forms(LISTS)]
+    assert wrong(filled, lambda text: read_list(text, 3).answer, ", ".join(items.split())) == []
 
 
 @pytest.mark.parametrize(
@@ -303,39 +102,19 @@ def test_articles_and_options_within_options_are_not_taken_for_labels() -> None:
     assert read_choice("It is dark red.", nested).answer == "B"
 
 
-CODE = "def add(a, b):\n    return a + b"
+def sum_by(text: str) -> object:
+    space: dict[str, Any] = {}
+    exec(read_code(text, "add") or "", space)
+    return space["add"](2, 3) if "add" in space else None
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        CODE,
-        f"\n\n{CODE}\n\n",
-        f"```python\n{CODE}\n```",
-        f"```\n{CODE}\n```",
-        f"```py\n{CODE}\n```",
-        f"~~~python\n{CODE}\n~~~",
-        f"````python\n{CODE}\n````",
-        f"Sure! Here it is:\n```python\n{CODE}\n```\nIt adds.",
-        f"```python\n{CODE}",
-        f"```python\n{CODE}\n```\nTest:\n```python\nprint(add(1, 2))\n```",
-        f"First try:\n```python\ndef add(a, b): return 0\n```\nBetter:\n```python\n{CODE}\n```",
-        f"```bash\npip install x\n```\n```python\n{CODE}\n```",
-        f"Here is the code:\n{CODE}\nThis adds two numbers.",
-        f"{CODE}\n\nExplanation: it adds.",
-        "1. Do this:\n   ```python\n   def add(a, b):\n       return a + b\n   ```",
-    ],
-)
-def test_code(text: str) -> None:
-    code = read_code(text, "add")
-    assert code is not None
-    space: dict[str, object] = {}
-    exec(code, space)
-    assert space["add"](2, 3) == 5  # type: ignore[operator]
+def test_code() -> None:
+    assert wrong(code_forms(), sum_by, 5) == []
 
 
 def test_code_keeps_helpers_of_other_blocks_and_misses_what_is_not_there() -> None:
-    text = "```python\nimport math\ndef two(): return 2\n```\nthen\n```python\ndef f(): return two() + math.floor(1.5)\n```"
+    helper = "```python\nimport math\ndef two(): return 2\n```"
+    text = f"{helper}\nthen\n```python\ndef f(): return two() + math.floor(1.5)\n```"
     space: dict[str, object] = {}
     exec(read_code(text, "f") or "", space)
     assert space["f"]() == 3  # type: ignore[operator]
@@ -344,13 +123,9 @@ def test_code_keeps_helpers_of_other_blocks_and_misses_what_is_not_there() -> No
     assert fenced_blocks("a\n```\nb\n```\n```js\nc") == [("", "b"), ("js", "c")]
 
 
-@pytest.mark.parametrize(
-    "text",
-    ['{"a": [1, 2]}', 'Sure: {"a": [1, 2]}. Done', '```json\n{"a": [1, 2]}\n```', 'I think [x] is {"a": [1, 2]}',
-     'first {} then {"a": [1, 2]}', '{"a": [1,\n 2]}\n\nNote: {braces}'],
-)  # fmt: skip
-def test_json(text: str) -> None:
-    assert read_json(text) == {"a": [1, 2]}
+def test_json() -> None:
+    assert wrong(json_forms(), read_json, {"a": [1, 2]}) == []
+    assert read_json('I think [x] is {"a": [1,\n 2]}\n\nNote: {braces}') == {"a": [1, 2]}
 
 
 def test_text_by_sign_fence_or_whole() -> None:
