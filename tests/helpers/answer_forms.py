@@ -1,6 +1,7 @@
 r"""Forms in which models write answers: at least a hundred per kind. "|" stands for a line break, {a} for the answer.
 
-What chat models write when they are asked for one number, one letter, one word, a list, a function, or JSON: with and without reasoning, marked with \boxed, tags, bold, headings or fences, with and without a full stop.
+What chat models write when they are asked for one number, one letter, one word, a list, a function, or JSON: with
+and without reasoning, marked with \boxed, tags, bold, headings or fences, with and without a full stop.
 """
 
 from __future__ import annotations
