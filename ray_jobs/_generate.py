@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any, cast
 
 import pyarrow as pa
@@ -17,17 +16,17 @@ import ray
 import ray.data
 from ray.data import ActorPoolStrategy
 
-from cascade.artifacts import Run, Store
-from cascade.config import ANSWER_KEY, Config, Endpoint
+from cascade.artifacts import Run
+from cascade.config import ANSWER_KEY, Config
 from cascade.errors import BudgetExceeded, CascadeError, TeacherError
 from cascade.tasks import Task, Verdict, from_table, to_table
-from cascade.teachers.budget import LocalBudget, budget_state
+from cascade.teachers.budget import budget_state
 from cascade.teachers.client import Answer, TeacherClient
 from cascade.teachers.ledger import Ledger
-from cascade.teachers.limits import RateLimiter, Signal, limiter_key
 from cascade.teachers.offline import answer_key_server
 from cascade.teachers.solve import Solved, solve
 from ray_jobs._context import Job, Metrics
+from ray_jobs._desk import DeskClient, open_desk, own_error
 from ray_jobs._evaluate import score
 from ray_jobs._meter import TierGauges, TierMeter
 from ray_jobs._test import unsolved_before
@@ -61,8 +60,7 @@ def _ask_all(job: Job, tier: int, pending: list[Task], resolve: dict[str, str], 
     """Fan the tasks out; raises only after all that was in flight has come back."""
     if not pending:
         return
-    remote: Any = ray.remote(_Desk)
-    desk = remote.options(num_cpus=0, max_concurrency=10_000).remote(job.config)
+    desk = open_desk(job.config, tier)
     try:
         meter, gauges = _meter(job, tier, total, total - len(pending)), TierGauges(job.config.domain)
         stopped: CascadeError | None = None
@@ -112,76 +110,22 @@ def _answers(job: Job, tier: int, tasks: list[Task], resolve: dict[str, str], de
         yield from cast(pa.Table, batch).to_pylist()
 
 
-class _Desk:
-    """One per run of a job: the budget, and a limiter for each endpoint and key, for all teacher actors."""
-
-    def __init__(self, config: Config) -> None:
-        self.budget = LocalBudget(budget_state(config, Ledger(Store(config.storage), config.domain)))
-        self.limiters: dict[str, RateLimiter] = {}
-
-    def _limiter(self, endpoint: Endpoint) -> RateLimiter:
-        return self.limiters.setdefault(limiter_key(endpoint), RateLimiter.of(endpoint))
-
-    async def acquire(self, endpoint: Endpoint, tokens: int) -> str:
-        return await self._limiter(endpoint).acquire(tokens)
-
-    async def release(
-        self, endpoint: Endpoint, lease: str, signal: Signal, used_tokens: int, retry_after: float | None
-    ) -> None:
-        await self._limiter(endpoint).release(lease, signal, used_tokens, retry_after)
-
-    async def reserve(self, tier: int, usd: float) -> str:
-        return await self.budget.reserve(tier, usd)
-
-    async def settle(self, lease: str, usd: float) -> None:
-        await self.budget.settle(lease, usd)
-
-
-@dataclass(frozen=True)
-class _SharedLimiter:
-    """`cascade.teachers.limits.Limiter`, kept by the desk."""
-
-    desk: Any
-    endpoint: Endpoint
-
-    async def acquire(self, tokens: int) -> str:
-        lease: str = await self.desk.acquire.remote(self.endpoint, tokens)
-        return lease
-
-    async def release(self, lease: str, signal: Signal, used_tokens: int, retry_after: float | None = None) -> None:
-        await self.desk.release.remote(self.endpoint, lease, signal, used_tokens, retry_after)
-
-
-@dataclass(frozen=True)
-class _SharedBudget:
-    """`cascade.teachers.budget.Budget`, kept by the desk."""
-
-    desk: Any
-
-    async def reserve(self, tier: int, usd: float) -> str:
-        lease: str = await self.desk.reserve.remote(tier, usd)
-        return lease
-
-    async def settle(self, lease: str, usd: float) -> None:
-        await self.desk.settle.remote(lease, usd)
-
-
 class TeacherActor:
     """Asks one tier's teacher, many tasks at once, and verifies the answers."""
 
     def __init__(self, config: Config, run: Run, tier: int, resolve: dict[str, str], desk: Any) -> None:
         self.run, self.tier = run, tier
         self.teacher = config.tier(tier)
-        self.make_client = lambda: TeacherClient(
-            self.teacher,
-            tier,
-            config.domain,
-            Ledger(run.store, config.domain),
-            _SharedBudget(desk),
-            limiter=lambda endpoint: _SharedLimiter(desk, endpoint),
-            resolve=resolve,
-        )
         self.client: TeacherClient | None = None
+
+        def make_client() -> TeacherClient:
+            shared = DeskClient(desk)
+            ledger = Ledger(run.store, config.domain)
+            return TeacherClient(
+                self.teacher, tier, config.domain, ledger, shared, limiter=shared.limiter, resolve=resolve
+            )
+
+        self.make_client = make_client
 
     async def __call__(self, block: pa.Table) -> AsyncIterator[pa.Table]:
         """One output row per task, as its verdict is known; the run's tables are written when all are.
@@ -189,6 +133,7 @@ class TeacherActor:
         What a kill in between loses is only verdicts: the answers are in the ledger and are verified again.
         """
         self.client = self.client or self.make_client()
+        await asyncio.to_thread(self.client.refresh)  # an actor that was killed may have bought some of this block
         solved: list[Solved] = []
         asking = [asyncio.ensure_future(self._solve(task, solved)) for task in from_table(Task, block)]
         for next_done in asyncio.as_completed(asking):
@@ -248,8 +193,7 @@ def _row(
 
 def _message(error: Exception) -> str:
     """What the error says, without the traceback that Ray adds to one from another actor."""
-    cause = getattr(error, "cause", None)
-    return str(cause if isinstance(cause, CascadeError) else error)
+    return str(own_error(error))
 
 
 def _metrics(run: Run, tier: int, teacher: str, verdicts: list[Verdict]) -> Metrics:

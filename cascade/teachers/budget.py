@@ -7,11 +7,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import time
 import uuid
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -51,29 +49,26 @@ def price_usd(teacher: Teacher, prompt_tokens: int, completion_tokens: int, cach
 
 @dataclass(frozen=True)
 class _Lease:
-    started: float
     tier: int
     usd: float
+    holder: str
 
 
 @dataclass
 class BudgetState:
-    """Limits, money spent and money set aside, in US dollars. Times are seconds of any one clock.
+    """Limits, money spent and money set aside, in US dollars.
 
     Attributes:
         domain: name for messages.
         domain_usd: limit for all tiers together.
         tier_usd: limit of each tier that has one of its own.
         spent: what each tier has spent before.
-        lease_s: what was set aside for so long belongs to a process that died. Nobody knows what its request has
-            cost, so all of it counts as spent until somebody settles it after all.
     """
 
     domain: str
     domain_usd: float
     tier_usd: Mapping[int, float] = field(default_factory=dict)
     spent: dict[int, float] = field(default_factory=dict)
-    lease_s: float = 3600.0
 
     def __post_init__(self) -> None:
         self._spent: dict[int, float] = defaultdict(float, self.spent)
@@ -86,20 +81,23 @@ class BudgetState:
         """Dollars spent by a tier, or by all."""
         return self._spent[tier or _DOMAIN]
 
-    def reserve(self, now: float, lease: str, tier: int, usd: float) -> bool:
-        """Set `usd` aside; False if it may fit once requests in flight are settled.
+    def total_reserved(self, tier: int | None = None) -> float:
+        """Dollars set aside for a tier's requests in flight, or for all."""
+        return self._reserved[tier or _DOMAIN]
+
+    def reserve(self, lease: str, tier: int, usd: float, holder: str = "") -> bool:
+        """Set `usd` aside for one of a holder's requests; False if it may fit once requests in flight are settled.
 
         Raises:
             BudgetExceeded: it will never fit.
         """
-        self._write_off(now)
         limits = {_DOMAIN: self.domain_usd} | ({tier: self.tier_usd[tier]} if tier in self.tier_usd else {})
         for scope, limit in limits.items():
             if self._spent[scope] + usd > limit + _ROUNDING:
                 raise BudgetExceeded(self._explain(scope, limit, usd))
         if any(self._spent[s] + self._reserved[s] + usd > limit + _ROUNDING for s, limit in limits.items()):
             return False
-        self._leases[lease] = _Lease(now, tier, usd)
+        self._leases[lease] = _Lease(tier, usd, holder)
         self._set_aside(tier, usd)
         return True
 
@@ -113,8 +111,12 @@ class BudgetState:
             self._set_aside(held.tier, -held.usd)
         self._book(held.tier, usd)
 
-    def _write_off(self, now: float) -> None:
-        for lease in [name for name, held in self._leases.items() if now - held.started > self.lease_s]:
+    def write_off(self, holder: str) -> None:
+        """Count all that a holder that died had set aside as spent, until somebody settles it after all.
+
+        Nobody knows what its requests have cost.
+        """
+        for lease in [name for name, held in self._leases.items() if held.holder == holder]:
             held = self._lost[lease] = self._leases.pop(lease)
             self._set_aside(held.tier, -held.usd)
             self._book(held.tier, held.usd)
@@ -140,9 +142,8 @@ class BudgetState:
 class LocalBudget:
     """`BudgetState` for the coroutines of one event loop."""
 
-    def __init__(self, state: BudgetState, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, state: BudgetState) -> None:
         self.state = state
-        self._clock = clock
         self._line = asyncio.Lock()
         self._settled = asyncio.Event()
 
@@ -153,26 +154,58 @@ class LocalBudget:
 
     async def reserve(self, tier: int, usd: float) -> str:
         """See `Budget.reserve`. Waits while requests in flight decide whether it fits."""
-        lease = uuid.uuid4().hex
+        return (await self.reserve_some(tier, [usd]))[0]
+
+    async def reserve_some(self, tier: int, usd: Sequence[float], holder: str = "") -> list[str]:
+        """Reserve for the first of several requests of a tier, waiting if need be, and for the next that fit then.
+
+        Args:
+            usd: the most that each request can cost, in the order in which they want to start; at least one.
+            holder: who has to be alive to settle them, see `BudgetState.write_off`.
+
+        Returns:
+            Leases of the first requests, at least one.
+
+        Raises:
+            BudgetExceeded: the first will never fit.
+        """
         async with self._line:
+            leases = [uuid.uuid4().hex]
             while True:
                 self._settled.clear()
-                if self.state.reserve(self._clock(), lease, tier, usd):
-                    return lease
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._settled.wait(), self.state.lease_s)
+                if self.state.reserve(leases[0], tier, usd[0], holder):
+                    break
+                await self._settled.wait()
+            for amount in usd[1:]:
+                lease = uuid.uuid4().hex
+                try:
+                    if not self.state.reserve(lease, tier, amount, holder):
+                        break
+                except BudgetExceeded:  # that request's own affair: it is told when it is the first
+                    break
+                leases.append(lease)
+            return leases
 
     async def settle(self, lease: str, usd: float) -> None:
         """See `Budget.settle`."""
         self.state.settle(lease, usd)
         self._settled.set()
 
+    def write_off(self, holder: str) -> None:
+        """See `BudgetState.write_off`."""
+        self.state.write_off(holder)
+        self._settled.set()
+
 
 def budget_state(config: Config, ledger: Ledger) -> BudgetState:
-    """The budgets of a config, less what the ledger says was spent on its domain."""
+    """The budgets of a config, less what its domain has cost by the ledger.
+
+    A request that broke off, or that a killed process had in flight, counts with the most that it can have cost: a
+    budget holds for the bill, not only for what is known of it.
+    """
     return BudgetState(
         domain=config.domain,
         domain_usd=config.budget_usd,
         tier_usd={n: t.budget_usd for n, t in enumerate(config.tiers, 1) if t.budget_usd is not None},
-        spent={n: ledger.spent(n, config.domain) for n in range(1, len(config.tiers) + 1)},
+        spent={n: ledger.spent_at_most(n, config.domain) for n in range(1, len(config.tiers) + 1)},
     )

@@ -30,7 +30,7 @@ from cascade.teachers.conversation import (
     without_prefill,
 )
 from cascade.teachers.endpoint import EndpointClient, Failure, Response
-from cascade.teachers.ledger import Ledger, LedgerEntry
+from cascade.teachers.ledger import Ledger, LedgerEntry, Sent
 from cascade.teachers.limits import Limiter, RateLimiter, Signal
 
 _PATIENCE_S = 900.0
@@ -93,6 +93,7 @@ class _Request:
     messages: tuple[Message, ...]
     parameters: dict[str, Any]
     keys: dict[str, str]  # base_url as configured -> request key
+    worst_usd: float  # the most that it can cost
 
 
 def missing_keys(teacher: Teacher) -> list[str]:
@@ -179,6 +180,10 @@ class TeacherClient:
             entry = known or await self._buy(request)
         return self._answer(request, entry, from_ledger=known is not None)
 
+    def refresh(self) -> None:
+        """See what others have bought since the ledger was read."""
+        self._ledger.refresh()
+
     def known(self, task: Task, attempt: int = 0) -> bool:
         """Whether the ledger has the answer already, so that asking costs nothing."""
         return any(key in self._ledger for key in self._request(task, attempt).keys.values())
@@ -193,43 +198,26 @@ class TeacherClient:
             e.base_url: request_key(e.base_url, self.teacher.name, messages, decides, attempt)
             for e in self.teacher.endpoints
         }
-        return _Request(task, attempt, len(follow_up) // 2, messages, parameters, keys)
+        worst = price_usd(self.teacher, most_prompt_tokens(messages), self.teacher.max_tokens)
+        return _Request(task, attempt, len(follow_up) // 2, messages, parameters, keys, worst)
 
     def _known(self, request: _Request) -> LedgerEntry | None:
         return next((e for key in request.keys.values() if (e := self._ledger.get(key)) is not None), None)
 
     async def _buy(self, request: _Request) -> LedgerEntry:
-        worst = price_usd(self.teacher, most_prompt_tokens(request.messages), self.teacher.max_tokens)
-        lease = await self._budget.reserve(self.tier, worst)
-        spent = worst  # if this is cancelled or the ledger cannot be written, nobody knows better
-        try:
-            entry = await self._ask(request)
-            spent = entry.price_usd
-            return entry
-        except TeacherError:
-            spent = 0.0
-            raise
-        finally:
-            await asyncio.shield(self._budget.settle(lease, spent))
-
-    async def _ask(self, request: _Request) -> LedgerEntry:
         """Try endpoint after endpoint until one responds or the retries are used up."""
         failures, began, turn = 0, time.monotonic(), 0
         while True:
             endpoint = self._pick(turn)
-            outcome = await self._try(endpoint, request)
-            if isinstance(outcome, LedgerEntry):
-                return outcome
+            entry, failure = await self._try(endpoint, request)
+            if failure is None or failure.kind == "refused":
+                return entry
             turn += 1
-            if outcome.kind == "refused":
-                return await self._record_failure(endpoint, request, outcome)
-            if outcome.kind == "limited":
-                if time.monotonic() - began > _PATIENCE_S:
-                    return await self._record_failure(endpoint, request, outcome)
-            elif outcome.kind == "broken":
+            if failure.kind == "limited" and time.monotonic() - began > _PATIENCE_S:
+                return entry
+            if failure.kind == "broken":
                 failures += 1
                 if failures > self.teacher.retries:
-                    entry = await self._record_failure(endpoint, request, outcome)
                     self._check_anyone_answers()
                     return entry
                 await asyncio.sleep(endpoint.backoff(failures))
@@ -251,39 +239,70 @@ class TeacherClient:
                 "All answers bought so far are kept; run again when the endpoint is back"
             )
 
-    async def _try(self, endpoint: EndpointClient, request: _Request) -> LedgerEntry | Failure:
-        expected = estimate_prompt_tokens(request.messages) + round(self._completion_tokens)
-        lease = await endpoint.limiter.acquire(expected)
-        result: Response | Failure = Failure("broken", "cancelled")
+    async def _try(self, endpoint: EndpointClient, request: _Request) -> tuple[LedgerEntry, Failure | None]:
+        """One call: its worst price is set aside, and once it is recorded its real price is booked instead."""
+        reserved = await self._budget.reserve(self.tier, request.worst_usd)
+        booked = 0.0
         try:
-            result = await endpoint.complete(request.messages, request.parameters)
-            if isinstance(result, Failure):
-                return result
-            self._completion_tokens += 0.1 * (result.completion_tokens - self._completion_tokens)
-            entry = self._entry(endpoint, request, result)
-            await self._ledger.arecord(entry)
-            return entry
+            lease = await endpoint.limiter.acquire(self._expected_tokens(request))
+            booked = request.worst_usd  # if this is cancelled or the ledger cannot be written, nobody knows better
+            entry, failure = await self._send(endpoint, request, lease)
+            booked = entry.price_usd + entry.unsure_usd
+            return entry, failure
         finally:
-            await asyncio.shield(endpoint.limiter.release(lease, *_signal(result)))
+            await asyncio.shield(self._budget.settle(reserved, booked))
 
-    def _entry(self, endpoint: EndpointClient, request: _Request, response: Response) -> LedgerEntry:
-        price = price_usd(self.teacher, response.prompt_tokens, response.completion_tokens, response.cached_tokens)
+    async def _send(
+        self, endpoint: EndpointClient, request: _Request, lease: str
+    ) -> tuple[LedgerEntry, Failure | None]:
+        result: Response | Failure = Failure("broken", "cancelled", charged=True)
+        began = time.monotonic()
+        try:
+            key = request.keys[endpoint.endpoint.base_url]
+            await self._ledger.asend(Sent(key, self.domain, self.tier, request.worst_usd))
+            result = await endpoint.complete(request.messages, request.parameters)
+            entry = self._entry(endpoint, request, result, time.monotonic() - began)
+            stored = self._ledger.append(entry)
+        finally:
+            await asyncio.shield(endpoint.limiter.release(lease, *self._signal(request, result)))
+        await asyncio.shield(asyncio.wrap_future(stored))
+        return entry, result if isinstance(result, Failure) else None
+
+    def _expected_tokens(self, request: _Request) -> int:
+        return estimate_prompt_tokens(request.messages) + round(self._completion_tokens)
+
+    def _signal(self, request: _Request, result: Response | Failure) -> tuple[Signal, int, float | None]:
+        """What the limiter learns of a call: what happened, the tokens used, seconds to wait."""
+        if isinstance(result, Response):
+            self._completion_tokens += 0.1 * (result.completion_tokens - self._completion_tokens)
+            return "ok", result.prompt_tokens + result.completion_tokens, None
+        used = self._expected_tokens(request) if result.charged else 0
+        return "limited" if result.kind == "limited" else "failed", used, result.retry_after
+
+    def _entry(
+        self, endpoint: EndpointClient, request: _Request, result: Response | Failure, seconds: float
+    ) -> LedgerEntry:
+        who = self._identity(endpoint, request)
+        if isinstance(result, Failure):
+            price = 0.0
+            if result.charged:  # by what the requests that did come back have cost
+                prompt = estimate_prompt_tokens(request.messages)
+                price = min(price_usd(self.teacher, prompt, round(self._completion_tokens)), request.worst_usd)
+            unsure = request.worst_usd - price if result.charged else 0.0
+            error: dict[str, Any] = {"outcome": "error", "detail": result.detail, "seconds": seconds}
+            return LedgerEntry(**who, **error, price_usd=price, unsure_usd=unsure)
+        price = price_usd(self.teacher, result.prompt_tokens, result.completion_tokens, result.cached_tokens)
         return LedgerEntry(
-            **self._identity(endpoint, request),
-            prompt_tokens=response.prompt_tokens,
-            cached_tokens=response.cached_tokens,
-            completion_tokens=response.completion_tokens,
+            **who,
+            prompt_tokens=result.prompt_tokens,
+            cached_tokens=result.cached_tokens,
+            completion_tokens=result.completion_tokens,
             price_usd=price,
-            seconds=response.seconds,
-            outcome=response.outcome,
-            text=response.text,
-            finish_reason=response.finish_reason,
+            seconds=result.seconds,
+            outcome=result.outcome,
+            text=result.text,
+            finish_reason=result.finish_reason,
         )
-
-    async def _record_failure(self, endpoint: EndpointClient, request: _Request, failure: Failure) -> LedgerEntry:
-        entry = LedgerEntry(**self._identity(endpoint, request), outcome="error", detail=failure.detail)
-        await self._ledger.arecord(entry)
-        return entry
 
     def _identity(self, endpoint: EndpointClient, request: _Request) -> dict[str, Any]:
         return {
@@ -320,10 +339,3 @@ class TeacherClient:
             from_ledger=from_ledger,
             error=error,
         )
-
-
-def _signal(result: Response | Failure) -> tuple[Signal, int, float | None]:
-    """What the limiter learns of a call: what happened, the tokens used, seconds to wait."""
-    if isinstance(result, Response):
-        return "ok", result.prompt_tokens + result.completion_tokens, None
-    return "limited" if result.kind == "limited" else "failed", 0, result.retry_after

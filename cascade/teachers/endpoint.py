@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+import httpx2
 import openai
 from openai.types.chat import ChatCompletion
 
@@ -49,11 +50,13 @@ class Failure:
         kind: "limited" (429: wait and ask again); "broken" (5xx, timeout, connection, nonsense: ask again); "refused"
             (this request is not accepted); "unusable" (key, account or model refused: the endpoint is out).
         retry_after: seconds that the endpoint asked to wait, None if it did not say.
+        charged: whether the request may cost something all the same: it was sent, and nobody knows what became of it.
     """
 
     kind: Literal["limited", "broken", "refused", "unusable"]
     detail: str
     retry_after: float | None = None
+    charged: bool = False
 
 
 class EndpointClient:
@@ -98,12 +101,14 @@ class EndpointClient:
             result: Response | Failure = read_response(raw, messages, time.monotonic() - began)
         except openai.APIStatusError as error:
             result = self._status(error)
-        except openai.APITimeoutError:
-            result = Failure("broken", f"no answer from {self._url} within {self._teacher.timeout_s:g} s")
+        except openai.APITimeoutError as error:
+            late = f"no answer from {self._url} within {self._teacher.timeout_s:g} s"
+            result = Failure("broken", late, charged=_was_sent(error))
         except openai.APIConnectionError as error:
-            result = Failure("broken", f"cannot reach {self._url}: {error.__cause__ or error}")
+            lost = f"cannot reach {self._url}: {error.__cause__ or error}"
+            result = Failure("broken", lost, charged=_was_sent(error))
         except (openai.OpenAIError, ValueError) as error:
-            result = Failure("broken", f"nonsense from {self._url}: {error}")
+            result = Failure("broken", f"nonsense from {self._url}: {error}", charged=True)
         self._judge(result)
         return result
 
@@ -211,6 +216,12 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
     except ValueError:
         return None
     return min(max(seconds, 0.0), _LONGEST_RETRY_AFTER_S)
+
+
+def _was_sent(error: openai.APIConnectionError) -> bool:
+    """Whether a request that broke off had reached the endpoint, as far as one can tell."""
+    unsent = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout)
+    return not isinstance(error.__cause__, unsent)
 
 
 def _message(error: openai.APIStatusError) -> str:

@@ -1,11 +1,12 @@
-"""The ledger: one durable row per teacher request, so that nothing is ever paid twice.
+"""The ledger: durable rows for every teacher request, so that nothing is ever paid twice and no cent is forgotten.
 
-Each writer appends JSON lines to a file of its own, `ledger/<domain>/<writer>.jsonl`, so any number of processes and
-machines share one ledger without locks. A line is in the file before its response is used; a writer killed in the
-middle of a line spoils that line alone. Where files cannot be appended to (object storage) every row is a small
-object, `ledger/<domain>/<writer>/<number>.json`.
+A request leaves two lines: that it is about to be sent and what it can cost at most, and what became of it. The
+second is stored before the response is used, so that a kill at any point loses no answer; the first without the
+second is a request that a killed process had in flight, which may have been charged.
 
-Only the place of each row is kept in memory, not its text.
+Each writer has a journal of its own below `ledger/<domain>/` (`cascade.teachers.journal`), so any number of
+processes and machines share one ledger without locks, on a file system or an object store. A writer killed in the
+middle of a line spoils that line alone. Only the place of each row is kept in memory, not its text.
 """
 
 from __future__ import annotations
@@ -14,22 +15,23 @@ import asyncio
 import json
 import logging
 import os
-import socket
 import threading
-import uuid
 from collections import defaultdict
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import pyarrow as pa
 
 from cascade.artifacts import Store
 from cascade.tasks import from_table, to_table
+from cascade.teachers import journal
+from cascade.teachers.journal import Journal, Place
 
 RequestOutcome = Literal["answered", "cut", "empty", "error"]
 FOLDER = "ledger"
+_SENT = "sent"
 _log = logging.getLogger(__name__)
 
 
@@ -43,7 +45,8 @@ class LedgerEntry:
         prompt_tokens: tokens in, the cached ones included.
         cached_tokens: those of the prompt tokens that the endpoint had cached.
         completion_tokens: tokens out, hidden reasoning included.
-        price_usd: what the request cost.
+        price_usd: what the request cost; for one that broke off, what it is expected to have cost.
+        unsure_usd: how much more it can have cost, for one that broke off; else 0.
         seconds: from sending to the whole response.
         outcome: "answered"; "cut" at the token limit; "empty" (or withheld by a filter); "error" if no response
             came that could be used. The first three answer the request and are never asked again.
@@ -53,6 +56,7 @@ class LedgerEntry:
         detail: for "error": what went wrong.
         round: how many times the sample had been sent back for repair.
         judge: whether the request asked a judge for its opinion of an answer, rather than for an answer.
+        batch: the batch that it was part of, "" for a request of its own.
     """
 
     key: str
@@ -66,6 +70,7 @@ class LedgerEntry:
     cached_tokens: int = 0
     completion_tokens: int = 0
     price_usd: float = 0.0
+    unsure_usd: float = 0.0
     seconds: float = 0.0
     outcome: RequestOutcome = "answered"
     text: str = ""
@@ -74,6 +79,7 @@ class LedgerEntry:
     detail: str = ""
     round: int = 0
     judge: bool = False
+    batch: str = ""
 
     @property
     def responded(self) -> bool:
@@ -81,13 +87,24 @@ class LedgerEntry:
         return self.outcome != "error"
 
 
-_FIELDS = frozenset(f.name for f in fields(LedgerEntry))
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """That a request is about to be sent.
+
+    Attributes:
+        key: `conversation.request_key`; the same writer's (or batch's) next entry of this key says what became of it.
+        at_most_usd: the most that it can cost.
+    """
+
+    key: str
+    domain: str
+    tier: int
+    at_most_usd: float
+    batch: str = ""
 
 
-class _Place(NamedTuple):
-    path: str
-    offset: int
-    length: int
+_ENTRY_FIELDS = frozenset(f.name for f in fields(LedgerEntry))
+_SENT_FIELDS = frozenset(f.name for f in fields(Sent))
 
 
 class Ledger:
@@ -103,98 +120,143 @@ class Ledger:
             domain: read this domain's rows alone; None reads all.
         """
         self.store, self.domain = store, domain
-        self._answers: dict[str, _Place] = {}
+        self._answers: dict[str, Place] = {}
         self._spent: dict[tuple[str, int], float] = defaultdict(float)
-        self._read: dict[str, int] = {}
+        self._unsure: dict[tuple[str, int], float] = defaultdict(float)
+        self._open: dict[tuple[str, str], Sent] = {}  # (batch or writer, key): sent, and nothing more is known
+        self._closed: set[tuple[str, str]] = set()  # of batches, whose two lines can be two writers'
+        self._read: dict[str, int] = {}  # file or object -> bytes taken in
         self._lock = threading.RLock()
-        self._writers: dict[str, _Writer] = {}
+        self._journals: dict[str, Journal] = {}
         self.refresh()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Ledger, (self.store, self.domain)
 
+    @property
+    def _folder(self) -> str:
+        return f"{FOLDER}/{self.domain}" if self.domain else FOLDER
+
     def refresh(self) -> None:
         """Read what other writers have added since."""
-        folder = f"{FOLDER}/{self.domain}" if self.domain else FOLDER
-        names = [f"{folder}/{n}" for n in self.store.list(folder, recursive=True) if n.endswith((".jsonl", ".json"))]
-        with self._lock:
-            own = {w.path for w in self._writers.values()}
-            fresh = [n for n in names if n not in own and not (n.endswith(".json") and n in self._read)]
-            with ThreadPoolExecutor(1 if self.store.is_local else 16) as pool:
-                for name, data in zip(fresh, pool.map(self._read_new, fresh), strict=True):
-                    self._take_in(name, data)
+        while not self._refresh():
+            pass  # an object was compacted away after it had been listed: look again
 
-    def _read_new(self, name: str) -> bytes:
-        with self.store.filesystem.open_input_file(self.store.path(name)) as file:
-            start = self._read.get(name, 0)
-            size = file.size()
-            return bytes(file.read_at(size - start, start)) if size > start else b""
+    def _refresh(self) -> bool:
+        names = journal.list_names(self.store, self._folder)
+        with self._lock:
+            fresh = [n for n in names if not self._is_own(n) and not (n.endswith(journal.WHOLE) and n in self._read)]
+            with ThreadPoolExecutor(1 if self.store.is_local else 16) as pool:
+                found = list(pool.map(self._read_new, fresh))
+            for name, data in zip(fresh, found, strict=True):
+                self._take_in(name, data or b"")
+            return all(data is not None for data in found)
+
+    def _read_new(self, name: str) -> bytes | None:
+        return journal.read_if_there(self.store, name, self._read.get(name, 0))
+
+    def _is_own(self, name: str) -> bool:
+        return any(name.startswith(j.name) for j in self._journals.values())
 
     def _take_in(self, name: str, data: bytes) -> None:
-        offset = start = self._read.get(name, 0)
-        for line in data.splitlines(keepends=True):
-            entry = parse_line(line)
-            if entry is not None:
-                self._count(entry, _Place(name, offset, len(line)))
-            elif not line.endswith(b"\n"):
+        end = self._read.get(name, 0)
+        mine = {name}
+        for origin, place, line in journal.lines(name, data, end):
+            row = parse_line(line)
+            if row is None and not line.endswith(b"\n"):
                 break  # a writer is in the middle of it, or was killed there
-            elif line.strip():
-                _log.warning("ledger: unreadable line in %s at byte %d, left out", name, offset)
-            offset += len(line)
-        self._read[name] = max(offset, start)
+            end = place.offset + place.length
+            if row is None:
+                if line.strip():
+                    _log.warning("ledger: unreadable line in %s at byte %d, left out", name, place.offset)
+            elif origin not in mine and (origin in self._read or self._is_own(origin)):
+                self._move(row, place)
+            else:
+                mine.add(origin)
+                self._read.setdefault(origin, 0)
+                self._count(row, place, origin)
+        self._read[name] = max(end, self._read.get(name, 0))
 
-    def _count(self, entry: LedgerEntry, place: _Place) -> None:
-        self._spent[entry.domain, entry.tier] += entry.price_usd
-        if entry.responded:
-            self._answers.setdefault(entry.key, place)
+    def _count(self, row: LedgerEntry | Sent, place: Place, origin: str) -> None:
+        where = (row.batch or _writer_of(origin), row.key)
+        if isinstance(row, Sent):
+            if where not in self._closed:
+                self._open[where] = row
+            return
+        self._open.pop(where, None)
+        if row.batch:
+            self._closed.add(where)
+        self._spent[row.domain, row.tier] += row.price_usd
+        self._unsure[row.domain, row.tier] += row.unsure_usd
+        if row.responded:
+            self._answers.setdefault(row.key, place)
 
-    def record(self, entry: LedgerEntry) -> None:
-        """Store a row; on return it survives a power cut."""
-        self._write(entry).sync()
+    def _move(self, row: LedgerEntry | Sent, place: Place) -> None:
+        """A row that was counted where it stood before it was compacted."""
+        if row.key in self._answers and isinstance(row, LedgerEntry) and row.responded:
+            self._answers[row.key] = place
 
-    async def arecord(self, entry: LedgerEntry) -> None:
-        """Like `record`, without holding the event loop up for the disk.
+    def append(self, row: LedgerEntry | Sent) -> Future[Place]:
+        """Store a row; the result comes when it survives a power cut.
 
-        The row is handed to the operating system before the first await, so it survives a kill of this process from
-        then on; on object storage it is on its way in a thread that a cancelled caller does not stop.
+        On a file system the row is handed to the operating system before this returns, so that it survives a kill
+        of this process from then on.
+
+        Raises:
+            OSError: the file cannot be written; the next row goes to another.
         """
-        if self.store.is_local:
-            writer = self._write(entry)
-            await asyncio.shield(asyncio.to_thread(writer.sync))
-        else:
-            await asyncio.shield(asyncio.to_thread(self.record, entry))
-
-    def _write(self, entry: LedgerEntry) -> _Writer:
-        line = json.dumps(asdict(entry)).encode() + b"\n"
+        raw = {_SENT: asdict(row)} if isinstance(row, Sent) else asdict(row)
+        line = json.dumps(raw).encode() + b"\n"
         with self._lock:
-            writer = self._writers.get(entry.domain)
+            writer = self._journals.get(row.domain)
             if writer is None or writer.pid != os.getpid():
-                writer = (
-                    _FileWriter(self.store, entry.domain)
-                    if self.store.is_local
-                    else _ObjectWriter(self.store, entry.domain)
-                )
-                self._writers[entry.domain] = writer
+                writer = journal.open_journal(self.store, f"{FOLDER}/{row.domain}", self._stored)
+                self._journals[row.domain] = writer
         try:
-            place = writer.append(line)
+            return writer.append(line)
         except OSError:
             with self._lock:
-                self._writers.pop(entry.domain, None)  # its last line may be torn: go on in another file
-                self._read[writer.path] = writer.end
+                self._journals.pop(row.domain, None)
             raise
+
+    def _stored(self, line: bytes, place: Place) -> None:
+        row = parse_line(line)
+        assert row is not None
         with self._lock:
             self._read[place.path] = max(self._read.get(place.path, 0), place.offset + place.length)
-            self._count(entry, place)
-        return writer
+            self._count(row, place, place.path)
+
+    def record(self, row: LedgerEntry | Sent) -> None:
+        """Store a row; on return it survives a power cut."""
+        self.append(row).result()
+
+    async def arecord(self, row: LedgerEntry | Sent) -> None:
+        """As `record`, without holding the event loop up; a cancelled caller does not stop it."""
+        await asyncio.shield(asyncio.wrap_future(self.append(row)))
+
+    async def asend(self, row: Sent) -> None:
+        """Store that a request is about to be sent, so that it is known after a kill of this process.
+
+        On a file system that is the case at once, and nothing waits for the disk.
+        """
+        stored = self.append(row)
+        if not self.store.is_local:
+            await asyncio.shield(asyncio.wrap_future(stored))
 
     def get(self, key: str) -> LedgerEntry | None:
         """The response to a request, if one has ever come; errors do not count."""
-        with self._lock:
-            place = self._answers.get(key)
-        if place is None:
-            return None
-        with self.store.filesystem.open_input_file(self.store.path(place.path)) as file:
-            return parse_line(bytes(file.read_at(place.length, place.offset)))
+        for _ in range(3):
+            with self._lock:
+                place = self._answers.get(key)
+            if place is None:
+                return None
+            try:
+                with self.store.filesystem.open_input_file(self.store.path(place.path)) as file:
+                    row = parse_line(bytes(file.read_at(place.length, place.offset)))
+                return row if isinstance(row, LedgerEntry) else None
+            except FileNotFoundError:
+                self.refresh()  # its object was compacted
+        return None
 
     def __contains__(self, key: str) -> bool:
         with self._lock:
@@ -206,21 +268,33 @@ class Ledger:
 
     def entries(self) -> Iterator[LedgerEntry]:
         """All rows on disk, other writers' included, errors too; one file at a time in memory."""
-        folder = f"{FOLDER}/{self.domain}" if self.domain else FOLDER
-        for name in self.store.list(folder, recursive=True):
-            if name.endswith((".jsonl", ".json")):
-                for line in self.store.read_bytes(f"{folder}/{name}").splitlines():
-                    if (entry := parse_line(line)) is not None:
-                        yield entry
+        seen: set[str] = set()
+        for name in journal.list_names(self.store, self._folder):
+            origins = set()
+            for origin, _, line in journal.lines(name, journal.read_if_there(self.store, name) or b""):
+                if origin not in seen and isinstance(row := parse_line(line), LedgerEntry):
+                    yield row
+                origins.add(origin)
+            seen |= origins
 
     def spent(self, tier: int | None = None, domain: str | None = None) -> float:
         """US dollars paid so far, in all or for one tier or domain."""
         with self._lock:
-            return sum(
-                usd
-                for (its_domain, its_tier), usd in self._spent.items()
-                if tier in (None, its_tier) and domain in (None, its_domain)
-            )
+            return _total(self._spent, tier, domain)
+
+    def spent_at_most(self, tier: int | None = None, domain: str | None = None) -> float:
+        """As `spent`, with the most that requests can have cost of which nobody knows."""
+        with self._lock:
+            sent: dict[tuple[str, int], float] = defaultdict(float)
+            for row in self._open.values():
+                sent[row.domain, row.tier] += row.at_most_usd
+            sums = [_total(usd, tier, domain) for usd in (self._spent, self._unsure, sent)]
+            return sum(sums)
+
+    @property
+    def unsettled(self) -> int:
+        """Requests that were sent and of which nothing more is known: in flight now, or lost by a kill."""
+        return len(self._open)
 
     def to_table(self) -> pa.Table:
         """All rows as an Arrow table of `schema_of(LedgerEntry)`."""
@@ -229,10 +303,14 @@ class Ledger:
     def close(self) -> None:
         """Close this writer's files; a later row opens new ones."""
         with self._lock:
-            for writer in self._writers.values():
-                self._read[writer.path] = writer.end
-                writer.close()
-            self._writers.clear()
+            closing, self._journals = list(self._journals.values()), {}
+        for writer in closing:
+            writer.close()
+
+
+def compact(store: Store, domain: str, at_least: int = 64) -> int:
+    """Put the small objects of a domain's ledger together, see `cascade.teachers.journal.compact`."""
+    return journal.compact(store, f"{FOLDER}/{domain}", at_least)
 
 
 def entries_of(table: pa.Table) -> list[LedgerEntry]:
@@ -240,80 +318,21 @@ def entries_of(table: pa.Table) -> list[LedgerEntry]:
     return from_table(LedgerEntry, table)
 
 
-def parse_line(line: bytes) -> LedgerEntry | None:
+def parse_line(line: bytes) -> LedgerEntry | Sent | None:
     """One row from its JSON, None if it is torn. Fields of later versions are passed over."""
     try:
         raw = json.loads(line)
-        return LedgerEntry(**{name: value for name, value in raw.items() if name in _FIELDS})
+        if _SENT in raw:
+            return Sent(**{name: value for name, value in raw[_SENT].items() if name in _SENT_FIELDS})
+        return LedgerEntry(**{name: value for name, value in raw.items() if name in _ENTRY_FIELDS})
     except (ValueError, TypeError, AttributeError):
         return None
 
 
-def _writer_name() -> str:
-    host = "".join(c if c.isalnum() else "-" for c in socket.gethostname())[:40]
-    return f"{host}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+def _total(usd: dict[tuple[str, int], float], tier: int | None, domain: str | None) -> float:
+    return sum(v for (name, number), v in usd.items() if tier in (None, number) and domain in (None, name))
 
 
-class _FileWriter:
-    """Appends lines to a file that no other writer touches. Threads that wait for the disk share one fsync."""
-
-    def __init__(self, store: Store, domain: str) -> None:
-        self.pid = os.getpid()
-        self.path = f"{FOLDER}/{domain}/{_writer_name()}.jsonl"
-        self.end = 0
-        self._synced = 0
-        target = store.path(self.path)
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        self._file = open(target, "xb", buffering=0)  # noqa: SIM115 - lives as long as the writer
-        self._append_lock, self._sync_lock = threading.Lock(), threading.Lock()
-        folder = os.open(os.path.dirname(target), os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
-
-    def append(self, line: bytes) -> _Place:
-        with self._append_lock:
-            place, rest = _Place(self.path, self.end, len(line)), memoryview(line)
-            while rest:
-                rest = rest[self._file.write(rest) or 0 :]
-            self.end += len(line)
-            return place
-
-    def sync(self) -> None:
-        """Return when all that was appended before the call is on the disk."""
-        wanted = self.end
-        with self._sync_lock:
-            if self._synced < wanted:
-                end = self.end
-                os.fsync(self._file.fileno())
-                self._synced = end
-
-    def close(self) -> None:
-        with self._sync_lock:
-            self._file.close()
-
-
-class _ObjectWriter:
-    """Writes every row as an object of its own."""
-
-    def __init__(self, store: Store, domain: str) -> None:
-        self.pid = os.getpid()
-        self.store = store
-        self.path = f"{FOLDER}/{domain}/{_writer_name()}"
-        self.end = 0
-        self._lock = threading.Lock()
-
-    def append(self, line: bytes) -> _Place:
-        with self._lock:
-            number, self.end = self.end, self.end + 1
-        name = f"{self.path}/{number:08d}.json"
-        self.store.write_bytes(name, line)
-        return _Place(name, 0, len(line))
-
-    def sync(self) -> None:
-        """Nothing to do: an object is stored when its write returns."""
-
-    def close(self) -> None:
-        """Nothing to do: no file is kept open."""
-
-
-_Writer = _FileWriter | _ObjectWriter
+def _writer_of(origin: str) -> str:
+    """The writer of a line: its file, or the folder of its objects."""
+    return origin if origin.endswith(journal.APPENDED) else origin.rsplit("/", 1)[0]

@@ -1,7 +1,8 @@
 """Limits of one endpoint and key: requests and tokens per minute, and how many requests are in flight.
 
 `LimiterState` is the whole logic, pure and with the clock passed in. `RateLimiter` puts asyncio around it. Where many
-processes share one key, one `RateLimiter` stands behind a service that offers the same two methods (`Limiter`).
+processes share one key, one `RateLimiter` stands behind a service that offers the same two methods (`Limiter`), and
+each process is a holder of leases that are taken back when it dies.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import contextlib
 import math
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -78,6 +79,7 @@ class _Bucket:
 class _Lease:
     started: float
     tokens: int
+    holder: str
 
 
 @dataclass
@@ -87,15 +89,11 @@ class LimiterState:
     The concurrency starts at its maximum, halves when the endpoint answers 429 (once for all requests that were
     already under way then) and grows by one for every round of successes. After a 429 nothing starts before the
     time that the endpoint asked for; if it did not say, the pause doubles until something succeeds.
-
-    Attributes:
-        lease_s: a lease not given back for so long belonged to a process that died; its place is free again.
     """
 
     requests_per_minute: float
     tokens_per_minute: float
     max_concurrency: int
-    lease_s: float = 900.0
     concurrency: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -110,13 +108,12 @@ class LimiterState:
         """Requests that have a place now."""
         return len(self._leases)
 
-    def acquire(self, now: float, lease: str, tokens: int) -> float:
-        """Ask for a place.
+    def acquire(self, now: float, lease: str, tokens: int, holder: str = "") -> float:
+        """Ask for a place for one of a holder's requests.
 
         Returns:
             0 if it is granted; else the seconds after which to ask again, infinite if only a release can help.
         """
-        self._drop_lost(now)
         wait = max(self._paused_until - now, self._requests.wait(now, 1), self._tokens.wait(now, tokens))
         if wait > 1e-9:
             return wait
@@ -124,7 +121,7 @@ class LimiterState:
             return math.inf
         self._requests.take(now, 1)
         self._tokens.take(now, tokens)
-        self._leases[lease] = _Lease(now, tokens)
+        self._leases[lease] = _Lease(now, tokens, holder)
         return 0.0
 
     def release(
@@ -146,9 +143,12 @@ class LimiterState:
             grown = self.concurrency + _GROWTH / max(1.0, self.concurrency)
             self.concurrency = min(float(self.max_concurrency), grown)
 
-    def _drop_lost(self, now: float) -> None:
-        for lease in [name for name, held in self._leases.items() if now - held.started > self.lease_s]:
+    def drop(self, holder: str) -> int:
+        """Take back the places of a holder that died; returns how many there were."""
+        lost = [name for name, held in self._leases.items() if held.holder == holder]
+        for lease in lost:
             del self._leases[lease]
+        return len(lost)
 
 
 class RateLimiter:
@@ -171,21 +171,45 @@ class RateLimiter:
 
     async def acquire(self, tokens: int) -> str:
         """See `Limiter.acquire`."""
-        lease = uuid.uuid4().hex
+        return (await self.acquire_some([tokens]))[0]
+
+    async def acquire_some(self, tokens: Sequence[int], holder: str = "") -> list[str]:
+        """Wait for a place for the first of several requests, and take those for the next that are free then.
+
+        Args:
+            tokens: of each request, in the order in which they want to start; at least one.
+            holder: who has to be alive for the places to stay taken, see `drop`.
+
+        Returns:
+            Leases of the first requests, at least one.
+        """
         async with self._line:
+            leases = [uuid.uuid4().hex]
             while True:
                 self._released.clear()
-                wait = self.state.acquire(self._clock(), lease, tokens)
+                wait = self.state.acquire(self._clock(), leases[0], tokens[0], holder)
                 if wait == 0:
-                    return lease
-                await self._pause(min(wait, self.state.lease_s))
+                    break
+                await self._pause(wait)
+            for amount in tokens[1:]:
+                lease = uuid.uuid4().hex
+                if self.state.acquire(self._clock(), lease, amount, holder):
+                    break
+                leases.append(lease)
+            return leases
 
     async def release(self, lease: str, signal: Signal, used_tokens: int, retry_after: float | None = None) -> None:
         """See `Limiter.release`."""
         self.state.release(self._clock(), lease, signal, used_tokens, retry_after)
         self._released.set()
 
+    def drop(self, holder: str) -> int:
+        """See `LimiterState.drop`."""
+        dropped = self.state.drop(holder)
+        self._released.set()
+        return dropped
+
     async def _pause(self, seconds: float) -> None:
         """Sleep until the time is up or a place was given back."""
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._released.wait(), seconds)
+            await asyncio.wait_for(self._released.wait(), None if math.isinf(seconds) else seconds)

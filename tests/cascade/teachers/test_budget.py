@@ -18,7 +18,7 @@ def test_no_limit_is_ever_passed(domain: float, tier: float, steps: list) -> Non
     open_leases: list[tuple[str, float]] = []
     for number, (which, worst, share, settle) in enumerate(steps):
         try:
-            if state.reserve(0, str(number), which, worst):
+            if state.reserve(str(number), which, worst):
                 open_leases.append((str(number), worst * share))
         except BudgetExceeded:
             pass
@@ -32,25 +32,44 @@ def test_no_limit_is_ever_passed(domain: float, tier: float, steps: list) -> Non
 
 def test_it_waits_for_requests_in_flight_and_refuses_what_can_never_fit() -> None:
     state = BudgetState("code", 10, {1: 3}, spent={1: 1.0})
-    assert state.reserve(0, "a", 1, 1.5)
-    assert not state.reserve(0, "b", 1, 1.5)
+    assert state.reserve("a", 1, 1.5)
+    assert not state.reserve("b", 1, 1.5)
     state.settle("a", 0.5)
-    assert state.reserve(0, "b", 1, 1.5)
+    assert state.reserve("b", 1, 1.5)
     with pytest.raises(BudgetExceeded, match=r"tier 1 of domain code.*\$1\.50.*raise tiers\.0\.budget_usd"):
-        state.reserve(0, "c", 1, 1.6)
+        state.reserve("c", 1, 1.6)
     with pytest.raises(BudgetExceeded, match="raise budget_usd"):
-        state.reserve(0, "c", 2, 9)
+        state.reserve("c", 2, 9)
 
 
-def test_what_a_dead_process_set_aside_counts_as_spent() -> None:
-    state = BudgetState("code", 1, lease_s=100)
-    assert state.reserve(0, "a", 1, 0.8)
-    assert not state.reserve(50, "b", 1, 0.8)
+def test_what_a_dead_holder_set_aside_counts_as_spent() -> None:
+    state = BudgetState("code", 1)
+    assert state.reserve("a", 1, 0.8, holder="one")
+    assert state.reserve("b", 1, 0.1, holder="two")
+    assert not state.reserve("c", 1, 0.8)
+    state.write_off("one")
     with pytest.raises(BudgetExceeded):
-        state.reserve(101, "b", 1, 0.8)
+        state.reserve("c", 1, 0.8)
+    assert state.total_spent() == pytest.approx(0.8)
+    assert state.total_reserved() == pytest.approx(0.1)
     state.settle("a", 0.1)
     assert state.total_spent() == pytest.approx(0.1)
-    assert state.reserve(102, "b", 1, 0.8)
+    assert state.reserve("c", 1, 0.8)
+
+
+async def test_a_batch_reserves_for_as_many_as_fit() -> None:
+    budget = LocalBudget(BudgetState("code", 1.0))
+    first = await budget.reserve_some(1, [0.3, 0.3, 0.3, 0.3])
+    assert len(first) == 3
+    waiting = asyncio.ensure_future(budget.reserve_some(1, [0.3, 0.9]))
+    await asyncio.sleep(0.01)
+    assert not waiting.done()
+    await budget.settle(first[0], 0.1)
+    assert len(await waiting) == 1
+    for lease in first[1:]:
+        await budget.settle(lease, 0.3)
+    with pytest.raises(BudgetExceeded):
+        await budget.reserve_some(1, [0.5, 0.1])
 
 
 async def test_coroutines_wait_for_their_turn() -> None:

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cascade.artifacts import Store
-from cascade.teachers.ledger import Ledger, LedgerEntry, entries_of, parse_line
+from cascade.teachers.ledger import Ledger, LedgerEntry, Sent, compact, entries_of, parse_line
 
 
 class ObjectStore(Store):
@@ -178,7 +178,7 @@ def test_garbage_in_the_middle_is_passed_over(tmp_path: Path) -> None:
 def test_a_failed_write_does_not_spoil_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ledger = Ledger(Store(str(tmp_path)))
     ledger.record(entry("a"))
-    (writer,) = ledger._writers.values()
+    (writer,) = ledger._journals.values()
 
     class FullDisk:
         def write(self, line: memoryview) -> int:
@@ -189,6 +189,68 @@ def test_a_failed_write_does_not_spoil_the_next(tmp_path: Path, monkeypatch: pyt
         ledger.record(entry("b"))
     ledger.record(entry("c"))
     assert {e.key for e in Ledger(Store(str(tmp_path))).entries()} == {"a", "c"}
+
+
+def sent(key: str, usd: float = 2.0, batch: str = "") -> Sent:
+    return Sent(key, "code", 1, usd, batch)
+
+
+def test_what_was_sent_and_never_came_back_may_have_been_paid(store: Store) -> None:
+    ledger = Ledger(store)
+    for key in ("a", "b"):
+        ledger.record(sent(key))
+    assert ledger.unsettled == 2
+    ledger.record(entry("a", 0.5))
+    ledger.record(entry("c", 0.25, unsure_usd=0.5, outcome="error"))
+    for seen in (ledger, Ledger(store)):
+        assert (seen.spent(), seen.spent_at_most(), seen.unsettled) == (0.75, 0.75 + 0.5 + 2.0, 1)
+        assert seen.spent_at_most(2) == 0
+    Ledger(store).record(entry("b"))  # another writer's request of that key is another request
+    assert Ledger(store).unsettled == 1
+
+
+def test_a_batch_may_be_fetched_by_another_writer_than_sent_it(store: Store) -> None:
+    for order in (("sender", "fetcher"), ("fetcher", "sender")):
+        names = {"sender": sent("a", batch="b1"), "fetcher": entry("a", batch="b1")}
+        for name in order:
+            Ledger(store).record(names[name])
+    assert Ledger(store).unsettled == 0
+
+
+def test_objects_are_put_together_and_nothing_is_lost_or_counted_twice(tmp_path: Path) -> None:
+    store = ObjectStore(str(tmp_path))
+    early, writer = Ledger(store), Ledger(store)
+    rows = [entry(str(i), outcome="error" if i % 5 == 4 else "answered") for i in range(30)]
+    for row in rows[:10]:
+        writer.record(row)
+    early.refresh()
+    for row in rows[10:20]:
+        writer.record(row)
+    assert compact(store, "code", at_least=64) == 0
+    assert compact(store, "code", at_least=5) == 20
+    for row in rows[20:]:
+        writer.record(row)
+    assert compact(store, "code", at_least=5) == 11
+    assert len(list(tmp_path.rglob("*.json"))) == 1
+    early.refresh()
+    for seen in (early, writer, Ledger(store)):
+        assert seen.spent() == pytest.approx(15)
+        assert [seen.get(r.key) for r in rows] == [r if r.responded else None for r in rows]
+    assert sorted(e.key for e in writer.entries()) == sorted(r.key for r in rows)
+
+
+def test_two_who_compact_at_once_count_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = ObjectStore(str(tmp_path))
+    writer = Ledger(store)
+    for i in range(6):
+        writer.record(entry(str(i)))
+    with monkeypatch.context() as first:  # one is killed before it deletes, another begins anew
+        first.setattr(ObjectStore, "delete", lambda self, name: None)
+        compact(store, "code", at_least=2)
+    assert Ledger(store).spent() == 3.0
+    compact(store, "code", at_least=2)
+    assert Ledger(store).spent() == 3.0
+    assert len(list(Ledger(store).entries())) == 6
 
 
 def test_fields_of_a_later_version_are_passed_over() -> None:

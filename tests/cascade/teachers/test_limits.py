@@ -120,13 +120,26 @@ def test_an_endpoint_that_goes_on_refusing_is_asked_ever_more_rarely() -> None:
     assert state.acquire(now, "c", 1) == pytest.approx(0.05)
 
 
-def test_places_of_lost_processes_come_back() -> None:
-    state = LimiterState(10**6, 10**9, max_concurrency=2, lease_s=100)
-    assert state.acquire(0, "a", 1) == state.acquire(0, "b", 1) == 0
-    assert state.acquire(50, "c", 1) == math.inf
-    assert state.acquire(101, "c", 1) == 0
+def test_places_of_a_holder_that_died_come_back() -> None:
+    state = LimiterState(10**6, 10**9, max_concurrency=2)
+    assert state.acquire(0, "a", 1, "one") == state.acquire(0, "b", 1, "two") == 0
+    assert state.acquire(50, "c", 1, "two") == math.inf
+    assert state.drop("one") == 1
+    assert state.acquire(50, "c", 1, "two") == 0
     state.release(102, "a", "ok", 1)
-    assert state.in_flight == 1
+    assert state.in_flight == 2
+
+
+async def test_several_get_what_is_free_at_once() -> None:
+    limiter = RateLimiter(LimiterState(10**6, 10**9, max_concurrency=4))
+    first = await limiter.acquire_some([1] * 3)
+    assert len(first) == 3
+    assert len(await limiter.acquire_some([1] * 3, "dead")) == 1
+    waiting = asyncio.ensure_future(limiter.acquire_some([1] * 3))
+    await asyncio.sleep(0.01)
+    assert not waiting.done()
+    assert limiter.drop("dead") == 1
+    assert len(await waiting) == 1
 
 
 async def test_coroutines_never_exceed_the_concurrency_and_all_get_their_turn() -> None:

@@ -99,7 +99,7 @@ async def test_the_same_question_asked_at_once_is_paid_once(fake_server, make_te
     assert sum(a.from_ledger for a in answers) == 7
 
 
-async def test_faults_are_tried_again(fake_server, make_teacher, make_task, open_client, choices) -> None:
+async def test_faults_are_tried_again(fake_server, make_teacher, make_task, open_client, tmp_path) -> None:
     server = fake_server()
     teacher = make_teacher(server.url, timeout_s=1.0)
     faults = [500, 503, "{broken", ("sleep", 1.6), {"choices": []}, {"choices": None, "error": {"message": "x"}}, 408]
@@ -109,7 +109,14 @@ async def test_faults_are_tried_again(fake_server, make_teacher, make_task, open
             answer = await client.answer(make_task(number))
             assert answer.ok, fault
         assert len(server.calls) == 2 * len(faults)
-        assert client.seen_budget.total_spent() == pytest.approx(len(faults) * PRICE)
+        errors = [r for r in rows(tmp_path) if not r.responded]
+        assert len(errors) == len(faults)
+        unsure = [r for r in errors if r.unsure_usd]
+        assert len(unsure) == 4, "what was sent and brought nothing back may have been charged"
+        assert all(r.price_usd > 0 for r in unsure)
+        ledger = Ledger(Store(str(tmp_path)))
+        assert ledger.spent_at_most() == pytest.approx(client.seen_budget.total_spent())
+        assert ledger.spent_at_most() > ledger.spent() > len(faults) * PRICE
 
 
 async def test_429_costs_no_retries_and_its_retry_after_is_kept(
@@ -135,7 +142,7 @@ async def test_a_request_that_fails_for_good_is_recorded_and_asked_again_next_ti
         assert "500: fault 500" in failed.error
         assert "does not accept the request (400: fault 400)" in refused.error
         assert (failed.text, failed.cost_usd) == ("", 0.0)
-        assert [r.outcome for r in rows(tmp_path)] == ["error", "error"]
+        assert [r.outcome for r in rows(tmp_path)] == ["error"] * 5  # every call has its row
         assert (await client.answer(make_task(1))).ok
 
 
@@ -242,7 +249,7 @@ async def test_the_next_endpoint_takes_over(fake_server, make_teacher, make_task
         for number in range(4):
             assert (await client.answer(make_task(number))).ok
     assert (len(first.calls), len(second.calls)) == (1, 4)
-    assert {r.endpoint for r in rows(tmp_path)} == {second.url}
+    assert {r.endpoint for r in rows(tmp_path) if r.responded} == {second.url}
     async with open_client(teacher) as client:
         assert (await client.answer(make_task(0))).from_ledger
 
