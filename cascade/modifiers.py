@@ -3,6 +3,7 @@
     modifiers/<domain>/<version>/modifier.safetensors   written first
     modifiers/<domain>/<version>/manifest.json
     modifiers/<domain>/CURRENT                           the version in use, replaced whole
+    modifiers/<domain>/CANARY                            a version that gets a share of the requests, if there is one
 
 A version never changes once it is there, so readers need no lock: they see the old one or the new one.
 """
@@ -28,6 +29,7 @@ from cascade.scoring.statistics import Score
 
 FOLDER = "modifiers"
 CURRENT = "CURRENT"
+CANARY = "CANARY"
 FILE = "modifier.safetensors"
 _DOMAIN = re.compile(r"[a-z][a-z0-9_-]{0,63}")
 _VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -48,6 +50,7 @@ class Modifier(BaseModel):
         fp16_bytes: what the uncompressed adapter weighs in fp16.
         scores: by what was measured ("base", "modifier", "compressed"), each with n and a 95 % interval.
         teachers: whose answers it was trained on; one that only replays known answers starts with "answer-key".
+        system: the system message of the prompts that it learned from; None: the chat template's own.
         created: Unix time in seconds.
     """
 
@@ -64,6 +67,7 @@ class Modifier(BaseModel):
     fp16_bytes: _Bytes
     scores: dict[str, Score]
     teachers: tuple[str, ...]
+    system: str | None = None
     recipe: Recipe
     created: float
 
@@ -91,6 +95,7 @@ def publish(
     fp16_size: int | AdapterWeights,
     scores: Mapping[str, Score] | None = None,
     teachers: tuple[str, ...] = (),
+    system: str | None = None,
     version: str | None = None,
     make_current: bool = True,
 ) -> Modifier:
@@ -100,6 +105,7 @@ def publish(
 
     Args:
         fp16_size: size of the uncompressed adapter in fp16, in bytes, or that adapter.
+        system: the system message that it was trained under, which whoever asks it must use too.
         version: its name; by default the first 12 digits of the file's hash.
 
     Raises:
@@ -119,13 +125,14 @@ def publish(
         fp16_bytes=fp16_bytes(fp16_size) if isinstance(fp16_size, AdapterWeights) else fp16_size,
         scores=dict(scores or {}),
         teachers=teachers,
+        system=system,
         recipe=compressed.recipe,
         created=time.time(),
     )
     folder = _folder(domain, modifier.version)
     if store.exists(f"{folder}/{MANIFEST}"):
         there = get(store, domain, modifier.version)
-        if there.sha256 != digest:
+        if (there.sha256, there.system) != (digest, system):
             raise DataError(f"{there.name} exists with other content: versions never change, choose another name")
         modifier = there
     else:
@@ -185,6 +192,46 @@ def set_current(store: Store, domain: str, version: str) -> Modifier:
     return modifier
 
 
+class Canary(BaseModel):
+    """A version that serves a share of a domain's requests beside the current one."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    version: str = Field(pattern=rf"^{_VERSION.pattern}$")
+    share: float = Field(ge=0, le=1, allow_inf_nan=False)
+
+
+def canary(store: Store, domain: str) -> Canary | None:
+    """The domain's canary, None if it has none.
+
+    Raises:
+        FormatError: CANARY is damaged.
+    """
+    path = f"{FOLDER}/{_checked(domain, _DOMAIN, 'domain')}/{CANARY}"
+    try:
+        return Canary.model_validate_json(_read(store, path, 256))
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        raise FormatError(f"{path} is damaged: {error.errors()[0]['msg']}") from None
+
+
+def set_canary(store: Store, domain: str, version: str, share: float) -> Modifier:
+    """Let a version serve a share of the domain's requests; a share of 0 ends that.
+
+    Raises:
+        DataError: there is no such version, or the share is not between 0 and 1.
+    """
+    modifier = get(store, domain, version)
+    if not 0 <= share <= 1:
+        raise DataError(f"a canary's share lies between 0 and 1, not at {share}")
+    path = f"{FOLDER}/{domain}/{CANARY}"
+    if share == 0:
+        store.delete(path)
+    else:
+        store.write_bytes(path, Canary(version=version, share=share).model_dump_json().encode())
+    return modifier
+
+
 def list_modifiers(store: Store, domain: str | None = None) -> list[Modifier]:
     """All versions of all domains, or of one, oldest first within a domain.
 
@@ -195,7 +242,7 @@ def list_modifiers(store: Store, domain: str | None = None) -> list[Modifier]:
     found = []
     for name in domains:
         folder = f"{FOLDER}/{_checked(name, _DOMAIN, 'domain')}"
-        versions = [v for v in store.list(folder) if v != CURRENT and _VERSION.fullmatch(v)]
+        versions = [v for v in store.list(folder) if v not in (CURRENT, CANARY) and _VERSION.fullmatch(v)]
         # A folder without a manifest is a version that is being written, or whose writing was cut off.
         finished = [v for v in versions if store.exists(f"{folder}/{v}/{MANIFEST}")]
         found += sorted((get(store, name, v) for v in finished), key=lambda m: (m.created, m.version))

@@ -8,35 +8,44 @@ other domain that has been tested with the same storage.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from cascade import modifiers
-from cascade.artifacts import Run
+from cascade.artifacts import Run, Store
 from cascade.config import PromptStyle
 from cascade.routing.model import publish
 from cascade.routing.train import train_router
 from cascade.tasks import Task
 from ray_jobs._context import Job, Metrics, main
 from ray_jobs._evaluate import Assignment, evaluate
-from ray_jobs._test import training_style
 
 BASE = "base"
-AS_SERVED = PromptStyle(name="as-served")
-"""How the base is asked when it serves: with the client's own messages alone."""
+AS_SERVED = "as-served"
 
 
 def work(job: Job) -> Metrics:
     job.runs.validate_modifier.require()
     tasks = [*job.runs.validation_tasks, *_tasks_of_other_domains(job)]
-    style, store = training_style(job.runs), job.run.store
-    assignments = [Assignment(BASE, tasks, AS_SERVED)]
-    for domain in modifiers.list_domains(store):
-        modifier = modifiers.current(store, domain)
-        if modifier is not None and modifier.base_sha256 == job.runs.base_sha256:
-            assignments.append(Assignment(domain, tasks, style, modifier.path, modifier.version))
-    verdicts = evaluate(job, assignments)
+    store = job.run.store
+    verdicts = evaluate(job, assignments_as_served(store, job.runs.base_sha256, tasks))
     outcomes = {name: [v.passed for v in column] for name, column in verdicts.items()}
     model, report = train_router([t.prompt for t in tasks], outcomes, job.config.router, job.config.seed)
     version = publish(store, model, report.as_dict())
     return {"version": version, "candidates": ", ".join(outcomes), "queries": len(tasks), "report": report.as_dict()}
+
+
+def assignments_as_served(store: Store, base_sha256: str, tasks: Sequence[Task]) -> list[Assignment]:
+    """Base and every current modifier that fits it, asked as when they serve.
+
+    That is the base with the client's messages alone, a modifier under the system message that it was trained with.
+    """
+    assignments = [Assignment(BASE, tasks, PromptStyle(name=AS_SERVED))]
+    for domain in modifiers.list_domains(store):
+        modifier = modifiers.current(store, domain)
+        if modifier is not None and modifier.base_sha256 == base_sha256:
+            style = PromptStyle(name=AS_SERVED, system=modifier.system)
+            assignments.append(Assignment(domain, tasks, style, modifier.path, modifier.version))
+    return assignments
 
 
 def _tasks_of_other_domains(job: Job) -> list[Task]:

@@ -56,6 +56,7 @@ def _publish(job: Job, file: str, verdicts: dict[str, list[Verdict]]) -> str:
         fp16_size=job.runs.compress_modifier.metrics["fp16_bytes"],
         scores=scores,
         teachers=teachers,
+        system=training_style(job.runs).system,
     )
     return modifier.version
 

@@ -3,8 +3,7 @@
     CASCADE_CONFIG=configs/quickstart.yaml serve run serve.app:app
     serve run serve.app:build config=configs/code.yaml
 
-Several configs of one base and one storage may be named, separated by ":"; each domain's modifier is then asked under
-its own config's system message.
+A config names base and storage; every domain's modifier in that storage is served.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from ray.serve import Application
 
 from cascade import modifiers
 from cascade.artifacts import Store
-from cascade.config import Base, Config, load_config
+from cascade.config import Base, load_config
 from cascade.errors import ConfigError
 from serve.engine import Limits
 from serve.ingress import EngineReplica, Ingress, Served
@@ -32,7 +31,7 @@ class Arguments(BaseModel):
     """Arguments of `build`, as `serve run serve.app:build name=value` or `args:` in a Serve config give them.
 
     Attributes:
-        config: YAML file, or several separated by ":".
+        config: YAML file.
         replicas: engines, each with a base and a slot of its own.
         threads: of an engine's computing; null: execution.threads, else as many as help.
         rows: sequences an engine computes together.
@@ -56,7 +55,7 @@ def build(args: Mapping[str, Any]) -> Application:
         args: fields of `Arguments`.
 
     Raises:
-        ConfigError: an argument or a config cannot be used, configs do not go together, or nothing was trained yet.
+        ConfigError: an argument or the config cannot be used, or nothing was trained yet.
     """
     return _application(_checked(args))
 
@@ -72,26 +71,21 @@ def _checked(args: Mapping[str, Any]) -> Arguments:
 
 
 def _application(args: Arguments) -> Application:
-    configs = [load_config(path) for path in args.config.split(os.pathsep)]
-    first = configs[0]
-    storage = Store(first.storage)
-    for other in configs[1:]:
-        if (other.base, Store(other.storage).uri) != (first.base, storage.uri):
-            raise ConfigError(f"{args.config}: configs that are served together need the same base and storage")
+    config = load_config(args.config)
+    storage = Store(config.storage)
     if not any(modifiers.current(storage, domain) for domain in modifiers.list_domains(storage)):
         raise ConfigError(
             f"there is no modifier in {storage.uri} yet: run `make run` first (or `cascade run {args.config}`)"
         )
     served = Served(
-        base=_absolute(first.base),
+        base=_absolute(config.base),
         storage=storage.uri,
-        systems=_systems(configs),
-        temperature=first.student.temperature,
+        temperature=config.student.temperature,
         limits=Limits(rows=args.rows, waiting=args.waiting, patience_s=args.patience_s),
-        threads=args.threads or first.execution.threads,
+        threads=args.threads or config.execution.threads,
     )
-    options: dict[str, Any] = {"num_cpus": first.execution.cpus_per_actor}
-    if first.execution.use_gpu:
+    options: dict[str, Any] = {"num_cpus": config.execution.cpus_per_actor}
+    if config.execution.use_gpu:
         options["num_gpus"] = 1
     engine = EngineReplica.options(num_replicas=args.replicas, ray_actor_options=options)  # type: ignore[attr-defined]
     return Ingress.bind(served, engine.bind(served))  # type: ignore[attr-defined]
@@ -101,12 +95,6 @@ def _absolute(base: Base) -> Base:
     """The base with a local folder's full path: replicas may run in another folder."""
     folder = Path(base.model).expanduser()
     return base.model_copy(update={"model": str(folder.absolute())}) if folder.is_dir() else base
-
-
-def _systems(configs: list[Config]) -> dict[str, str]:
-    """Per domain the system message of the style that its modifier was trained in."""
-    styles = {config.domain: config.student.prompts[0] for config in configs}
-    return {domain: style.system for domain, style in styles.items() if style.system}
 
 
 def __getattr__(name: str) -> Application:

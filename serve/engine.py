@@ -1,9 +1,10 @@
 """The engine: a base, one modifier slot, and one thread that does all computing.
 
-That thread alone touches the model and the slot, and swaps only while no row is running: a modifier is never changed
-under somebody's generation, and no cache outlives the modifier that filled it. Work for the modifier in the slot joins
-the running batch at any step. When other work has waited longer than `patience_s`, nobody joins any more: the batch
-runs dry, and the one who has waited longest is next.
+That thread alone touches the model and the slot. Jobs are grouped by the version of the modifier that answers them;
+each group has a batch, and so a KV cache, of its own, and only the group whose modifier is in the slot is computed. At
+any step jobs join and leave its batch. When it has had the slot for `patience_s` while others wait, it is parked with
+its cache and the group that has waited longest is next: nobody is computed under another's modifier, and nobody waits
+for somebody else's long answer to end.
 """
 
 from __future__ import annotations
@@ -13,20 +14,30 @@ import copy
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 
+from cascade.artifacts import Store
 from cascade.compression.adapter import BaseRef
 from cascade.compression.apply import LoraSlot
 from cascade.errors import CascadeError
 from cascade.models.base import LoadedBase
+from cascade.models.chat import prompt_text
 from cascade.models.generation import Batch, Request, Row
 from cascade.routing.model import BASE
-from serve.events import Delta, Event, Failed, Finished, Started, Work
+from serve.events import Event, Failed, Finished, Started, Work
+from serve.forms import Forms
+from serve.jobs import BARE, Group, Job, Key
 from serve.live import LiveModifiers
 from serve.text import TextStream
 
 logger = logging.getLogger(__name__)
+
+_STARVED_S = 2.0
+"""A job that has waited so long for room is let in before any other joins."""
+_SHUTTING_DOWN = Failed(503, "the server is shutting down", "shutting_down", retry_after_s=5)
 
 
 @dataclass(frozen=True)
@@ -35,9 +46,9 @@ class Limits:
 
     Attributes:
         rows: sequences computed together.
-        tokens: most tokens (prompt and answer) that the rows of a batch may come to, so that memory is bounded.
-        waiting: work that may wait; more is refused with 429.
-        patience_s: after waiting so long, work for another modifier ends the joining of the running batch.
+        tokens: most tokens (prompt and answer) that the rows of all groups may come to, so that memory is bounded.
+        waiting: jobs that may wait; more are refused with 429.
+        patience_s: how long a group keeps the slot while another waits.
         answer_tokens: answer length where the request names none.
         step_s: a thread that has not finished one step in so long counts as hung.
     """
@@ -45,40 +56,41 @@ class Limits:
     rows: int = 32
     tokens: int = 32_768
     waiting: int = 64
-    patience_s: float = 2.0
+    patience_s: float = 0.5
     answer_tokens: int = 512
     step_s: float = 120.0
 
 
-@dataclass(eq=False)
-class _Job:
-    """A piece of work inside the engine. `cancelled` is set by its consumer and read by the thread."""
-
-    choice: str
-    request: Request
-    emit: Callable[[Event], None]
-    text: TextStream
-    arrived: float = field(default_factory=time.perf_counter)
-    cancelled: bool = False
-
-    @property
-    def tokens(self) -> int:
-        return len(self.request.prompt) + self.request.max_tokens
-
-
 class Engine:
-    """Generates for many at once with one modifier at a time. Make it, `stream` from any event loop, `close` it."""
+    """Generates for many at once with one modifier at a time. Make it, `stream` from any event loop, `close` it.
 
-    def __init__(self, loaded: LoadedBase, modifiers: LiveModifiers, limits: Limits = Limits()) -> None:
-        self._loaded, self._modifiers, self._limits = loaded, modifiers, limits
+    Attributes:
+        modifiers: what is in use; `watch` it to follow the store.
+    """
+
+    def __init__(self, loaded: LoadedBase, store: Store, cache: Path, limits: Limits = Limits()) -> None:
+        """Prepare every modifier in use, and start the thread.
+
+        Args:
+            cache: local folder for modifiers in their serving form.
+        """
+        self._loaded, self._limits = loaded, limits
         # Callers tokenise in their own threads; a tokenizer is not safe to share with the one that decodes.
         self._encoder = copy.deepcopy(loaded.tokenizer)
         self._encoding = threading.Lock()
         self._slot = LoraSlot(loaded.model, base=BaseRef(loaded.name, loaded.sha256))
-        self._held: tuple[str, str] = (BASE, "")
-        self._batch = Batch(loaded)
-        self._running: dict[int, _Job] = {}
-        self._waiting: list[_Job] = []
+        forms = Forms(
+            store,
+            cache,
+            base_sha256=loaded.sha256,
+            dtype=self._slot.dtype,
+            check=self._slot.check,
+            pin=loaded.device.type == "cuda",
+        )
+        forms.remove_old()
+        self.modifiers = LiveModifiers(store, forms.open)
+        self._groups: dict[Key, Group] = {}
+        self._held: Key = BARE
         self._serial = 0
         self._changed = threading.Condition()
         self._closed = False
@@ -92,18 +104,17 @@ class Engine:
         """Events of a piece of work. Leaving the iteration, or cancelling the task, cancels the work."""
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[Event] = asyncio.Queue()
-        request = await asyncio.to_thread(self._prepare, work)
-        if isinstance(request, Failed):
-            yield request
-            return
 
         def emit(event: Event) -> None:
             try:
                 loop.call_soon_threadsafe(events.put_nowait, event)
             except RuntimeError:  # the loop is closed: nobody listens any more
-                job.cancelled = True
+                job.cancelled = True  # type: ignore[union-attr]
 
-        job = _Job(work.choice, request, emit, TextStream(self._loaded.tokenizer, request.stop))
+        job = await asyncio.to_thread(self._prepare, work, emit)
+        if isinstance(job, Failed):
+            yield job
+            return
         refused = self._submit(job)
         if refused is not None:
             yield refused
@@ -125,32 +136,37 @@ class Engine:
 
     @property
     def load(self) -> tuple[int, int]:
-        """Rows running and work waiting."""
-        return len(self._running), len(self._waiting)
+        """Rows running (parked ones included) and jobs waiting."""
+        groups = list(self._groups.values())
+        return sum(len(g.running) for g in groups), sum(len(g.waiting) for g in groups)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Weights in memory: the base's and the slot's."""
+        base = sum(p.numel() * p.element_size() for p in self._loaded.model.parameters())
+        return base + self._slot.resident_bytes
 
     def close(self) -> None:
         """End the thread; work that is not done fails."""
+        self.modifiers.close()
         with self._changed:
             self._closed = True
             self._changed.notify()
         self._thread.join(timeout=10)
+        self._slot.remove()
 
-    def _prepare(self, work: Work) -> Request | Failed:
-        """Tokens of the prompt within the model's context."""
-        prefill = work.messages[-1].role == "assistant"
+    def _prepare(self, work: Work, emit: Callable[[Event], None]) -> Job | Failed:
+        """Tokens of the prompt within the model's context, and the version that shall answer."""
+        live = None if work.choice == BASE else self.modifiers.get(work.choice, work.variant)
+        if live is None and work.choice != BASE:
+            return Failed(503, f"there is no modifier {work.choice!r} that can be used", "modifier_unavailable")
         try:
             with self._encoding:
-                text = self._encoder.apply_chat_template(
-                    [m.as_dict() for m in work.messages],
-                    tokenize=False,
-                    add_generation_prompt=not prefill,
-                    continue_final_message=prefill,
-                )
+                text = prompt_text(self._encoder, work.messages)
                 prompt = list(self._encoder(text, add_special_tokens=False).input_ids)
         except Exception as error:  # a template may refuse anything, in any way
-            return Failed(
-                400, f"the model's chat template refuses these messages: {error}", "invalid_value", "messages"
-            )
+            said = error.__cause__ or error
+            return Failed(400, f"the model's chat template refuses these messages: {said}", "invalid_value", "messages")
         context = int(getattr(self._loaded.model.config, "max_position_embeddings", self._limits.tokens))
         room = min(context, self._limits.tokens) - len(prompt)
         wanted = work.max_tokens or min(self._limits.answer_tokens, max(room, 1))
@@ -160,149 +176,139 @@ class Engine:
                 f"and {wanted} were asked for the answer."
             )
             return Failed(400, message, "context_length_exceeded", "messages")
-        return Request(prompt, wanted, work.stop, work.temperature, work.top_p, work.seed)
+        request = Request(prompt, wanted, work.stop, work.temperature, work.top_p, work.seed)
+        return Job(live, request, emit, TextStream(self._loaded.tokenizer, request.stop), stream=work.stream)
 
-    def _submit(self, job: _Job) -> Failed | None:
+    def _submit(self, job: Job) -> Failed | None:
         with self._changed:
-            self._waiting = [j for j in self._waiting if not j.cancelled]
+            self._forget_waiting()
             if self._closed:
-                return Failed(503, "the server is shutting down", "shutting_down", retry_after_s=5)
-            if len(self._waiting) >= self._limits.waiting:
+                return _SHUTTING_DOWN
+            if self.load[1] >= self._limits.waiting:
                 return Failed(429, "the server is busy, try again shortly", "overloaded", retry_after_s=1)
-            self._waiting.append(job)
+            group = self._groups.get(job.key)
+            if group is None:
+                group = self._groups[job.key] = Group(job.live, Batch(self._loaded))
+            group.waiting.append(job)
             self._changed.notify()
         return None
+
+    def _forget_waiting(self) -> None:
+        """Drop waiting jobs whose clients have gone, and groups without jobs. The lock is held."""
+        for key, group in list(self._groups.items()):
+            if any(j.cancelled for j in group.waiting):
+                group.waiting = deque(j for j in group.waiting if not j.cancelled)
+            if not group.busy:
+                del self._groups[key]
 
     # ------------------------------------------------------------------------------------- the one thread
 
     def _run(self) -> None:
         while True:
+            self._forget_running()
             with self._changed:
-                while not (self._closed or self._waiting or self._batch.rows):
+                self._forget_waiting()
+                while not (self._closed or self._groups):
                     self._changed.wait()
                 if self._closed:
                     break
+                key = self._next()
+                group = self._groups[key]
             self._beat = time.perf_counter()
             try:
-                self._turn()
+                self._turn(key, group)
             except Exception:
                 logger.exception("a step failed; the work in it is given up")
-                self._give_up(Failed(500, "the server could not compute this answer", "internal_error"))
+                self._give_up(key, Failed(500, "the server could not compute this answer", "internal_error"))
             self._beat = None
-        self._give_up(Failed(503, "the server is shutting down", "shutting_down", retry_after_s=5), everyone=True)
+        for key in list(self._groups):
+            self._give_up(key, _SHUTTING_DOWN)
 
-    def _turn(self) -> None:
-        """Let work in that may come in, then make one token for everybody."""
-        swap_ms = 0.0 if self._batch.rows else self._swap_for_next()
-        if self._batch.open:
-            self._admit(swap_ms)
-        if self._batch.rows:
-            for row in self._batch.step(self._on_token):
-                self._finish(row)
+    def _forget_running(self) -> None:
+        """Take the rows out whose clients have gone, from parked groups too."""
+        for group in list(self._groups.values()):
+            gone = {index for index, job in group.running.items() if job.cancelled}
+            if gone:
+                group.batch.leave(gone)
+                group.running = {i: j for i, j in group.running.items() if i not in gone}
 
-    def _swap_for_next(self) -> float:
-        """With nobody running, give the slot to whoever is next. Returns the swap's time in ms, 0 without one."""
-        with self._changed:
-            self._waiting = [j for j in self._waiting if not j.cancelled]
-            if not self._waiting:
-                return 0.0
-            oldest = self._waiting[0]
-            held = any(j.choice == self._held[0] for j in self._waiting)
-            choice = self._held[0] if held and not self._overdue(oldest) else oldest.choice
-        start = time.perf_counter()
-        try:
-            swapped = self._hold(choice)
-        except Exception as error:
-            logger.exception("%s cannot be put into the slot", choice)
-            said = str(error) if isinstance(error, CascadeError) else f"{choice} could not be loaded"
-            self._fail_waiting(choice, Failed(503, said, "modifier_unavailable"))
-            return 0.0
-        return (time.perf_counter() - start) * 1e3 if swapped else 0.0
+    def _next(self) -> Key:
+        """The group to compute for now. The lock is held, and there is one."""
+        now = time.perf_counter()
+        able = {k: g for k, g in self._groups.items() if self._able(g)}
+        held = able.pop(self._held, None)
+        if held is not None and (not able or now - held.since <= self._limits.patience_s):
+            return self._held
+        longest = min(able, key=lambda k: able[k].since)
+        if held is not None:
+            held.since = now
+        able[longest].since = now
+        return longest
 
-    def _hold(self, choice: str) -> bool:
-        """Put a modifier into the slot, or nothing for the base. Returns whether anything changed."""
-        assert not self._batch.rows, "a swap under a running generation"
-        if choice == BASE:
-            if self._held[0] == BASE:
-                return False
-            self._slot.clear()
-            self._held = (BASE, "")
-            return True
-        version = self._modifiers.version(choice)
-        if version is not None and self._held == (choice, version):
-            return False
-        self._held = (BASE, "")
-        try:
-            modifier = self._modifiers.put(choice, self._slot.fill)
-        except BaseException:
-            self._slot.clear()
-            raise
-        self._held = (choice, modifier.version)
-        return True
+    def _able(self, group: Group) -> bool:
+        """Whether there is anything to compute for a group; parked ones may leave it no room."""
+        return bool(group.running) or self._has_room(group, group.waiting[0])
 
-    def _admit(self, swap_ms: float) -> None:
-        """Let waiting work for the held modifier join, as far as there is room and nobody else is overdue."""
-        joining: list[Row] = []
-        with self._changed:
-            self._waiting = [j for j in self._waiting if not j.cancelled]
-            others = [j for j in self._waiting if j.choice != self._held[0]]
-            if self._batch.rows and others and self._overdue(others[0]):
+    def _turn(self, key: Key, group: Group) -> None:
+        """See that the group's modifier is in the slot, let its waiting jobs in, and make one token for each."""
+        swap_ms = 0.0
+        if key != self._held:
+            start = time.perf_counter()
+            try:
+                self._hold(key, group)
+            except CascadeError as error:
+                logger.exception("%s cannot be put into the slot", "/".join(key))
+                self._give_up(key, Failed(503, str(error), "modifier_unavailable"))
                 return
-            for job in [j for j in self._waiting if j.choice == self._held[0]]:
-                if not self._has_room(job):
-                    break
-                self._waiting.remove(job)
+            swap_ms = (time.perf_counter() - start) * 1e3
+        if group.batch.open:
+            self._admit(group, swap_ms)
+        if group.batch.rows:
+            for row in group.batch.step(lambda index, token: group.running[index].push(token)):
+                job = group.running.pop(row.index)
+                job.finish(row.text)
+                job.emit(Finished(row.finish or "stop", len(row.tokens)))
+
+    def _hold(self, key: Key, group: Group) -> None:
+        """Put a group's modifier into the slot, or nothing for the base."""
+        self._held = BARE
+        self._slot.clear()
+        if group.live is not None:
+            assert group.live.form is not None
+            self._slot.fill(group.live.form)
+        self._held = key
+
+    def _admit(self, group: Group, swap_ms: float) -> None:
+        """Let waiting jobs join the group's batch, as far as there is room."""
+        joining: list[tuple[Row, Job]] = []
+        with self._changed:
+            if group.running and self._somebody_starves():
+                return
+            while group.waiting and self._has_room(group, group.waiting[0]):
+                job = group.waiting.popleft()
                 self._serial += 1
-                self._running[self._serial] = job
-                joining.append(Row.new(self._serial, job.request, self._loaded.device))
-        for row in joining:
-            job = self._running[row.index]
+                group.running[self._serial] = job
+                joining.append((Row.new(self._serial, job.request, self._loaded.device), job))
+        for _, job in joining:
             waited = (time.perf_counter() - job.arrived) * 1e3
-            job.emit(Started(self._held[1], len(job.request.prompt), waited, swap_ms))
-        self._batch.join(joining)
+            job.emit(Started(job.key[1], len(job.request.prompt), waited, swap_ms))
+        group.batch.join([row for row, _ in joining])
 
-    def _has_room(self, job: _Job) -> bool:
-        """Whether the batch stays within its bounds, every row being padded to the longest."""
-        jobs = [*self._running.values(), job]
-        return len(jobs) == 1 or (
-            len(jobs) <= self._limits.rows and len(jobs) * max(j.tokens for j in jobs) <= self._limits.tokens
-        )
+    def _somebody_starves(self) -> bool:
+        """Whether a group finds no room, so that nobody may take what becomes free before it does."""
+        late = time.perf_counter() - _STARVED_S
+        return any(not self._able(g) and g.waiting[0].arrived < late for g in self._groups.values())
 
-    def _overdue(self, job: _Job) -> bool:
-        return time.perf_counter() - job.arrived > self._limits.patience_s
+    def _has_room(self, group: Group, job: Job) -> bool:
+        """Whether the batch, and all batches together, stay within their bounds. The first one always may come in."""
+        if not any(g.running for g in self._groups.values()):
+            return True
+        elsewhere = sum(g.room_taken for g in self._groups.values() if g is not group)
+        return len(group.running) < self._limits.rows and elsewhere + group.with_one_more(job) <= self._limits.tokens
 
-    def _on_token(self, index: int, token: int) -> bool:
-        """Send what can be sent; False ends the row of one who is gone."""
-        job = self._running[index]
-        if job.cancelled:
-            return False
-        text = job.text.push(token)
-        if text:
-            job.emit(Delta(text))
-        return True
-
-    def _finish(self, row: Row) -> None:
-        job = self._running.pop(row.index)
-        rest = job.text.finish(row.text)
-        if rest:
-            job.emit(Delta(rest))
-        job.emit(Finished(row.finish or "stop", len(row.tokens)))
-
-    def _fail_waiting(self, choice: str, failure: Failed) -> None:
+    def _give_up(self, key: Key, failure: Failed) -> None:
+        """Fail all jobs of a group."""
         with self._changed:
-            jobs = [j for j in self._waiting if j.choice == choice]
-            self._waiting = [j for j in self._waiting if j.choice != choice]
-        for job in jobs:
-            job.emit(failure)
-
-    def _give_up(self, failure: Failed, *, everyone: bool = False) -> None:
-        """Fail what runs, and with `everyone` what waits; start over with an empty batch."""
-        jobs = list(self._running.values())
-        with self._changed:
-            if everyone:
-                jobs += self._waiting
-                self._waiting = []
-            self._running.clear()
-            self._batch = Batch(self._loaded)
-        for job in jobs:
+            group = self._groups.pop(key, None)
+        for job in [] if group is None else [*group.running.values(), *group.waiting]:
             job.emit(failure)

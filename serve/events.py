@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from cascade.tasks import Message
+
+Variant = Literal["current", "canary"]
+"""Which of a domain's versions in use."""
 
 
 @dataclass(frozen=True)
@@ -15,6 +18,8 @@ class Work:
 
     Attributes:
         choice: "base" or a modifier's domain.
+        variant: which of the domain's versions.
+        stream: whether text is wanted as it is made; else all of it comes at the end.
         max_tokens: None for the server's default.
         seed: of the sampling.
     """
@@ -26,6 +31,8 @@ class Work:
     temperature: float = 1.0
     top_p: float = 1.0
     seed: int = 0
+    variant: Variant = "current"
+    stream: bool = True
 
 
 @dataclass(frozen=True)

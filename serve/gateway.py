@@ -24,7 +24,7 @@ from starlette.types import Message as ASGIMessage
 
 from cascade.routing.model import BASE
 from cascade.tasks import Message, Route
-from serve.events import Backend, Delta, Event, Failed, Finished, Started, Work
+from serve.events import Backend, Delta, Event, Failed, Finished, Started, Variant, Work
 from serve.live import LiveModifiers, LiveRouter
 from serve.protocol import (
     DONE,
@@ -47,9 +47,10 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 class Gateway:
     """Routes requests and shapes answers.
 
+    The system message that a modifier was trained under is put in front of requests that have none: without it the
+    modifier would see prompts unlike those it learned from.
+
     Attributes:
-        systems: per domain the system message that its modifier was trained under; it is put in front of requests
-            that have none, since without it the modifier would see prompts unlike those it learned from.
         temperature: for requests that name none.
     """
 
@@ -58,12 +59,11 @@ class Gateway:
         backend: Backend,
         modifiers: LiveModifiers,
         router: LiveRouter,
-        systems: Mapping[str, str],
         *,
         temperature: float = 1.0,
     ) -> None:
         self.backend, self.modifiers, self.router = backend, modifiers, router
-        self.systems, self.temperature = systems, temperature
+        self.temperature = temperature
         self.started = int(time.time())
 
     async def chat(self, body: bytes, request_id: str) -> Response:
@@ -75,7 +75,8 @@ class Gateway:
         request = parse_chat_request(body)
         route = await asyncio.to_thread(self._route, request)
         headers = route_headers(route)
-        events = self.backend.stream(self._work(request, route))
+        variant = self.modifiers.pick(route.choice, request_id)
+        events = self.backend.stream(self._work(request, route, variant))
         try:
             first = await anext(events)
             if isinstance(first, Failed):
@@ -118,9 +119,9 @@ class Gateway:
         message = f"The model {request.model[:80]!r} does not exist; there are {names}."
         raise ApiError(404, message, code="model_not_found", param="model")
 
-    def _work(self, request: ChatRequest, route: Route) -> Work:
+    def _work(self, request: ChatRequest, route: Route, variant: Variant) -> Work:
         messages = request.conversation
-        system = self.systems.get(route.choice)
+        system = self.modifiers.system(route.choice, variant)
         if system and all(m.role != "system" for m in messages):
             messages = [Message("system", system), *messages]
         return Work(
@@ -131,6 +132,8 @@ class Gateway:
             temperature=self.temperature if request.temperature is None else request.temperature,
             top_p=1.0 if request.top_p is None else request.top_p,
             seed=secrets.randbits(63) if request.seed is None else request.seed % 2**63,
+            variant=variant,
+            stream=bool(request.stream),
         )
 
     async def _whole(

@@ -43,14 +43,12 @@ class Served:
 
     Attributes:
         storage: URI of the store.
-        systems: per domain the system message of its prompts.
         temperature: for requests that name none: the one that base and modifiers were measured with.
         threads: of an engine's computing; None takes the machine's cores, as far as they still help.
     """
 
     base: Base
     storage: str
-    systems: dict[str, str]
     temperature: float = 1.0
     limits: Limits = field(default_factory=Limits)
     threads: int | None = None
@@ -71,8 +69,8 @@ class EngineReplica:
     def __init__(self, served: Served) -> None:
         torch.set_num_threads(served.threads or min(os.cpu_count() or 1, _MOST_THREADS))
         loaded = load_base(served.base)
-        modifiers = LiveModifiers(Store(served.storage), base_sha256=loaded.sha256)
-        self._engine = Engine(loaded, modifiers, served.limits)
+        self._engine = Engine(loaded, Store(served.storage), cache_dir() / "serving", served.limits)
+        self._engine.modifiers.watch()
 
     async def stream(self, work: Work) -> AsyncGenerator[Event, None]:
         """See `Backend.stream`."""
@@ -147,9 +145,9 @@ class Ingress:
         torch.set_num_threads(1)
         store = Store(served.storage)
         router = LiveRouter(store, cache_dir() / "router")
-        self._gateway = Gateway(
-            RemoteEngine(engine), LiveModifiers(store), router, served.systems, temperature=served.temperature
-        )
+        modifiers = LiveModifiers(store)
+        modifiers.watch()
+        self._gateway = Gateway(RemoteEngine(engine), modifiers, router, temperature=served.temperature)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_api(self._gateway, proxied=True)

@@ -5,91 +5,135 @@ A version that cannot be used is refused once, with a line in the log, and the l
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from cascade import modifiers
 from cascade.artifacts import Store
-from cascade.compression.packed import CompressedAdapter
-from cascade.errors import CascadeError, DataError
-from cascade.modifiers import Modifier
+from cascade.compression.flat import FlatAdapter
+from cascade.errors import CascadeError
+from cascade.modifiers import Canary, Modifier
 from cascade.routing import model as routers
 from cascade.routing.model import BASE, RouterModel
 from cascade.tasks import Message, Route
+from serve.events import Variant
 
 logger = logging.getLogger(__name__)
 
 
-class LiveModifiers:
-    """The current modifiers of a store, read again when older than `refresh_s` seconds. Safe for threads."""
+@dataclass(frozen=True, eq=False)
+class Live:
+    """A version in use. `form` is what a slot is filled with; None where nothing is computed."""
 
-    def __init__(self, store: Store, *, base_sha256: str | None = None, refresh_s: float = 1.0) -> None:
-        self._store, self._base_sha256, self._refresh_s = store, base_sha256, refresh_s
-        self._lock = threading.Lock()
-        self._read_at = float("-inf")
-        self._current: dict[str, Modifier] = {}
-        self._good: dict[str, Modifier] = {}
+    modifier: Modifier
+    form: FlatAdapter | None = None
+
+
+class LiveModifiers:
+    """The modifiers of a store that are in use: of each domain the current version, and a canary beside it.
+
+    The store is read when this is made, on `refresh`, and after `watch` every so often in a thread of its own, which
+    also prepares new versions; asking what is in use reads memory alone. Safe for threads.
+    """
+
+    def __init__(self, store: Store, open_form: Callable[[Modifier], FlatAdapter] | None = None) -> None:
+        """Read the store.
+
+        Args:
+            open_form: makes a version ready to be computed with, or raises a CascadeError; None on the HTTP side.
+        """
+        self._store, self._open_form = store, open_form
+        self._in_use: dict[tuple[str, Variant], Live] = {}
+        self._shares: dict[str, float] = {}
         self._refused: set[str] = set()
+        self._refreshing = threading.Lock()
+        self._closed = threading.Event()
+        self.refresh()
 
     def versions(self) -> dict[str, str]:
-        """Version in use per domain."""
-        return {domain: self._usable(m).version for domain, m in self._snapshot().items()}
+        """Version in use per domain, canaries left out."""
+        return {d: live.modifier.version for (d, variant), live in self._in_use.items() if variant == "current"}
 
-    def version(self, domain: str) -> str | None:
-        """Version in use of one domain, None if it has none."""
-        return self.versions().get(domain)
+    def get(self, domain: str, variant: Variant = "current") -> Live | None:
+        """What is in use of a domain; the current version where there is no canary; None if it has no modifier."""
+        return self._in_use.get((domain, variant)) or self._in_use.get((domain, "current"))
 
-    def put(self, domain: str, fill: Callable[[CompressedAdapter], None]) -> Modifier:
-        """Read the domain's modifier and hand it to `fill`; falls back to the last good version.
+    def pick(self, domain: str, key: str) -> Variant:
+        """Which variant a request gets, by the canary's share; the same key always gets the same."""
+        point = int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) / 2**32
+        return "canary" if point < self._shares.get(domain, 0.0) else "current"
 
-        Raises:
-            DataError: no version can be used.
-        """
-        wanted = self._snapshot().get(domain)
-        if wanted is None:
-            raise DataError(f"there is no modifier {domain!r}")
-        chosen, good = self._usable(wanted), self._good.get(domain)
-        problem: CascadeError | None = None
-        for modifier in [chosen] if good in (None, chosen) else [chosen, good]:
-            assert modifier is not None
+    def system(self, domain: str, variant: Variant = "current") -> str | None:
+        """System message that a domain's modifier was trained under; None for none, or no such domain."""
+        live = self.get(domain, variant)
+        return None if live is None else live.modifier.system
+
+    def watch(self, every_s: float = 1.0) -> None:
+        """Keep following the store until `close`."""
+        threading.Thread(target=self._watch, args=(every_s,), name="registry", daemon=True).start()
+
+    def close(self) -> None:
+        """End watching."""
+        self._closed.set()
+
+    def refresh(self) -> None:
+        """Read the store once. A version that cannot be used is refused, and the one before it stays in use."""
+        with self._refreshing:
+            found: dict[tuple[str, Variant], Live] = {}
+            shares: dict[str, float] = {}
+            for domain in modifiers.list_domains(self._store):
+                live = self._usable(domain, "current", partial(modifiers.current, self._store, domain))
+                if live is None:
+                    continue
+                found[domain, "current"] = live
+                canary = self._canary(domain)
+                beside = self._usable(domain, "canary", partial(_version, self._store, domain, canary))
+                if canary is not None and beside is not None:
+                    found[domain, "canary"], shares[domain] = beside, canary.share
+            self._in_use, self._shares = found, shares
+
+    def _canary(self, domain: str) -> Canary | None:
+        try:
+            return modifiers.canary(self._store, domain)
+        except CascadeError as error:
+            logger.error("the canary of %s cannot be read: %s", domain, error)
+            return None
+
+    def _watch(self, every_s: float) -> None:
+        while not self._closed.wait(every_s):
             try:
-                # The file's own hash is compared every time, the expanded numbers when it is new.
-                content = modifiers.load(self._store, modifier, base_sha256=self._base_sha256, verify=modifier != good)
-                fill(content)
-            except CascadeError as error:
-                logger.error("modifier %s is refused: %s", modifier.name, error)
-                self._refused.add(modifier.sha256)
-                problem = error
-                continue
-            self._good[domain] = modifier
-            return modifier
-        raise DataError(f"no version of the modifier {domain!r} can be used: {problem}")
+                self.refresh()
+            except Exception:  # a store that cannot be reached now may be again
+                logger.exception("the registry cannot be read; what is in use stays")
 
-    def _usable(self, modifier: Modifier) -> Modifier:
-        """The modifier, or the last good one of its domain if it was refused."""
-        return self._good.get(modifier.domain, modifier) if modifier.sha256 in self._refused else modifier
+    def _usable(self, domain: str, variant: Variant, read: Callable[[], Modifier | None]) -> Live | None:
+        """What shall be in use now: as the store says, or what was before where that is bad."""
+        before = self._in_use.get((domain, variant))
+        try:
+            modifier = read()
+        except CascadeError as error:
+            logger.error("the %s modifier of %s cannot be read: %s", variant, domain, error)
+            return before
+        if modifier is None or (before is not None and before.modifier == modifier):
+            return before if modifier is not None else None
+        if modifier.sha256 in self._refused:
+            return before
+        try:
+            return Live(modifier, self._open_form(modifier) if self._open_form else None)
+        except CascadeError as error:
+            logger.error("modifier %s is refused: %s", modifier.name, error)
+            self._refused.add(modifier.sha256)
+            return before
 
-    def _snapshot(self) -> dict[str, Modifier]:
-        with self._lock:
-            if time.monotonic() - self._read_at >= self._refresh_s:
-                self._current = self._read()
-                self._read_at = time.monotonic()
-            return self._current
 
-    def _read(self) -> dict[str, Modifier]:
-        found = {}
-        for domain in modifiers.list_domains(self._store):
-            try:
-                modifier = modifiers.current(self._store, domain)
-            except CascadeError as error:
-                logger.error("the current modifier of %s cannot be read: %s", domain, error)
-                modifier = self._current.get(domain)
-            if modifier is not None:
-                found[domain] = modifier
-        return found
+def _version(store: Store, domain: str, canary: Canary | None) -> Modifier | None:
+    return None if canary is None else modifiers.get(store, domain, canary.version)
 
 
 class LiveRouter:

@@ -6,7 +6,6 @@ untouched; filled, they add `scaling * B @ A @ x`. The model's modules, weights 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,10 +13,11 @@ import torch
 from torch import nn
 
 from cascade.compression.adapter import AdapterWeights, BaseRef
-from cascade.compression.packed import CompressedAdapter, Expanded, iter_layers
+from cascade.compression.flat import FlatAdapter, LayerShape, expanded, shapes
+from cascade.compression.packed import CompressedAdapter
 from cascade.errors import DataError
 
-Adapter = AdapterWeights | CompressedAdapter
+Adapter = AdapterWeights | CompressedAdapter | FlatAdapter
 
 
 class _Patch:
@@ -69,12 +69,19 @@ class LoraSlot:
         self._may_grow = capacity is None
         self._buffer = torch.zeros(capacity or 0, dtype=dtype or weight.dtype, device=weight.device)
         self._patches = {name: _Patch() for name in self._layers}
+        self._views: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._viewed: tuple[LayerShape, ...] = ()  # what the views are of; most adapters have the same layers
         self._handles = [m.register_forward_hook(self._patches[n].hook) for n, m in self._layers.items()]
 
     @property
     def capacity(self) -> int:
         """Numbers that fit."""
         return self._buffer.numel()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the numbers in it."""
+        return self._buffer.dtype
 
     @property
     def resident_bytes(self) -> int:
@@ -92,9 +99,9 @@ class LoraSlot:
 
         Raises:
             DataError: it does not fit this model, its base or the capacity.
-            FormatError: its packed streams are inconsistent.
+            FormatError: its packed streams are inconsistent, or its flat file was cut off.
         """
-        self._check(adapter)
+        self.check(adapter)
         self.clear()
         try:
             self._copy(adapter)
@@ -113,10 +120,14 @@ class LoraSlot:
         for handle in self._handles:
             handle.remove()
 
-    def _check(self, adapter: Adapter) -> None:
+    def check(self, adapter: Adapter) -> None:
+        """
+        Raises:
+            DataError: the adapter does not fit this model, its base or the capacity.
+        """
         if self._base is not None and adapter.base.sha256 not in ("", self._base.sha256):
             raise DataError(f"the adapter was made for {adapter.base.name or 'another base'}, not {self._base.name}")
-        for name, fan_in, fan_out in _shapes(adapter):
+        for name, _, fan_in, fan_out in shapes(adapter):
             layer = self._layers.get(name)
             if layer is None:
                 raise DataError(f"the model has no linear layer {name}: the adapter was made for another base")
@@ -125,6 +136,8 @@ class LoraSlot:
                     f"layer {name} has {layer.in_features} inputs and {layer.out_features} outputs, the adapter "
                     f"{fan_in} and {fan_out}: it was made for another base"
                 )
+        if isinstance(adapter, FlatAdapter) and adapter.dtype != self._buffer.dtype:
+            raise DataError(f"the flat adapter is in {adapter.dtype}, the slot in {self._buffer.dtype}")
         if adapter.parameters > self.capacity and not self._may_grow:
             raise DataError(
                 f"the adapter has {adapter.parameters} numbers, the slot holds {self.capacity}: "
@@ -133,29 +146,29 @@ class LoraSlot:
 
     def _copy(self, adapter: Adapter) -> None:
         if adapter.parameters > self.capacity:
+            self._viewed = ()
             self._buffer = self._buffer.new_zeros(adapter.parameters)
-        offset = 0
+        self._view(tuple(shapes(adapter)))
         with torch.no_grad():
-            for name, a, bt in _expanded(adapter):
-                views = []
-                # Scaled before it is rounded to the buffer's type.
-                for array in (a, bt * np.float32(adapter.scaling)):
-                    view = self._buffer[offset : offset + array.size].view(array.shape)
-                    view.copy_(torch.from_numpy(array))
-                    views.append(view)
-                    offset += array.size
-                self._patches[name].a, self._patches[name].bt = views
+            if isinstance(adapter, FlatAdapter):
+                adapter.read_into(self._buffer)
+            else:
+                for name, a, bt in expanded(adapter):
+                    # Scaled before it is rounded to the buffer's type.
+                    for view, array in zip(self._views[name], (a, bt * np.float32(adapter.scaling)), strict=True):
+                        view.copy_(torch.from_numpy(array))
+        for name, (view_a, view_bt) in self._views.items():
+            self._patches[name].a, self._patches[name].bt = view_a, view_bt
 
-
-def _shapes(adapter: Adapter) -> Iterator[tuple[str, int, int]]:
-    """Name, inputs and outputs of each layer."""
-    if isinstance(adapter, CompressedAdapter):
-        yield from ((layer.name, layer.fan_in, layer.fan_out) for layer in adapter.layers)
-    else:
-        yield from ((name, pair.a.shape[1], pair.b.shape[0]) for name, pair in adapter.layers.items())
-
-
-def _expanded(adapter: Adapter) -> Iterator[Expanded]:
-    if isinstance(adapter, CompressedAdapter):
-        return iter_layers(adapter)
-    return ((name, pair.a, pair.b.T) for name, pair in adapter.layers.items())
+    def _view(self, layers: tuple[LayerShape, ...]) -> None:
+        """Cut the buffer into the factors of these layers, unless it already is."""
+        if layers == self._viewed:
+            return
+        self._views, offset = {}, 0
+        for name, rank, *widths in layers:
+            pair = []
+            for width in widths:
+                pair.append(self._buffer[offset : offset + rank * width].view(rank, width))
+                offset += rank * width
+            self._views[name] = (pair[0], pair[1])
+        self._viewed = layers

@@ -7,7 +7,7 @@ dropped from the KV cache, stop strings are checked row by row, and a server can
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -129,6 +129,14 @@ class Batch:
             self._mask = torch.cat([self._mask, self._mask.new_ones(len(self.rows), 1)], dim=1)
             self._logits = _forward(self._loaded.model, chosen[:, None], self._mask, self._cache)
         return done
+
+    @torch.inference_mode()
+    def leave(self, indices: Container[int]) -> None:
+        """Take rows out, by their `index`, whether they are done or not."""
+        alive = [i for i, row in enumerate(self.rows) if row.index not in indices]
+        if len(alive) < len(self.rows):
+            self._logits = self._logits[alive]
+            self._keep(alive)
 
     def _keep(self, alive: list[int]) -> None:
         """Drop the other rows, and the columns that only they had use for."""

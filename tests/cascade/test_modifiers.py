@@ -74,6 +74,15 @@ def test_publishing_again_changes_nothing(store: Store):
     assert [m.version for m in modifiers.list_modifiers(store)] == [first.version, second.version]
 
 
+def test_the_system_message_it_was_trained_under_stays_with_it(store: Store):
+    made = publish(store, system="Answer briefly.")
+    assert modifiers.current(store, "reasoning").system == "Answer briefly."
+    with pytest.raises(DataError, match="other content"):
+        publish(store, system="Answer at length.")
+    assert modifiers.current(store, "reasoning") == made
+    assert publish(store, 1).system is None
+
+
 def test_a_candidate_can_be_published_without_being_used(store: Store):
     first = publish(store)
     second = publish(store, 1, make_current=False)

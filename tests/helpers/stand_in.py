@@ -29,6 +29,8 @@ from cascade.routing.train import train_router
 CONTEXT = 512
 DOMAINS = ("letters", "sums")
 SYSTEM = "Answer briefly."
+SYSTEMS = {"letters": SYSTEM}
+"""What the modifiers were trained under; that of the other domain had none."""
 LETTERS_QUESTION = 'How many times does the letter "e" appear in the word "apple"?'
 SUMS_QUESTION = "What is 17 plus 25?"
 _TARGETS = ("q_proj", "v_proj", "up_proj", "down_proj")
@@ -67,7 +69,7 @@ def build_stand_in(folder: Path) -> StandIn:
     store = Store(config.storage)
     for seed, domain in enumerate(DOMAINS):
         adapter = random_adapter(base_path, seed)
-        modifiers.publish(store, domain, compress(adapter, Recipe()), fp16_size=adapter)
+        modifiers.publish(store, domain, compress(adapter, Recipe()), fp16_size=adapter, system=SYSTEMS.get(domain))
     publish_router(store)
     return StandIn(config_path, config, store)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +16,6 @@ from cascade.models.generation import Request, generate
 from cascade.tasks import Message
 from serve.engine import Engine, Limits
 from serve.events import Work
-from serve.live import LiveModifiers
 
 
 @pytest.fixture(scope="session")
@@ -55,11 +55,22 @@ def reference(stand_in: StandIn) -> Reference:
 
 
 @pytest.fixture
-def engine(stand_in: StandIn, loaded: LoadedBase) -> Iterator[Engine]:
-    made = Engine(loaded, LiveModifiers(stand_in.store, base_sha256=loaded.sha256), Limits(patience_s=0.2))
-    yield made
-    made.close()
-    made._slot.remove()  # the base is shared by the tests
+def make_engine(stand_in: StandIn, loaded: LoadedBase, tmp_path: Path) -> Iterator[Callable[..., Engine]]:
+    """Makes engines on the one base, each closed before the next test."""
+    made = []
+
+    def make(**limits: float) -> Engine:
+        made.append(Engine(loaded, stand_in.store, tmp_path / "forms", Limits(**limits)))
+        return made[-1]
+
+    yield make
+    for engine in made:
+        engine.close()
+
+
+@pytest.fixture
+def engine(make_engine: Callable[..., Engine]) -> Engine:
+    return make_engine(patience_s=0.2)
 
 
 def work(choice: str, question: str = "What is 1 plus 2?", max_tokens: int = 16, **more: object) -> Work:

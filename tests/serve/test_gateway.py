@@ -23,7 +23,7 @@ def ask(model: str, question: str, **more: object) -> dict[str, object]:
 @pytest.fixture
 def gateway(stand_in, engine, tmp_path) -> Gateway:
     router = LiveRouter(stand_in.store, tmp_path)
-    return Gateway(engine, LiveModifiers(stand_in.store), router, {"letters": SYSTEM})
+    return Gateway(engine, LiveModifiers(stand_in.store), router)
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ async def test_a_routed_answer_says_who_gave_it(client, stand_in, reference) -> 
         assert answer.model == domain
         assert raw.headers["x-cascade-route"] == domain
         assert raw.headers["x-cascade-reason"] == "router"
-        assert raw.headers["x-cascade-modifier-version"] == LiveModifiers(stand_in.store).version(domain)
+        assert raw.headers["x-cascade-modifier-version"] == LiveModifiers(stand_in.store).versions()[domain]
         assert 0.5 < float(raw.headers["x-cascade-confidence"]) < 1
         assert float(raw.headers["x-cascade-queue-ms"]) >= float(raw.headers["x-cascade-swap-ms"]) > 0
         assert answer.id == f"chatcmpl-{raw.headers['x-request-id']}"

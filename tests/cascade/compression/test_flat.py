@@ -1,0 +1,95 @@
+"""The serving form: the same numbers as the modifier, checked when it is opened, read into a fixed buffer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from stand_in import random_adapter, save_tiny_base
+from transformers import LlamaForCausalLM
+
+from cascade.compression.adapter import AdapterWeights
+from cascade.compression.apply import LoraSlot
+from cascade.compression.flat import flatten, open_flat, save_flat
+from cascade.compression.methods import Recipe
+from cascade.compression.packed import compress
+from cascade.errors import DataError, FormatError
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("flat") / "base"
+    save_tiny_base(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(base: Path) -> AdapterWeights:
+    return random_adapter(base, seed=3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_slot_computes_the_same_from_either_form(base: Path, adapter, tmp_path: Path, dtype: torch.dtype) -> None:
+    model = LlamaForCausalLM.from_pretrained(base, dtype=dtype)
+    slot, ids = LoraSlot(model), torch.arange(5, 30)[None]
+    compressed = compress(adapter, Recipe())
+    bare = model(ids).logits
+    slot.fill(compressed)
+    wanted = model(ids).logits
+    save_flat(tmp_path / "form.safetensors", compressed, dtype)
+    form = open_flat(tmp_path / "form.safetensors")
+    for _ in range(2):
+        slot.clear()
+        assert torch.equal(model(ids).logits, bare)
+        slot.fill(form)
+        assert torch.equal(model(ids).logits, wanted)
+    assert slot.capacity == form.parameters == compressed.parameters
+    slot.fill(adapter)  # layers of the same shapes: the same views, other numbers
+    slot.fill(form)
+    assert torch.equal(model(ids).logits, wanted)
+    slot.remove()
+
+
+def test_it_goes_on_reading_what_it_opened(adapter: AdapterWeights, tmp_path: Path) -> None:
+    path = tmp_path / "form.safetensors"
+    save_flat(path, adapter, torch.float32)
+    form = open_flat(path)
+    path.unlink()
+    buffer = torch.zeros(form.parameters + 7)
+    form.read_into(buffer)
+    assert torch.equal(buffer[:-7], flatten(adapter, torch.float32))
+    assert not buffer[-7:].any()
+
+
+@pytest.mark.parametrize("place", [0, 5, 60, -1, -2000])
+def test_damage_is_refused(adapter: AdapterWeights, tmp_path: Path, place: int) -> None:
+    path = tmp_path / "form.safetensors"
+    save_flat(path, adapter, torch.float32)
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(FormatError):
+        open_flat(path)
+
+
+def test_what_is_no_flat_file_is_refused(tmp_path: Path, adapter: AdapterWeights) -> None:
+    path = tmp_path / "form.safetensors"
+    with pytest.raises(FormatError, match="no flat modifier file"):
+        open_flat(path)
+    path.write_bytes(np.zeros(100, np.uint8).tobytes())
+    with pytest.raises(FormatError, match="no flat modifier file"):
+        open_flat(path)
+    save_flat(path, adapter, torch.float32)
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(FormatError):
+        open_flat(path)
+
+
+def test_a_slot_takes_its_own_type_alone(base: Path, adapter: AdapterWeights, tmp_path: Path) -> None:
+    save_flat(tmp_path / "form.safetensors", adapter, torch.bfloat16)
+    slot = LoraSlot(LlamaForCausalLM.from_pretrained(base))
+    with pytest.raises(DataError, match=r"bfloat16.*float32"):
+        slot.fill(open_flat(tmp_path / "form.safetensors"))
+    assert slot.is_empty
