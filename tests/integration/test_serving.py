@@ -44,7 +44,7 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> StandIn:
 
 @pytest.fixture(scope="module")
 def address(stand_in: StandIn) -> Iterator[str]:
-    ray.init(num_cpus=2, include_dashboard=False, ignore_reinit_error=True, log_to_driver=False)
+    ray.init(address="local", num_cpus=2, include_dashboard=False, ignore_reinit_error=True, log_to_driver=False)
     port = free_port()
     ray_serve.start(http_options={"host": "127.0.0.1", "port": port})
     # As strings, which is how the command line of Ray Serve hands them over.
