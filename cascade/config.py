@@ -238,6 +238,9 @@ class Execution(Section):
     use_gpu: bool = False
     cpus_per_actor: float = Field(1.0, gt=0)
     cpus_per_worker: float = Field(1.0, gt=0)
+    row_tokens: Positive | None = Field(
+        None, description="most tokens of one forward pass in training; null: 1,024 on a CPU, 16,384 on a GPU"
+    )
     tune_concurrency: Positive = 1
     threads: Positive | None = Field(None, description="CPU threads of torch in an actor; null: the CPUs it was given")
 

@@ -17,6 +17,7 @@ from cascade.models.base import end_token_ids, load_base
 from cascade.models.student import Student
 from cascade.tasks import Example, Task, Verdict
 from cascade.training.examples import encode_examples
+from cascade.training.layout import most_tokens
 from cascade.training.loop import TargetLoss, TorchEngine, run_steps
 from cascade.training.lora import add_lora
 from cascade.training.packing import plan_steps
@@ -94,10 +95,11 @@ def _probe_fold(
     encoded = encode_examples(
         seen, loaded.tokenizer, max_length=settings.max_length, system=style.system, end_ids=end_token_ids(loaded)
     )
-    plan = plan_steps(encoded.examples, settings, config.seed + fold)
     mine = [t for t in tasks if folds[t.id] == fold]
-    total = len(plan) + 1
     module = TargetLoss(add_lora(loaded, settings, config.seed + fold))
+    row_tokens = config.execution.row_tokens or most_tokens(module.inputs)
+    plan = plan_steps(encoded.examples, settings, config.seed + fold, row_tokens=row_tokens)
+    total = len(plan) + 1
     for report in run_steps(TorchEngine(module, settings), plan, settings):
         yield "training", report.step + 1, total
     student = Student(

@@ -24,6 +24,7 @@ from cascade.models.base import LoadedBase, end_token_ids, load_base
 from cascade.tasks import Example
 from cascade.training.deepspeed_engine import DeepSpeedEngine
 from cascade.training.examples import EncodedSet, encode_examples
+from cascade.training.layout import most_tokens
 from cascade.training.loop import StepReport, TargetLoss, run_steps
 from cascade.training.lora import add_lora, save_adapter, trainable
 from cascade.training.packing import Step, plan_steps
@@ -93,9 +94,12 @@ def _worker(settings: dict[str, Any]) -> None:
     rank, world = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
     loaded = load_base(config.base, ray.train.torch.get_device())
     encoded = _encode(run, config, settings["style"], loaded)
-    plan = plan_steps(encoded.examples, config.training.lora, config.seed)
     model = add_lora(loaded, config.training.lora, config.seed)
-    engine = DeepSpeedEngine(TargetLoss(model), config.training, loaded.device, loaded.model.dtype)
+    # ZeRO 3 gathers weights in the hooks of the modules that fused layers go past.
+    module = TargetLoss(model, fused=config.training.zero_stage < 3)
+    row_tokens = config.execution.row_tokens or most_tokens(module.inputs)
+    plan = plan_steps(encoded.examples, config.training.lora, config.seed, row_tokens=row_tokens, workers=world)
+    engine = DeepSpeedEngine(module, config.training, loaded.device, loaded.model.dtype)
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is not None and _had_ended(checkpoint):  # only the hand-over to the driver was missing
         with checkpoint.as_directory() as folder:

@@ -45,7 +45,7 @@ class DeepSpeedEngine:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         import deepspeed
 
-        self.device = device
+        self.device, self.module = device, module
         parameters = [p for p in module.parameters() if p.requires_grad]
         optimizer = adamw(parameters, training.lora)
         deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
@@ -57,7 +57,7 @@ class DeepSpeedEngine:
         )
 
     def loss(self, row: Row) -> torch.Tensor:
-        loss: torch.Tensor = self.engine(**row.tensors(self.device))
+        loss: torch.Tensor = self.engine(**self.module.inputs(row, self.device))
         return loss
 
     def backward(self, loss: torch.Tensor) -> None:

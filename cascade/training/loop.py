@@ -6,21 +6,31 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from cascade.config import Lora
+from cascade.training.fused import fuse_lora
+from cascade.training.layout import Layout, layout_for
 from cascade.training.packing import Row, Step
 
 
 class TargetLoss(nn.Module):
     """Cross-entropy over target tokens alone, summed; logits are computed at those positions and nowhere else."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, fused: bool = True) -> None:
+        """
+        Args:
+            fused: compute LoRA layers by `cascade.training.fused`, which goes past the hooks of A and B.
+        """
         super().__init__()
         self.model = model
+        if fused:
+            fuse_lora(model)
+        self.inputs: Layout = layout_for(model)
+        """A row and a device to what `forward` takes."""
 
     def forward(
         self,
@@ -28,10 +38,19 @@ class TargetLoss(nn.Module):
         position_ids: torch.Tensor,
         target_index: torch.Tensor,
         target_ids: torch.Tensor,
+        **bounds: Any,
     ) -> torch.Tensor:
-        """Sum of −log p over the row's targets (nats); shapes as `Row.tensors` gives them."""
+        """Sum of −log p over the row's targets (nats); shapes as `Row.tensors` gives them.
+
+        Args:
+            bounds: where examples begin, for the attention (`cascade.training.layout`).
+        """
         logits = self.model(
-            input_ids=input_ids, position_ids=position_ids, use_cache=False, logits_to_keep=target_index
+            input_ids=input_ids,
+            position_ids=position_ids,
+            use_cache=False,
+            logits_to_keep=target_index,
+            **bounds,
         ).logits
         return nn.functional.cross_entropy(logits[0].float(), target_ids, reduction="sum")
 
@@ -80,7 +99,7 @@ class TorchEngine:
         self.optimizer = adamw(self.parameters, settings)
 
     def loss(self, row: Row) -> torch.Tensor:
-        loss: torch.Tensor = self.module(**row.tensors(self.device))
+        loss: torch.Tensor = self.module(**self.module.inputs(row, self.device))
         return loss
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -130,16 +149,17 @@ def run_steps(
     """
     for number in range(start, len(plan)):
         step, began = plan[number], time.perf_counter()
-        summed = 0.0
+        summed = torch.zeros((), device=engine.device)
         for row in step.share(rank, world):
             # A worker without a row still takes part in the collective work, with a loss of zero weight.
             loss = engine.loss(row or step.rows[0])
             weight = world / step.targets if row is not None else 0.0
             engine.backward(loss * weight)
-            summed += float(loss.detach()) if row is not None else 0.0
+            if row is not None:
+                summed += loss.detach()  # read after the step: reading waits for a GPU
         rate = learning_rate_at(number, len(plan), settings)
         norm = engine.step(rate)
-        loss_mean = reduce_sum(summed) / step.targets
+        loss_mean = reduce_sum(float(summed)) / step.targets
         seconds = time.perf_counter() - began
         yield StepReport(number, loss_mean, rate, norm, step.tokens, step.targets, seconds)
 
@@ -147,6 +167,6 @@ def run_steps(
 @torch.no_grad()
 def mean_loss(module: TargetLoss, rows: Sequence[Row], device: torch.device) -> float:
     """Mean loss per target token (nats) without learning; NaN for no rows."""
-    total = sum(float(module(**row.tensors(device))) for row in rows)
+    total = sum(float(module(**module.inputs(row, device))) for row in rows)
     targets = sum(row.targets for row in rows)
     return total / targets if targets else math.nan

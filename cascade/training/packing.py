@@ -6,6 +6,7 @@ attention mask from that (no attention mask is given), for eager, sdpa and flash
 
 from __future__ import annotations
 
+import heapq
 import math
 import random
 from collections.abc import Sequence
@@ -78,8 +79,34 @@ class Step:
         return mine + [None] * (math.ceil(len(self.rows) / world) - len(mine))
 
 
-def pack(examples: Sequence[EncodedExample], max_length: int) -> list[Row]:
-    """First-fit-decreasing packing into rows of at most `max_length` tokens."""
+def pack(examples: Sequence[EncodedExample], max_length: int, workers: int = 1) -> list[Row]:
+    """Rows of at most `max_length` tokens.
+
+    For one worker as few as first-fit-decreasing finds; for several a multiple of their number if there are as many
+    examples, as equally long as may be, so that none waits for another.
+    """
+    rows = _first_fit(examples, max_length)
+    count = math.ceil(len(rows) / workers) * workers
+    while workers > 1 and count < len(examples):
+        balanced = _emptiest_first(examples, count)
+        if all(r.tokens <= max_length for r in balanced):
+            return balanced
+        count += workers
+    return rows if workers == 1 else [Row((e,)) for e in examples]
+
+
+def _emptiest_first(examples: Sequence[EncodedExample], count: int) -> list[Row]:
+    """The longest example first, each into the row that is the shortest so far."""
+    bins: list[list[EncodedExample]] = [[] for _ in range(count)]
+    lengths = [(0, i) for i in range(count)]
+    for example in sorted(examples, key=lambda e: (-len(e), e.sample_id)):
+        length, i = heapq.heappop(lengths)
+        bins[i].append(example)
+        heapq.heappush(lengths, (length + len(example), i))
+    return [Row(tuple(b)) for b in bins]
+
+
+def _first_fit(examples: Sequence[EncodedExample], max_length: int) -> list[Row]:
     bins: list[list[EncodedExample]] = []
     room: list[int] = []
     for example in sorted(examples, key=lambda e: (-len(e), e.sample_id)):
@@ -93,34 +120,42 @@ def pack(examples: Sequence[EncodedExample], max_length: int) -> list[Row]:
     return [Row(tuple(b)) for b in bins]
 
 
-def plan_steps(examples: Sequence[EncodedExample], settings: Lora, seed: int) -> list[Step]:
-    """Every optimiser step of a training, in order; depends on examples, settings and seed alone.
+def plan_steps(
+    examples: Sequence[EncodedExample], settings: Lora, seed: int, *, row_tokens: int | None = None, workers: int = 1
+) -> list[Step]:
+    """Every optimiser step of a training, in order.
 
-    Because the plan does not know the number of workers, "step k" means the same data on any of them: the data
-    position of a checkpoint is one number. Each epoch shuffles anew, and packs windows of the shuffled examples
-    so that a row mixes what it met by chance.
+    Which examples a step learns from depends on examples, settings and seed alone, so "step k" means the same data on
+    any number of workers: the data position of a checkpoint is one number. Each epoch shuffles anew, and packs
+    windows of the shuffled examples so that a row mixes what it met by chance.
+
+    Args:
+        row_tokens: most tokens of a row, or the longest example's if that is more; None: `settings.max_length`.
+        workers: how many share a step's rows. Neither changes what a step learns.
     """
     if not examples:
         return []
     rng = random.Random(seed)
     whole, part = divmod(settings.epochs, 1.0)
+    limit = max(row_tokens or settings.max_length, max(len(e) for e in examples))
     steps: list[Step] = []
     for epoch in range(math.ceil(settings.epochs)):
         shuffled = sorted(examples, key=lambda e: e.sample_id)
         rng.shuffle(shuffled)
         if epoch == int(whole):
             shuffled = shuffled[: max(1, round(len(shuffled) * part))]
-        steps += _steps_of(shuffled, settings)
+        steps += [Step(tuple(pack(window, limit, workers))) for window in _windows(shuffled, settings.tokens_per_step)]
     return steps
 
 
-def _steps_of(examples: Sequence[EncodedExample], settings: Lora) -> list[Step]:
-    """Windows of about `tokens_per_step` tokens, each packed into rows."""
-    steps: list[Step] = []
-    window: list[EncodedExample] = []
+def _windows(examples: Sequence[EncodedExample], tokens: int) -> list[list[EncodedExample]]:
+    """Neighbours of at most `tokens` tokens together, or single examples that are longer."""
+    windows: list[list[EncodedExample]] = [[]]
+    room = tokens
     for example in examples:
-        if window and sum(len(e) for e in window) + len(example) > settings.tokens_per_step:
-            steps.append(Step(tuple(pack(window, settings.max_length))))
-            window = []
-        window.append(example)
-    return [*steps, Step(tuple(pack(window, settings.max_length)))]
+        room -= len(example)
+        if room < 0 and windows[-1]:
+            windows.append([])
+            room = tokens - len(example)
+        windows[-1].append(example)
+    return windows

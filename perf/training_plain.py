@@ -1,0 +1,134 @@
+"""A plain padded PEFT loop on tokenised examples, and what every contender of perf/training.py shares.
+
+Knows nothing of Cascade: this is what one writes with torch, transformers and peft. Run by perf/training.py.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+
+class Stopwatch:
+    """Seconds spent training, without warm-up and validation; the validation loss over that time; peak memory."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        self.job, self.seconds, self.targets, self.tokens = job, 0.0, 0, 0
+        self.steps: list[list[float]] = []
+        self.curve: list[list[float]] = []
+        self.warmup = job["warmup_steps"]
+        self.began = time.perf_counter()
+
+    def step(self, examples: list[dict[str, Any]], validate: Any) -> bool:
+        """Note a step that just ended; returns whether to go on."""
+        self.wait()
+        now = time.perf_counter()
+        if self.warmup > 0:
+            self.warmup -= 1
+        else:
+            self.seconds += now - self.began
+            targets = sum(sum(e["mask"]) for e in examples)
+            self.steps.append([now - self.began, targets])
+            self.targets += targets
+            self.tokens += sum(len(e["ids"]) for e in examples)
+        number = len(self.steps)
+        if number and number % self.job["validate_every"] == 0:
+            self.curve.append([self.seconds, validate()])
+        self.wait()
+        self.began = time.perf_counter()
+        return number < self.job["steps"] and self.seconds < self.job["most_seconds"]
+
+    def wait(self) -> None:
+        if self.job["device"] == "cuda":
+            torch.cuda.synchronize()
+
+    def report(self) -> None:
+        """Print the figures as the last line."""
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        if self.job["device"] == "cuda":
+            peak = torch.cuda.max_memory_allocated()
+        fields = ("seconds", "targets", "tokens", "steps", "curve")
+        print(json.dumps({name: getattr(self, name) for name in fields} | {"peak_bytes": peak}), flush=True)
+
+
+def read_job() -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
+    """The job (JSON file named on the command line), its training and its validation examples."""
+    job = json.loads(Path(sys.argv[1]).read_text())
+    torch.set_num_threads(job["threads"])
+    torch.manual_seed(0)
+    data = json.loads(Path(job["data"]).read_text())
+    return job, data["train"], data["validation"]
+
+
+def load_model(job: dict[str, Any]) -> Any:
+    dtype = getattr(torch, job["dtype"])
+    return AutoModelForCausalLM.from_pretrained(job["model"], dtype=dtype).to(job["device"])
+
+
+def lora_config(job: dict[str, Any]) -> LoraConfig:
+    rank = job["rank"]
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def batches(train: list[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
+    """Examples in random order, epoch after epoch."""
+    rng = random.Random(0)
+    while True:
+        order = rng.sample(train, len(train))
+        for i in range(0, len(order) - size + 1, size):
+            yield order[i : i + size]
+
+
+@torch.no_grad()
+def validation_loss(model: Any, examples: list[dict[str, Any]], device: str) -> float:
+    """Mean −log p of the target tokens, each example on its own."""
+    total = count = 0.0
+    was_training = model.training
+    model.eval()
+    for example in examples:
+        ids = torch.tensor([example["ids"]], device=device)
+        mask = torch.tensor(example["mask"][1:], device=device, dtype=torch.bool)
+        log_p = model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
+        total -= float(log_p.gather(1, ids[0, 1:, None])[:, 0][mask].sum())
+        count += int(mask.sum())
+    model.train(was_training)
+    return total / count
+
+
+def main() -> None:
+    job, train, validation = read_job()
+    model = get_peft_model(load_model(job), lora_config(job))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=job["learning_rate"])
+    forward = torch.compile(model, dynamic=True) if job.get("compile") else model
+    model.train()
+    watch = Stopwatch(job)
+    for batch in batches(train, job["batch"]):
+        longest = max(len(e["ids"]) for e in batch)
+        ids = torch.tensor([e["ids"] + [0] * (longest - len(e["ids"])) for e in batch], device=job["device"])
+        seen = torch.tensor(
+            [[1] * len(e["ids"]) + [0] * (longest - len(e["ids"])) for e in batch], device=job["device"]
+        )
+        masks = [e["mask"] + [False] * (longest - len(e["ids"])) for e in batch]
+        labels = torch.where(torch.tensor(masks, device=job["device"]), ids, -100)
+        loss = forward(input_ids=ids, attention_mask=seen, labels=labels, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if not watch.step(batch, lambda: validation_loss(model, validation, job["device"])):
+            break
+    watch.report()
+
+
+if __name__ == "__main__":
+    main()
