@@ -242,6 +242,9 @@ class Execution(Section):
         None, description="most tokens of one forward pass in training; null: 1,024 on a CPU, 16,384 on a GPU"
     )
     tune_concurrency: Positive = 1
+    allow_weak_sandbox: bool = Field(
+        False, description="run model code even where the kernel grants no namespaces or no seccomp; false: refuse"
+    )
     threads: Positive | None = Field(None, description="CPU threads of torch in an actor; null: the CPUs it was given")
 
 

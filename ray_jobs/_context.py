@@ -15,8 +15,10 @@ import ray
 from ray.data import DataContext
 
 from cascade.artifacts import Run
+from cascade.benchmarks import RUNS_CODE
 from cascade.config import Config, load_config
 from cascade.errors import CascadeError
+from cascade.scoring.sandbox import WEAK_SWITCH, require_walls
 from ray_jobs._progress import Progress
 from ray_jobs._runs import Runs
 
@@ -69,6 +71,7 @@ def connect_ray(config: Config) -> None:
     """Join the cluster that this process was submitted to (or RAY_ADDRESS names), else start Ray on this machine."""
     if ray.is_initialized():
         return
+    check_sandbox(config)
     quiet = not os.environ.get("CASCADE_VERBOSE")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0" if quiet else "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -83,7 +86,7 @@ def connect_ray(config: Config) -> None:
         log_to_driver=not quiet,
         logging_level=logging.ERROR if quiet else logging.INFO,
         configure_logging=True,
-        runtime_env={"env_vars": {"TOKENIZERS_PARALLELISM": "false", "DS_ACCELERATOR": _ds_accelerator(config)}},
+        runtime_env={"env_vars": _worker_environment(config)},
         **local,
     )
     data = DataContext.get_current()
@@ -94,8 +97,26 @@ def connect_ray(config: Config) -> None:
             logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def _ds_accelerator(config: Config) -> str:
-    return "cuda" if config.execution.use_gpu else "cpu"
+def _worker_environment(config: Config) -> dict[str, str]:
+    """Environment variables of the actors."""
+    return {
+        "TOKENIZERS_PARALLELISM": "false",
+        "DS_ACCELERATOR": "cuda" if config.execution.use_gpu else "cpu",
+        WEAK_SWITCH: os.environ.get(WEAK_SWITCH, "0"),
+    }
+
+
+def check_sandbox(config: Config) -> None:
+    """Where tasks run what a model wrote, say or refuse before anything is spent that it cannot be confined here.
+
+    Raises:
+        SandboxError: a wall is missing on this machine, and the config does not allow that.
+    """
+    if config.execution.allow_weak_sandbox:
+        os.environ[WEAK_SWITCH] = "1"
+    parts = (config.tasks.train, config.tasks.validation, config.tasks.test)
+    if any(source.benchmark in RUNS_CODE for part in parts for source in part.sources):
+        require_walls()
 
 
 def main(name: str, work: Work) -> None:

@@ -26,6 +26,9 @@ _MODULES = (
     "reasoning_gym",
 )
 
+RUNS_CODE = frozenset({"bfcl", "humaneval", "jsonl", "livecodebench", "mbpp"})
+"""Benchmarks that run what a model wrote, in the sandbox."""
+
 
 class Benchmark(Protocol):
     """What every benchmark module provides as `BENCHMARK`."""

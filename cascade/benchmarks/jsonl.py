@@ -12,6 +12,9 @@ category, difficulty (1 is easiest), max_tokens. By kind:
                      the prompt as (A), (B), …
     unit_tests       tests: Python asserts (one text or a list); optional setup (trusted code run beside the
                      tests), solution (a right answer). The answer is code, in a fence or alone; it runs in the sandbox.
+    function         language: python (default) or javascript (runs under node); function: its name; cases: list of
+                     {"args": [values], "returns": value}, compared as JSON values; optional solution. The answer is
+                     code that defines the function; it runs in the sandbox.
     calls            functions: list of descriptions (name, parameters.properties, parameters.required);
                      expected: list of {function: {parameter: [accepted values]}}, "" among them marks an optional one;
                      an empty list means that no function must be called.
@@ -38,7 +41,9 @@ from cascade.benchmarks.sources import local_files, read_rows
 from cascade.config import Section
 from cascade.errors import ConfigError, DataError
 from cascade.scoring.calls import Call, CallSyntaxError, format_calls, match_calls, parse_calls
-from cascade.scoring.extraction import Reading, read_choice, read_code, read_number, read_text
+from cascade.scoring.extraction import Reading, read_choice, read_number, read_text
+from cascade.scoring.fences import read_code, read_javascript
+from cascade.scoring.function_tests import run_cases
 from cascade.scoring.python_tests import run_tests
 from cascade.scoring.sandbox import Limits
 from cascade.tasks import Completion, Message, Outcome, Split, Task, Verdict
@@ -118,6 +123,22 @@ class UnitTests(_Line):
         return tests if isinstance(tests, str) else "\n".join(tests)
 
 
+class FunctionCase(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    args: list[Any]
+    returns: Any
+
+
+class Function(_Line):
+    kind: Literal["function"]
+    language: Literal["python", "javascript"] = "python"
+    function: str = Field(pattern=r"^[A-Za-z_$][\w$]*$")
+    cases: list[FunctionCase] = Field(min_length=1)
+    solution: str = ""
+    max_tokens: int = Field(512, gt=0)
+
+
 class Calls(_Line):
     kind: Literal["calls"]
     functions: list[dict[str, Any]] = Field(min_length=1)
@@ -136,7 +157,7 @@ class Calls(_Line):
 
 
 _LINES: TypeAdapter[Any] = TypeAdapter(
-    Annotated[Exact | MultipleChoice | UnitTests | Calls, Field(discriminator="kind")]
+    Annotated[Exact | MultipleChoice | UnitTests | Function | Calls, Field(discriminator="kind")]
 )
 
 
@@ -171,6 +192,7 @@ class Jsonl:
     def score(self, task: Task, completion: Completion) -> Verdict:
         """By the task's kind."""
         judge = {"exact": _exact, "multiple_choice": _choice, "unit_tests": _unit_tests, "calls": _calls}
+        judge["function"] = _function
         outcome, answer, evidence = judge[task.reference["kind"]](task.reference, completion.text)
         return Verdict(task.id, completion.model, completion.modifier, outcome, answer, evidence)
 
@@ -178,17 +200,17 @@ class Jsonl:
         """A right answer, in the form asked for.
 
         Raises:
-            DataError: a unit_tests task comes without its solution.
+            DataError: a task that asks for code comes without its solution.
         """
         reference = task.reference
         if reference["kind"] == "exact":
             return str(reference["answers"][0])
         if reference["kind"] == "multiple_choice":
             return f"({chr(65 + reference['answer'])})"
-        if reference["kind"] == "unit_tests":
+        if reference["kind"] in {"unit_tests", "function"}:
             if not reference["solution"]:
                 raise DataError(f"{task.id} has no solution; add one to the task file")
-            return f"```python\n{reference['solution']}\n```"
+            return f"```{reference.get('language', 'python')}\n{reference['solution']}\n```"
         return reference_calls(reference["expected"], reference["functions"])
 
 
@@ -250,6 +272,9 @@ def _task(line: Any, file: Path, split: Split, domain: str) -> Task:
         reference |= {"choices": line.choices, "answer": line.index()}
     elif isinstance(line, UnitTests):
         reference |= {"tests": line.tests, "setup": line.setup, "solution": line.solution}
+    elif isinstance(line, Function):
+        reference |= {"language": line.language, "function": line.function, "solution": line.solution}
+        reference["cases"] = [case.model_dump() for case in line.cases]
     else:
         reference |= {"functions": line.functions, "expected": line.expected}
         described = CALLS_PROMPT.format(functions=json.dumps(line.functions, ensure_ascii=False))
@@ -317,6 +342,15 @@ def _unit_tests(reference: Any, text: str) -> Judged:
         return "unparsed", "", "no Python code found"
     setup = f"{SETUP}\n{reference['setup']}"
     result = run_tests(code, reference["tests"], setup=setup, limits=Limits())
+    return result.outcome, code, result.evidence
+
+
+def _function(reference: Any, text: str) -> Judged:
+    name, language = reference["function"], reference["language"]
+    code = read_code(text, name) if language == "python" else read_javascript(text, name)
+    if code is None:
+        return "unparsed", "", f"no {language} code that defines {name} found"
+    result = run_cases(code, language, name, reference["cases"], Limits())
     return result.outcome, code, result.evidence
 
 

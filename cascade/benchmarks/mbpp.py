@@ -22,7 +22,7 @@ from cascade.benchmarks.options import parse_options
 from cascade.benchmarks.ordering import shuffled
 from cascade.benchmarks.sources import HubSource, hub_rows, local_rows, require
 from cascade.config import Section
-from cascade.scoring.extraction import read_code
+from cascade.scoring.fences import read_code
 from cascade.scoring.python_tests import run_tests
 from cascade.scoring.sandbox import Limits
 from cascade.tasks import Completion, Message, Split, Task, Verdict

@@ -8,14 +8,11 @@ and scorers count that as a wrong answer; if nothing is found the answer is unpa
 
 from __future__ import annotations
 
-import ast
-import itertools
-import json
 import re
-import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+
+from cascade.scoring.fences import ANSWER_TAG, FENCE, fenced_blocks
 
 MAX_CHARS = 20_000
 """Longer texts are read at their end only; no answer of our benchmarks comes near."""
@@ -54,11 +51,9 @@ _STATED = re.compile(
 )
 _CONCLUSION = re.compile(r"(?:^|[.!\n])\s*(?:so|therefore|thus|hence|in conclusion)\b[,:]?(?P<span>[^\n]*)", re.I)
 _BOLD = re.compile(r"\*\*(?P<span>[^*\n]{1,200})\*\*|__(?P<other>[^_\n]{1,200})__")
-_TAGS = re.compile(r"<answer>(?P<span>.*?)(?:</answer>|\Z)", re.IGNORECASE | re.DOTALL)
 _HASHES = re.compile(r"^####[ \t]+(?P<span>[^\n]+)\Z", re.MULTILINE)
 _EQUATED = re.compile(r"^[A-Za-z]\w{0,20}[ \t]*=[ \t]*(?P<span>[^\n=]+)\Z", re.MULTILINE)
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$)|[.!?][)*\"'](?=\s|$)")
-_FENCE = re.compile(r"^[ \t]*(?P<mark>```+|~~~+)[ \t]*(?P<language>[\w+#.-]*)[^\n]*$", re.MULTILINE)
 
 
 def boxed(text: str) -> list[str]:
@@ -80,7 +75,7 @@ def marked_spans(text: str) -> Iterator[tuple[str, list[str]]]:
     final = [m["span"] for m in stated if m["final"]]
     signs = (
         ("boxed", boxed(text)),
-        ("answer tag", [m["span"] for m in _TAGS.finditer(text)]),
+        ("answer tag", [m["span"] for m in ANSWER_TAG.finditer(text)]),
         ("hashes", [m["span"] for m in _HASHES.finditer(text)]),
         ("final answer", final),
         ("stated", [m["span"] for m in stated if not m["final"]]),
@@ -275,7 +270,7 @@ def read_list(text: str, length: int) -> Reading:
         return [", ".join(items)] if fits else []
 
     def lines(whole: str) -> list[str]:
-        rows = [row.strip() for row in whole.splitlines() if not _FENCE.match(row)]
+        rows = [row.strip() for row in whole.splitlines() if not FENCE.match(row)]
         rows = [row for row in rows if row and not row.endswith(":")]
         items = [re.sub(r"^(?:[-*•]|\d+[.):])\s+", "", row).rstrip(",") for row in rows]
         body = [i for i, row in zip(items, rows, strict=True) if i != row or len(row.split()) == 1]
@@ -300,100 +295,3 @@ def read_text(text: str) -> Reading:
         return Reading(blocks[0] if len(blocks) == 1 else None, "fenced", blocks)
     whole = _clean(text).strip("\"'")
     return Reading(whole, "whole text", (whole,)) if whole else NOTHING
-
-
-# -------------------------------------------------------------------------------------------------------- fences
-
-
-def fenced_blocks(text: str) -> list[tuple[str, str]]:
-    """(language, body) of every Markdown code block in order; a block that is never closed runs to the end."""
-    blocks, opened = [], None
-    for match in _FENCE.finditer(text):
-        if opened is None:
-            opened = match
-        elif match["mark"].startswith(opened["mark"]) and not match["language"]:
-            blocks.append((opened["language"].lower(), text[opened.end() + 1 : match.start()].rstrip("\n")))
-            opened = None
-    if opened is not None:
-        blocks.append((opened["language"].lower(), text[opened.end() + 1 :].rstrip("\n")))
-    return blocks
-
-
-def read_code(text: str, defines: str | None = None) -> str | None:
-    """Python source out of an answer.
-
-    Args:
-        text: prose with fenced blocks, or code alone.
-        defines: name of a function or class that the code must define.
-
-    Returns:
-        The last fenced block that defines the name (all blocks before it that define what it needs are kept too);
-        without fences, the code from its first to its last line that Python accepts; None if there is none.
-    """
-    blocks = [body for language, body in fenced_blocks(text) if language in {"", "python", "py", "python3"}]
-    name = re.escape(defines or "")
-    pattern = re.compile(rf"^\s*(?:(?:async\s+)?(?:def|class)\s+{name}\b|{name}\s*=[^=])", re.M) if defines else None
-    if blocks:
-        fitting = [i for i, body in enumerate(blocks) if body.strip() and (pattern is None or pattern.search(body))]
-        if not fitting:
-            return None
-        last = blocks[fitting[-1]]
-        helpers = [b for b in blocks[: fitting[-1]] if _only_definitions(b) and not (pattern and pattern.search(b))]
-        return "\n\n".join([*helpers, textwrap.dedent(last)])
-    tagged = _TAGS.search(text)
-    text = _PROGRAM_MARKS.sub("", tagged["span"] if tagged else text)
-    if pattern is not None and not pattern.search(text):
-        return None
-    return _longest_program(text)
-
-
-def _only_definitions(code: str) -> bool:
-    try:
-        body = ast.parse(code).body
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return False
-    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom)
-    return bool(body) and all(isinstance(node, kinds) for node in body)
-
-
-_PROGRAM_MARKS = re.compile(r"^\[(?:BEGIN|DONE)\][ \t]*$", re.MULTILINE)
-_CODE_LINE = re.compile(r"^(?:def|class|import|from|@|async def)\b|^@|^\w+\s*=[^=]")
-
-
-def _longest_program(text: str) -> str | None:
-    """The first run of lines that begins like a program, cut at the end until it parses."""
-    lines = text.splitlines()[:2000]
-    start = next((i for i, line in enumerate(lines) if _CODE_LINE.match(line)), None)
-    if start is None:
-        return None
-    end = len(lines)
-    while end > start:
-        program = "\n".join(lines[start:end])
-        try:
-            ast.parse(program)
-        except SyntaxError as error:
-            end = min(end - 1, start + (error.lineno or 1) - 1) if error.lineno and error.lineno > 1 else end - 1
-            continue
-        except (ValueError, RecursionError, MemoryError):
-            return None
-        return program if program.strip() else None
-    return None
-
-
-MAX_JSON_STARTS = 200
-
-
-def read_json(text: str) -> Any | None:
-    """The largest JSON object or array in a text (in a fence or amid prose); None if there is none."""
-    decoder, best, size, resume = json.JSONDecoder(), None, 0, 0
-    for match in itertools.islice(re.finditer(r"[\[{]", text), MAX_JSON_STARTS):
-        if match.start() < resume:
-            continue
-        try:
-            value, end = decoder.raw_decode(text, match.start())
-        except (ValueError, RecursionError):
-            continue
-        resume = end
-        if end - match.start() > size:
-            best, size = value, end - match.start()
-    return best

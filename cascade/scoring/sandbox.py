@@ -6,9 +6,10 @@ sockets, no new processes or programs, no tracing, no mounts), an empty environm
 space, file size, scratch space and open files. CPU time decides timeouts, so that a busy host flips no verdict; wall
 time is a generous backstop for code that sleeps.
 
-What it does NOT protect against: a hole in the kernel itself, side channels between processes, and, where namespaces
-are not granted (`missing_walls`), code that reads the user's files. There it refuses to run unless
-CASCADE_ALLOW_WEAK_SANDBOX=1 says that the whole machine is expendable.
+What it does NOT protect against: a hole in the kernel itself, side channels between processes, and what the walls that
+are not granted (`missing_walls`) would keep out. Where one is missing it refuses to run, unless the config
+(`execution.allow_weak_sandbox`) or CASCADE_ALLOW_WEAK_SANDBOX=1 says that the whole machine is expendable; then
+it says aloud what is missing, and the walls that are granted stand.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import math
 import os
 import selectors
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -47,7 +49,8 @@ class Limits:
     """What a confined process may use.
 
     Attributes:
-        cpu_seconds: CPU time, user and system; rounded up to whole seconds by the kernel's limit.
+        cpu_seconds: CPU time, user and system, as measured when the process has ended. The kernel's own limit counts
+            clock ticks and is off by a tenth on a busy machine: it is set a quarter above, and only ends the process.
         wall_seconds: backstop for processes that sleep or wait; None: 20 s more than four times the CPU time.
         memory_bytes: address space; 0 leaves it to the kernel (node reserves far more than it uses).
         scratch_bytes: all of /tmp together.
@@ -72,6 +75,7 @@ class Limits:
     def for_launcher(self) -> dict[str, int]:
         """Whole numbers, as the kernel's limits want them."""
         numbers = {k: v for k, v in asdict(self).items() if k not in {"wall_seconds", "output_bytes"}}
+        numbers["cpu_seconds"] *= 1.25
         return {k: math.ceil(v) for k, v in numbers.items()}
 
 
@@ -117,16 +121,14 @@ class Confined:
             streams: file descriptors for its standard input, output and error; None is /dev/null.
 
         Raises:
-            SandboxError: the walls cannot be built and CASCADE_ALLOW_WEAK_SANDBOX is not set.
+            SandboxError: a wall is missing here and that is not allowed; see `require_walls`.
         """
-        weak = bool(missing_walls())
-        if weak:
-            _refuse_or_warn(missing_walls())
+        missing = require_walls()
         self.limits = limits
         self._root = tempfile.mkdtemp(prefix="cascade-sandbox-")
         request = {
-            "namespaces": [] if weak else list(_NAMESPACES),
-            "seccomp": True,
+            "namespaces": [] if "namespaces" in missing else list(_NAMESPACES),
+            "seccomp": "seccomp" not in missing,
             "root": self._root,
             "visible": visible_paths(),
             "limits": limits.for_launcher(),
@@ -162,17 +164,24 @@ class Confined:
             self.kill()
             return Ended("wall", detail=f"no end after {limit:.0f} s of wall time")
         assert self._process.stdout is not None
-        lines = self._process.stdout.read().splitlines()
-        return self._ended(json.loads(lines[-1]) if lines else {})
+        return self._ended(_report(self._process.stdout.read()))
 
     def _ended(self, report: dict[str, Any]) -> Ended:
-        if "exit" not in report:
+        if "exit" not in report or "setup_error" in report:
             return Ended("setup", detail=str(report.get("setup_error") or report.get("missing") or "no report"))
         code, cpu = int(report["exit"]), float(report["cpu_seconds"])
         ending: Ending = "exit" if code >= 0 else "killed"
-        if cpu >= math.ceil(self.limits.cpu_seconds) - 0.05:
+        if cpu >= self.limits.cpu_seconds or code == -signal.SIGXCPU:
             ending = "cpu"
         return Ended(ending, code, cpu, int(report["peak_bytes"]))
+
+
+def _report(output: bytes) -> dict[str, Any]:
+    """What the launcher says: one line in the end, and one before if a wall could not be built."""
+    merged: dict[str, Any] = {}
+    for line in output.splitlines():
+        merged |= json.loads(line)
+    return merged
 
 
 def _launch(request: dict[str, Any], fds: set[int]) -> subprocess.Popen[bytes]:
@@ -200,32 +209,58 @@ def visible_paths() -> list[str]:
     return [p for p in dict.fromkeys(os.path.abspath(p) for p in paths) if os.path.exists(p) and p != "/"]
 
 
+WALLS = {
+    "namespaces": "model code can read this user's files, end this user's processes and fill the disk",
+    "seccomp": "model code can start programs and reach every call of the kernel",
+}
+"""Wall -> what is possible without it."""
+
+
 @cache
-def missing_walls() -> tuple[str, ...]:
-    """What this kernel or container does not grant, tried once by building a sandbox; () if all walls stand."""
+def missing_walls() -> dict[str, str]:
+    """The walls that this kernel or container does not grant -> why; found once, by building sandboxes."""
     if not sys.platform.startswith("linux"):
-        return ("namespaces and seccomp (Linux alone has them)",)
+        return dict.fromkeys(WALLS, "Linux alone has them")
+    if not (together := _problem("namespaces", "seccomp")):
+        return {}
+    problems = {wall: _problem(wall) for wall in WALLS}
+    return {wall: why for wall, why in problems.items() if why} or {"namespaces": together}
+
+
+def _problem(*walls: str) -> str:
+    """Why a sandbox with these walls cannot be built, "" if it can."""
     with tempfile.TemporaryDirectory(prefix="cascade-sandbox-") as root:
-        request = {"namespaces": list(_NAMESPACES), "seccomp": True, "root": root, "visible": visible_paths()}
-        request |= {"limits": Limits().for_launcher(), "role_files": [], "argv": ["/bin/true"], "payload": {}}
+        request: dict[str, Any] = {"root": root, "visible": visible_paths(), "limits": Limits().for_launcher()}
+        request |= {"namespaces": list(_NAMESPACES) if "namespaces" in walls else [], "seccomp": "seccomp" in walls}
+        request |= {"role_files": [], "argv": ["/bin/true"], "payload": {}}
         request |= {"fds": [], "streams": [None, None, None], "python_path": []}
-        process = _launch(request, set())
-        output, _ = process.communicate(timeout=60)
-    report = json.loads(output.splitlines()[-1]) if output.strip() else {}
+        output, _ = _launch(request, set()).communicate(timeout=60)
+    report = _report(output)
     if report.get("exit") == 0:
-        return ()
-    return (str(report.get("setup_error") or f"namespaces: {', '.join(report.get('missing', ['unknown']))}"),)
+        return ""
+    refused = f"the kernel refuses {', '.join(report.get('missing', ['to say why']))}"
+    return str(report.get("setup_error") or refused)
 
 
-def _refuse_or_warn(missing: tuple[str, ...]) -> None:
-    what = "; ".join(missing)
+def require_walls() -> dict[str, str]:
+    """The missing walls, after a warning that names them; {} where all stand.
+
+    Raises:
+        SandboxError: a wall is missing and nothing says that this machine is expendable.
+    """
+    missing = missing_walls()
+    if not missing:
+        return {}
+    what = "; ".join(f"no {wall} ({why}): {WALLS[wall]}" for wall, why in missing.items())
     if os.environ.get(WEAK_SWITCH) != "1":
         raise SandboxError(
-            f"code of a model cannot be confined here ({what}). Run where unprivileged user namespaces are allowed "
-            f"(in a container: --security-opt seccomp=unconfined or a profile that permits unshare and mount), or, if "
-            f"this machine holds nothing of value, set {WEAK_SWITCH}=1."
+            f"code of a model cannot be confined here: {what}. Run where unprivileged user namespaces and seccomp are "
+            f"allowed (in a container: --security-opt seccomp=unconfined or a profile that permits unshare and mount), "
+            f"or, if this machine holds nothing of value, set execution.allow_weak_sandbox in the config (or "
+            f"{WEAK_SWITCH}=1)."
         )
-    warnings.warn(f"WEAK SANDBOX: {what}; model code can read this user's files", RuntimeWarning, stacklevel=4)
+    warnings.warn(f"WEAK SANDBOX: {what}", RuntimeWarning, stacklevel=4)
+    return missing
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,7 +300,7 @@ def run_role(roles: Sequence[str], payload: dict[str, Any], limits: Limits) -> O
 
 
 def run_javascript(code: str, stdin: str, limits: Limits) -> Output:
-    """A JavaScript program under node, with its standard input.
+    """A JavaScript program under node, with its standard input; the address space is node's own affair.
 
     Raises:
         SandboxError: node is not installed below /usr or /bin; or see `Confined`.

@@ -227,8 +227,8 @@ def _confine(request: dict[str, Any], missing: list[str], status: int) -> None:
     no_new_privileges()
     set_limits(request["limits"])
     os.environ.clear()
-    if request["seccomp"]:
-        install_seccomp(allow_exec=role is None)
+    if request["seccomp"] and not install_seccomp(allow_exec=role is None):
+        raise OSError("the kernel takes no seccomp filter")
     if role is None:
         os.execve(request["argv"][0], request["argv"], {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8"})
     os.close(status)

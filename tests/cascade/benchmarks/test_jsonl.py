@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,10 @@ ROWS: list[dict[str, Any]] = [
     {"id": 5, "kind": "calls", "prompt": "Weather in Rome?", "functions": [FUNCTION],
      "expected": [{"weather.get": {"city": ["Rome", "Roma"], "days": [1, ""]}}]},
     {"id": 6, "kind": "calls", "prompt": "Sing!", "functions": [FUNCTION], "expected": []},
+    {"id": 7, "kind": "function", "language": "javascript", "prompt": "Write add in JavaScript.", "function": "add",
+     "cases": [{"args": [1, 2], "returns": 3}], "solution": "const add = (a, b) => a + b"},
+    {"id": 8, "kind": "function", "prompt": "Write add.", "function": "add",
+     "cases": [{"args": [1, 2], "returns": 3}], "solution": "def add(a, b):\n    return a + b"},
 ]  # fmt: skip
 
 
@@ -72,6 +77,18 @@ def test_unit_tests_run_in_the_sandbox(tmp_path: Path) -> None:
     assert JSONL.score(task, Completion(task.id, "m", "", "Adding is easy.")).outcome == "unparsed"
 
 
+@pytest.mark.skipif(bool(missing_walls()), reason="no sandbox here")
+@pytest.mark.parametrize(("row", "wrong"), [(6, "const add = (a, b) => a - b"), (7, "def add(a, b): return a - b")])
+def test_functions_are_judged_by_values(tmp_path: Path, row: int, wrong: str) -> None:
+    task = load(tmp_path, [ROWS[row]])[0]
+    if row == 6 and shutil.which("node", path="/usr/local/bin:/usr/bin:/bin") is None:
+        pytest.skip("no node here")
+    assert JSONL.score(task, Completion(task.id, "m", "", JSONL.reference_answer(task))).passed
+    failed = JSONL.score(task, Completion(task.id, "m", "", f"```\n{wrong}\n```"))
+    assert (failed.outcome, failed.evidence) == ("fail", "add(1, 2) gave -1, should be 3")
+    assert JSONL.score(task, Completion(task.id, "m", "", "Adding is easy.")).outcome == "unparsed"
+
+
 def test_splits_by_line_and_by_file(tmp_path: Path) -> None:
     rows = [{**ROWS[0], "split": "train"}, {**ROWS[1], "split": "test"}]
     assert [t.id for t in load(tmp_path, rows, "test")] == ["jsonl/own/2"]
@@ -91,6 +108,8 @@ def test_splits_by_line_and_by_file(tmp_path: Path) -> None:
         ({**ROWS[2], "answer": "cat"}, "no index, letter or text"),
         ({**ROWS[4], "expected": [{"unknown": {}}]}, "names one of the functions"),
         ({**ROWS[0], "difficulty": 0}, "difficulty"),
+        ({**ROWS[6], "language": "cobol"}, "language"),
+        ({**ROWS[6], "cases": [{"args": 1, "returns": 1}]}, "args"),
     ],
 )
 def test_schema_errors_name_the_key(tmp_path: Path, row: dict[str, Any], message: str) -> None:

@@ -181,7 +181,7 @@ def test_bfcl_reference_answers_and_splits() -> None:
     assert outcome(irrelevant, "None fits.") == "pass"
     assert outcome(irrelevant, "[f(a=1)]") == "fail"
     split = [{t.id for t in load("bfcl", s)} for s in ("train", "validation", "test")]
-    assert sum(map(len, split)) == len(set.union(*split)) == 3625
+    assert sum(map(len, split)) == len(set.union(*split)) == 3825
 
 
 # ------------------------------------------------------------------------------------------------- sources

@@ -103,7 +103,7 @@ def test_verdicts_are_those_of_the_leaderboards_own_checker() -> None:
     bfcl, rng = benchmarks.get("bfcl"), random.Random(11)
     tasks = bfcl.load("test", domain="a", options={"split_rule": "none"}, seed=1, count=None)
     requests, ours = [], []
-    for task in [t for t in tasks if language_of(t.category) == "python"][::3]:
+    for task in [t for t in tasks if language_of(t.category) == "python" and t.max_turns == 1][::3]:
         accepted, functions = task.reference["expected"], task.reference["functions"]
         if not accepted:
             continue

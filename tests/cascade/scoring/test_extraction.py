@@ -10,16 +10,8 @@ from typing import Any
 import pytest
 from answer_forms import CHOICES, LISTS, NUMBERS, WORDS, code_forms, forms, json_forms
 
-from cascade.scoring.extraction import (
-    fenced_blocks,
-    read_choice,
-    read_code,
-    read_json,
-    read_list,
-    read_number,
-    read_text,
-    read_word,
-)
+from cascade.scoring.extraction import read_choice, read_list, read_number, read_text, read_word
+from cascade.scoring.fences import fenced_blocks, read_code, read_javascript, read_json
 
 OPTIONS = {"A": "ant", "B": "whale", "C": "dog", "D": "cat"}
 
@@ -121,6 +113,36 @@ def test_code_keeps_helpers_of_other_blocks_and_misses_what_is_not_there() -> No
     assert read_code("No code here.", "add") is None
     assert read_code("```python\ndef sub(a, b): return a - b\n```", "add") is None
     assert fenced_blocks("a\n```\nb\n```\n```js\nc") == [("", "b"), ("js", "c")]
+
+
+JAVASCRIPT = "function add(a, b) {\n  return a + b;\n}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        JAVASCRIPT,
+        f"```javascript\n{JAVASCRIPT}\n```",
+        f"Sure:\n```js\n{JAVASCRIPT}\n```\nIt adds.",
+        f"```\n{JAVASCRIPT}\n```",
+        "```js\nconst add = (a, b) => a + b;\n```",
+        "const add = (a, b) => a + b",
+        "```js\nmodule.exports = { add: (a, b) => a + b };\n```",
+        f"```js\nconst two = 2;\n```\nand\n```js\n{JAVASCRIPT}\n```",
+    ],
+)
+def test_javascript(text: str) -> None:
+    code = read_javascript(text, "add")
+    assert code is not None
+    assert "a + b" in code
+    assert "```" not in code
+    assert ("const two" in code) == ("const two" in text)
+
+
+def test_no_javascript() -> None:
+    assert read_javascript("I would add them.", "add") is None
+    assert read_javascript("```js\nfunction sub(a, b) { return a - b }\n```", "add") is None
+    assert read_javascript("```python\ndef add(a, b): return a\n```", "add") is None
 
 
 def test_json() -> None:

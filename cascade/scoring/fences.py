@@ -1,0 +1,119 @@
+"""Code and JSON out of answers: fenced blocks first, then what stands amid prose."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import json
+import re
+import textwrap
+from typing import Any
+
+FENCE = re.compile(r"^[ \t]*(?P<mark>```+|~~~+)[ \t]*(?P<language>[\w+#.-]*)[^\n]*$", re.MULTILINE)
+ANSWER_TAG = re.compile(r"<answer>(?P<span>.*?)(?:</answer>|\Z)", re.IGNORECASE | re.DOTALL)
+
+
+def fenced_blocks(text: str) -> list[tuple[str, str]]:
+    """(language, body) of every Markdown code block in order; a block that is never closed runs to the end."""
+    blocks, opened = [], None
+    for match in FENCE.finditer(text):
+        if opened is None:
+            opened = match
+        elif match["mark"].startswith(opened["mark"]) and not match["language"]:
+            blocks.append((opened["language"].lower(), text[opened.end() + 1 : match.start()].rstrip("\n")))
+            opened = None
+    if opened is not None:
+        blocks.append((opened["language"].lower(), text[opened.end() + 1 :].rstrip("\n")))
+    return blocks
+
+
+def read_code(text: str, defines: str | None = None) -> str | None:
+    """Python source out of an answer.
+
+    Args:
+        text: prose with fenced blocks, or code alone.
+        defines: name of a function or class that the code must define.
+
+    Returns:
+        The last fenced block that defines the name (all blocks before it that define what it needs are kept too);
+        without fences, the code from its first to its last line that Python accepts; None if there is none.
+    """
+    blocks = [body for language, body in fenced_blocks(text) if language in {"", "python", "py", "python3"}]
+    name = re.escape(defines or "")
+    pattern = re.compile(rf"^\s*(?:(?:async\s+)?(?:def|class)\s+{name}\b|{name}\s*=[^=])", re.M) if defines else None
+    if blocks:
+        fitting = [i for i, body in enumerate(blocks) if body.strip() and (pattern is None or pattern.search(body))]
+        if not fitting:
+            return None
+        last = blocks[fitting[-1]]
+        helpers = [b for b in blocks[: fitting[-1]] if _only_definitions(b) and not (pattern and pattern.search(b))]
+        return "\n\n".join([*helpers, textwrap.dedent(last)])
+    tagged = ANSWER_TAG.search(text)
+    text = _PROGRAM_MARKS.sub("", tagged["span"] if tagged else text)
+    if pattern is not None and not pattern.search(text):
+        return None
+    return _longest_program(text)
+
+
+def read_javascript(text: str, defines: str) -> str | None:
+    """JavaScript source out of an answer: the last fenced block that holds the name, with the blocks before it that do
+    not; without fences the whole text if it declares the name; None if there is none."""
+    blocks = [body for language, body in fenced_blocks(text) if language in {"", "javascript", "js", "node", "mjs"}]
+    fitting = [i for i, body in enumerate(blocks) if re.search(rf"\b{re.escape(defines)}\b\s*[=(:]", body)]
+    if fitting:
+        helpers = [b for b in blocks[: fitting[-1]] if not re.search(rf"\b{re.escape(defines)}\b", b)]
+        return "\n".join([*helpers, blocks[fitting[-1]]])
+    declared = rf"^\s*(?:export\s+)?(?:(?:async\s+)?function\*?\s+|(?:const|let|var)\s+){re.escape(defines)}\b"
+    return text if not blocks and re.search(declared, text, re.MULTILINE) else None
+
+
+def _only_definitions(code: str) -> bool:
+    try:
+        body = ast.parse(code).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom)
+    return bool(body) and all(isinstance(node, kinds) for node in body)
+
+
+_PROGRAM_MARKS = re.compile(r"^\[(?:BEGIN|DONE)\][ \t]*$", re.MULTILINE)
+_CODE_LINE = re.compile(r"^(?:def|class|import|from|@|async def)\b|^@|^\w+\s*=[^=]")
+
+
+def _longest_program(text: str) -> str | None:
+    """The first run of lines that begins like a program, cut at the end until it parses."""
+    lines = text.splitlines()[:2000]
+    start = next((i for i, line in enumerate(lines) if _CODE_LINE.match(line)), None)
+    if start is None:
+        return None
+    end = len(lines)
+    while end > start:
+        program = "\n".join(lines[start:end])
+        try:
+            ast.parse(program)
+        except SyntaxError as error:
+            end = min(end - 1, start + (error.lineno or 1) - 1) if error.lineno and error.lineno > 1 else end - 1
+            continue
+        except (ValueError, RecursionError, MemoryError):
+            return None
+        return program if program.strip() else None
+    return None
+
+
+MAX_JSON_STARTS = 200
+
+
+def read_json(text: str) -> Any | None:
+    """The largest JSON object or array in a text (in a fence or amid prose); None if there is none."""
+    decoder, best, size, resume = json.JSONDecoder(), None, 0, 0
+    for match in itertools.islice(re.finditer(r"[\[{]", text), MAX_JSON_STARTS):
+        if match.start() < resume:
+            continue
+        try:
+            value, end = decoder.raw_decode(text, match.start())
+        except (ValueError, RecursionError):
+            continue
+        resume = end
+        if end - match.start() > size:
+            best, size = value, end - match.start()
+    return best
