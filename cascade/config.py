@@ -133,6 +133,10 @@ class Teacher(Section):
     repair_rounds: int = Field(
         0, ge=0, description="times that a failed sample goes back to the teacher with what the scorer found wrong"
     )
+    mode: Literal["live", "batch"] = Field(
+        "live", description="batch: requests go through the endpoint's Batch API, cheaper and answered within a day"
+    )
+    batch_price_share: Fraction = Field(0.5, description="price of a batch's request as a share of the live price")
     keep_reasoning: bool = Field(False, description="train on the whole answer rather than on the final answer alone")
     timeout_s: float = Field(120.0, gt=0)
     retries: int = Field(5, ge=0, description="per request, on 429, 5xx, timeouts and broken connections")
@@ -156,6 +160,8 @@ class Teacher(Section):
             raise ValueError("the name of a teacher that replays known answers must start with 'answer-key'")
         if self.is_answer_key and self.repair_rounds:
             raise ValueError("a teacher that replays known answers cannot mend one: set repair_rounds to 0")
+        if self.mode == "batch" and (self.is_answer_key or len(self.endpoints) > 1):
+            raise ValueError("mode: batch takes exactly one endpoint, one that has a Batch API")
         return self
 
 

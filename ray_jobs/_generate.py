@@ -14,7 +14,7 @@ from typing import Any, cast
 import pyarrow as pa
 import ray
 import ray.data
-from ray.data import ActorPoolStrategy
+from ray.data import ActorPoolStrategy, DataContext
 
 from cascade.artifacts import Run
 from cascade.config import ANSWER_KEY, Config
@@ -91,7 +91,11 @@ def _meter(job: Job, tier: int, total: int, done: int) -> TierMeter:
 def _answers(job: Job, tier: int, tasks: list[Task], resolve: dict[str, str], desk: Any) -> Iterator[dict[str, Any]]:
     """What `TeacherActor` says of each task, as it is known."""
     execution = job.config.execution
-    blocks = [to_table(Task, tasks[i : i + execution.task_block]) for i in range(0, len(tasks), execution.task_block)]
+    block = execution.task_block
+    if job.config.tier(tier).mode == "batch":  # all in as few batches as possible, and days without a result
+        block = len(tasks)
+        DataContext.get_current().execution_no_progress_timeout_s = -1
+    blocks = [to_table(Task, tasks[i : i + block]) for i in range(0, len(tasks), block)]
     rows = ray.data.from_arrow(blocks).map_batches(
         TeacherActor,
         batch_size=None,

@@ -170,6 +170,8 @@ def _what_decides_answers(teacher: Teacher) -> dict[str, object]:
             "cached_input_usd_per_million",
             "price_source",
             "timeout_s",
+            "mode",
+            "batch_price_share",
             "retries",
             "budget_usd",
             "expected_share",

@@ -19,6 +19,7 @@ from weakref import WeakValueDictionary
 from cascade.config import ANSWER_KEY, Endpoint, Teacher
 from cascade.errors import TeacherError
 from cascade.tasks import Completion, FinishReason, Message, Task, message_hash
+from cascade.teachers.batch import BatchQueue, BatchRequest
 from cascade.teachers.budget import Budget, price_usd
 from cascade.teachers.conversation import (
     estimate_prompt_tokens,
@@ -141,6 +142,9 @@ class TeacherClient:
                 f"tier {tier} ({teacher.name}): the offline teacher is not running, its URL is not known"
             )
         self._endpoints = [EndpointClient(e, urls[e.base_url], teacher, limiter(e)) for e in teacher.endpoints]
+        self._batches = (
+            BatchQueue(teacher, self._endpoints[0], ledger, domain, tier) if teacher.mode == "batch" else None
+        )
         self._asking: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._completion_tokens = float(teacher.max_tokens)
 
@@ -157,6 +161,8 @@ class TeacherClient:
         async with AsyncExitStack() as stack:
             for endpoint in self._endpoints:
                 stack.push_async_callback(endpoint.aclose)
+            if self._batches:
+                stack.push_async_callback(self._batches.aclose)
 
     async def answer(self, task: Task, attempt: int = 0, follow_up: Sequence[Message] = ()) -> Answer:
         """The teacher's answer to a task, from the ledger if it was ever given.
@@ -199,6 +205,7 @@ class TeacherClient:
             for e in self.teacher.endpoints
         }
         worst = price_usd(self.teacher, most_prompt_tokens(messages), self.teacher.max_tokens)
+        worst *= self.teacher.batch_price_share if self._batches else 1.0
         return _Request(task, attempt, len(follow_up) // 2, messages, parameters, keys, worst)
 
     def _known(self, request: _Request) -> LedgerEntry | None:
@@ -209,7 +216,7 @@ class TeacherClient:
         failures, began, turn = 0, time.monotonic(), 0
         while True:
             endpoint = self._pick(turn)
-            entry, failure = await self._try(endpoint, request)
+            entry, failure = await (self._batched(endpoint, request) if self._batches else self._try(endpoint, request))
             if failure is None or failure.kind == "refused":
                 return entry
             turn += 1
@@ -248,6 +255,24 @@ class TeacherClient:
             booked = request.worst_usd  # if this is cancelled or the ledger cannot be written, nobody knows better
             entry, failure = await self._send(endpoint, request, lease)
             booked = entry.price_usd + entry.unsure_usd
+            return entry, failure
+        finally:
+            await asyncio.shield(self._budget.settle(reserved, booked))
+
+    async def _batched(self, endpoint: EndpointClient, request: _Request) -> tuple[LedgerEntry, Failure | None]:
+        """One request of a batch. What is in a batch of an earlier process is waited for; the budget knows of it."""
+        assert self._batches is not None
+        await self._batches.resume()
+        identity = self._identity(endpoint, request)
+        key = identity["key"]
+        part = BatchRequest(key, request.messages, request.parameters, identity, request.worst_usd)
+        if self._batches.awaits(key):
+            return await self._batches.complete(part)
+        reserved = await self._budget.reserve(self.tier, request.worst_usd)
+        booked = request.worst_usd
+        try:
+            entry, failure = await self._batches.complete(part)
+            booked = entry.price_usd
             return entry, failure
         finally:
             await asyncio.shield(self._budget.settle(reserved, booked))

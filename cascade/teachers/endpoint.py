@@ -97,10 +97,10 @@ class EndpointClient:
         began = time.monotonic()
         try:
             call: Any = {"messages": [m.as_dict() for m in messages], **parameters, "extra_headers": self._headers()}
-            raw = await self._open().chat.completions.create(model=self._teacher.name, **call)
+            raw = await self.api.chat.completions.create(model=self._teacher.name, **call)
             result: Response | Failure = read_response(raw, messages, time.monotonic() - began)
         except openai.APIStatusError as error:
-            result = self._status(error)
+            result = self.status(error)
         except openai.APITimeoutError as error:
             late = f"no answer from {self._url} within {self._teacher.timeout_s:g} s"
             result = Failure("broken", late, charged=_was_sent(error))
@@ -109,7 +109,7 @@ class EndpointClient:
             result = Failure("broken", lost, charged=_was_sent(error))
         except (openai.OpenAIError, ValueError) as error:
             result = Failure("broken", f"nonsense from {self._url}: {error}", charged=True)
-        self._judge(result)
+        self.judge(result)
         return result
 
     async def aclose(self) -> None:
@@ -118,7 +118,9 @@ class EndpointClient:
             await self._client.close()
             self._client = None
 
-    def _open(self) -> openai.AsyncOpenAI:
+    @property
+    def api(self) -> openai.AsyncOpenAI:
+        """The official client, opened at first use, with its own retries off."""
         if self._client is None:
             key = os.environ.get(self.endpoint.api_key_env, "") if self.endpoint.api_key_env else ""
             local = urlsplit(self._url).hostname in ("127.0.0.1", "localhost", "::1")
@@ -136,7 +138,8 @@ class EndpointClient:
         names = ["OpenAI-Organization", "OpenAI-Project"]
         return {name: openai.Omit() for name in [*names, *([] if self.endpoint.api_key_env else ["Authorization"])]}
 
-    def _status(self, error: openai.APIStatusError) -> Failure:
+    def status(self, error: openai.APIStatusError) -> Failure:
+        """What an error status means."""
         status, said = error.status_code, _message(error)
         where = f"{self._url} (model {self._teacher.name})"
         if status in (401, 403):
@@ -154,7 +157,7 @@ class EndpointClient:
             return Failure("limited" if wait else "broken", f"{where} answered {status}: {said}", wait)
         return Failure("refused", f"{where} does not accept the request ({status}: {said})")
 
-    def _judge(self, result: Response | Failure) -> None:
+    def judge(self, result: Response | Failure) -> None:
         """Keep account of failures in a row."""
         if isinstance(result, Response):
             self._failures, self._refused, self.trouble = 0, 0, ""
