@@ -189,6 +189,14 @@ class Probe(Section):
     lora: Lora = Lora(rank=8, epochs=2)
 
 
+class Clusters(Section):
+    """Kinds of failed tasks, by k-means over the base's own embeddings of them."""
+
+    enabled: bool = Field(True, description="embed what the base fails and report by kind; takes one pass over it")
+    count: Positive | None = Field(None, description="how many kinds; null: the number that separates them best")
+    cap: Positive | None = Field(None, description="most training examples of one kind; null: no limit")
+
+
 class Training(Section):
     """The modifier's training (Ray Train + DeepSpeed)."""
 
@@ -265,6 +273,7 @@ class Config(Section):
     student: Student = Student()
     tiers: list[Teacher] = Field(min_length=3, max_length=3, description="tier 1, 2 and 3, in rising order of price")
     budget_usd: Usd = Field(description="hard limit for all teachers of this domain together")
+    clusters: Clusters = Clusters()
     probe: Probe = Probe()
     training: Training = Training()
     compression: Compression = Compression()

@@ -6,9 +6,11 @@ from __future__ import annotations
 import hashlib
 
 from cascade.benchmarks.protected import protected_tasks
+from cascade.clusters import cap
 from cascade.scoring.decontaminate import clean, deduplicate
 from cascade.tasks import Completion, Example, Task, Verdict, message_hash
 from ray_jobs._context import Job, Metrics
+from ray_jobs._failures import embed_failures, failure_kinds
 from ray_jobs._test import by_id, examples_up_to
 
 
@@ -16,26 +18,38 @@ def training_examples(job: Job) -> tuple[list[Example], Metrics]:
     """The training set, and how it came to be.
 
     Examples that overlap a test task of this domain or of a protected benchmark (13-grams or the same normalised text)
-    are left out and counted, and so are those that nearly repeat an earlier one.
+    are left out and counted, and so are those that nearly repeat an earlier one, and what a kind of task has beyond
+    the cap.
     """
     taught = examples_up_to(job.runs, 3)
     replayed = _replayed(job, round(len(taught) * job.config.training.replay_share))
     everything = [*taught, *replayed]
     protected = protected_tasks(job.config)
     untested, overlaps = clean(everything, protected.tasks)
-    kept = deduplicate(untested, threshold=job.config.training.near_duplicates)
+    unique = deduplicate(untested, threshold=job.config.training.near_duplicates)
+    kept = _capped(job, unique)
     teachers = sorted({e.teacher for e in kept if e.tier > 0})
     about: Metrics = {
         "taught": len(taught),
         "replayed": len(replayed),
         "left_out_overlapping_test": len({o.example for o in overlaps}),
-        "left_out_near_duplicates": len(untested) - len(kept),
+        "left_out_near_duplicates": len(untested) - len(unique),
+        "left_out_by_cap": len(unique) - len(kept),
         "checked_against_tests_of": protected.checked,
         "not_checked_against": protected.missing,
         "teachers": teachers,
         "by_tier": {str(tier): sum(e.tier == tier for e in kept) for tier in (0, 1, 2, 3)},
     }
     return kept, about
+
+
+def _capped(job: Job, examples: list[Example]) -> list[Example]:
+    """The examples with no kind of failed task beyond the config's cap."""
+    settings = job.config.clusters
+    if settings.cap is None or not settings.enabled:
+        return examples
+    embed_failures(job)
+    return cap(examples, failure_kinds(job.runs).of, settings.cap, job.config.seed)
 
 
 def _replayed(job: Job, count: int) -> list[Example]:

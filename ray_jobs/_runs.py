@@ -77,6 +77,11 @@ class Runs:
         )
 
     @cached_property
+    def embed_failures(self) -> Run:
+        """Not a job of its own: the embeddings of what `test_domain` left unsolved, made when first wanted."""
+        return self._open("embed_failures", failures=self.test_domain.fingerprint)
+
+    @cached_property
     def generate_tier1(self) -> Run:
         return self._generate(1, self.test_domain)
 
@@ -105,6 +110,7 @@ class Runs:
             training=training,
             test_tasks=self._tasks_hash("test"),
             protect=self.config.tasks.protect,
+            **({"clusters": self.config.clusters} if self.config.clusters.cap else {}),
         )
 
     @cached_property

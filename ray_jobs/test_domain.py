@@ -6,11 +6,15 @@
 from __future__ import annotations
 
 from ray_jobs._context import Job, Metrics, main
+from ray_jobs._failures import embed_failures
 from ray_jobs._test import test_student
 
 
 def work(job: Job) -> Metrics:
-    return test_student(job, tier=0)
+    metrics = test_student(job, tier=0)
+    if job.config.clusters.enabled:
+        embed_failures(job)
+    return metrics
 
 
 if __name__ == "__main__":
