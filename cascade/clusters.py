@@ -51,7 +51,7 @@ def cluster(vectors: NDArray[np.float32], settings: Clusters, seed: int) -> list
     """
     count = len(vectors)
     most = count // SMALLEST_KIND
-    if most < 2:
+    if most < 2 or not np.ptp(vectors, axis=0).any():
         return [0] * count
     points = reduce(vectors, seed)
     if settings.count is not None:

@@ -144,6 +144,8 @@ class Example:
         tier: 1, 2 or 3; 0 for a replayed answer of the student itself.
         cost_usd: what this answer cost, failed attempts for the same task and tier included.
         prompt_hash: `message_hash` of the messages sent to the teacher.
+        repairs: how many times the answer had been sent back before it was verified.
+        judge: the model that accepted the answer, where the task has no exact scorer; "" if the scorer verified it.
     """
 
     task_id: str
@@ -156,6 +158,8 @@ class Example:
     tier: int
     cost_usd: float = 0.0
     prompt_hash: str = ""
+    repairs: int = 0
+    judge: str = ""
 
     @classmethod
     def from_answer(
@@ -168,6 +172,8 @@ class Example:
         tier: int,
         cost_usd: float,
         prompt_hash: str,
+        repairs: int = 0,
+        judge: str = "",
     ) -> Example:
         """A verified answer as an example; refuses test and validation tasks and answers that did not pass.
 
@@ -192,6 +198,8 @@ class Example:
             tier=tier,
             cost_usd=cost_usd,
             prompt_hash=prompt_hash,
+            repairs=repairs,
+            judge=judge,
         )
 
 

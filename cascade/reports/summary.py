@@ -56,8 +56,14 @@ class TierRow:
         verified: answers that passed the task's own scorer, and so became examples.
         escalated: tasks left to the next tier (not verified, or still failed by the probe); for the last tier
             those that nobody solved.
-        requests: answered requests, those that missed included.
+        requests: answered requests: those that missed, repairs and judges included.
         cost_usd: of all requests of the tier.
+        skipped: tasks that were sent past this tier, since it was expected to fail them.
+        repairs: requests in which a failed answer went back to the teacher.
+        judge_requests: requests to the judge about this tier's answers.
+        judge_usd: what those cost, part of `cost_usd`.
+        by_repair: verified answers that had been sent back at least once.
+        by_judge: verified answers that a judge accepted, for want of an exact scorer.
     """
 
     tier: int
@@ -70,6 +76,12 @@ class TierRow:
     input_tokens: int
     output_tokens: int
     cost_usd: float
+    skipped: int = 0
+    repairs: int = 0
+    judge_requests: int = 0
+    judge_usd: float = 0.0
+    by_repair: int = 0
+    by_judge: int = 0
 
     @property
     def settled(self) -> int:
@@ -120,6 +132,8 @@ class Summary(_Record):
     cost_usd: float
     cost_single_teacher_usd: float = Field(description="all failures by the last tier alone, same tokens")
     saving: float = Field(description="1 - cost_usd / cost_single_teacher_usd")
+    probe_seconds: float = Field(0.0, description="compute of the probes between the tiers; one teacher needs none")
+    judged: int = Field(0, description="verified answers that a judge model accepted, for want of an exact scorer")
     teachers: tuple[TeacherName, ...]
     teacher_statement: str = Field(description="says in plain words where answers came from a key, not from a model")
 
@@ -143,6 +157,7 @@ class Summary(_Record):
         modifier_version: str = "",
         config: str = "",
         prompt_style: str = "",
+        probe_seconds: float = 0.0,
         seed: int = 0,
     ) -> Summary:
         """Every derived figure from the verdicts on the test tasks, the tiers' rows and the measured sizes.
@@ -163,6 +178,7 @@ class Summary(_Record):
             ratio=compressed_bytes / adapter_bytes,
             max_ratio=max_ratio,
             examples=examples,
+            probe_seconds=probe_seconds,
             **_comparison(dict(zip(MODELS, (base, modifier, compressed), strict=True)), seed),
             **_economy(tiers, cost_single_teacher_usd),
         )
@@ -189,11 +205,12 @@ def _comparison(verdicts: dict[str, Sequence[Verdict]], seed: int) -> dict[str, 
 def _economy(tiers: Sequence[TierRow], single_usd: float) -> dict[str, Any]:
     """The fields of `Summary` that say who answered what, and for how much."""
     cost = sum(t.cost_usd for t in tiers)
-    failures = tiers[0].tasks_in if tiers else 0
+    failures = tiers[0].tasks_in + tiers[0].skipped if tiers else 0
     return {
         "failures": failures,
         "tier_shares": {str(t.tier): t.settled / failures if failures else 0.0 for t in tiers},
-        "unsolved_share": tiers[-1].escalated / failures if failures else 0.0,
+        "unsolved_share": 1 - sum(t.settled for t in tiers) / failures if failures else 0.0,
+        "judged": sum(t.by_judge for t in tiers),
         "cost_usd": cost,
         "cost_single_teacher_usd": single_usd,
         "saving": saving(cost, single_usd),

@@ -7,7 +7,7 @@ that reaches it.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -106,7 +106,7 @@ def _plan_row(
     prompt = _mean([sum(_FRAME_TOKENS + count_tokens(m.content) for m in c) for c in conversations])
     known = len(measured) >= _MEASURED_FROM
     completion = _mean(measured) if known else _guess_completion(teacher, tasks, count_tokens)
-    calls = entering * expected_samples(solved, teacher.samples)
+    calls = entering * expected_calls(solved, teacher)
     worst = price_usd(teacher, round(_mean([most_prompt_tokens(c) for c in conversations])), teacher.max_tokens)
     requests = sum(e.requests_per_minute for e in teacher.endpoints)
     tokens = sum(e.tokens_per_minute for e in teacher.endpoints)
@@ -119,10 +119,22 @@ def _plan_row(
         completion_tokens=round(calls * completion),
         tokens_from="measured" if known else "estimated",
         cost_usd=calls * (prompt * teacher.input_usd_per_million + completion * teacher.output_usd_per_million) / 1e6,
-        worst_cost_usd=round(entering) * teacher.samples * worst,
+        worst_cost_usd=round(entering) * teacher.samples * (1 + teacher.repair_rounds) * worst,
         budget_usd=budget,
         minutes=max(calls / requests, calls * (prompt + completion) / tokens),
     )
+
+
+def expected_calls(solved: float, teacher: Teacher) -> float:
+    """Mean number of requests for a task that the teacher settles with probability `solved`.
+
+    A repair round counts as one more sample; where all samples are drawn at once, all are paid.
+    """
+    rounds = 1 + teacher.repair_rounds
+    if teacher.choose == "first":
+        return expected_samples(solved, teacher.samples * rounds)
+    by_one = 1.0 - (1.0 - solved) ** (1.0 / teacher.samples)
+    return teacher.samples * expected_samples(by_one, rounds)
 
 
 def expected_samples(solved: float, samples: int) -> float:
@@ -154,7 +166,7 @@ class CascadeReport:
 
     Attributes:
         tiers: one row each, as the report shows them.
-        failures: n of all shares: the tasks that tier 1 was asked.
+        failures: n of all shares: the tasks that any tier was asked.
         shares: tier -> share of the failures that went no further than it.
         share_intervals: their Wilson intervals of 95 %.
         unsolved_share: what no tier settled.
@@ -193,9 +205,9 @@ def tier_report(
         for verdict in verdicts.get(tier, ()):
             passed[tier][verdict.task_id] |= verdict.passed
     rows = [e for e in entries if e.responded and e.task_id in passed.get(e.tier, ())]
-    last = max((t for t in passed if passed[t]), default=0)
-    tiers = tuple(_tier_row(t, teachers[t - 1], passed, rows, last) for t in passed)
-    failures = list(passed[1])
+    settled = settled_tiers(passed)
+    tiers = tuple(_tier_row(t, teachers[t - 1], passed, settled, rows) for t in passed)
+    failures = list(dict.fromkeys(task_id for asked in passed.values() for task_id in asked))
     single = single_teacher_cost(rows, failures, teachers[-1], len(teachers))
     paid: dict[str, float] = defaultdict(float)
     for row in rows:
@@ -215,24 +227,45 @@ def tier_report(
     )
 
 
+def settled_tiers(passed: Mapping[int, Mapping[str, bool]]) -> dict[str, int | None]:
+    """The tier at which each failure came to rest, None if it is unsolved.
+
+    Args:
+        passed: tier -> task id -> whether an answer of this tier was verified.
+
+    A task rests at the last tier that was asked it. Where nothing was asked above, it must have been verified there.
+    """
+    last = max((t for t in passed if passed[t]), default=0)
+    rested = {task_id: tier for tier in sorted(passed) for task_id in passed[tier]}
+    return {task: tier if tier < last or passed[tier][task] else None for task, tier in rested.items()}
+
+
 def _tier_row(
-    tier: int, teacher: Teacher, passed: Mapping[int, Mapping[str, bool]], rows: Sequence[LedgerEntry], last: int
+    tier: int,
+    teacher: Teacher,
+    passed: Mapping[int, Mapping[str, bool]],
+    settled: Mapping[str, int | None],
+    rows: Sequence[LedgerEntry],
 ) -> TierRow:
-    """What a tier did; after the `last` tier that was asked anything, what failed is unsolved."""
+    """What a tier did, and which tasks were sent past it."""
     own = [r for r in rows if r.tier == tier]
     asked = passed[tier]
-    after: Collection[str] = passed.get(tier + 1, {}) if tier < last else {t for t, ok in asked.items() if not ok}
+    above = {task_id for later, tasks in passed.items() if later > tier for task_id in tasks}
     return TierRow(
         tier=tier,
         teacher=teacher.name,
         answer_key=teacher.is_answer_key,
         tasks_in=len(asked),
         verified=sum(asked.values()),
-        escalated=sum(1 for t in asked if t in after),
+        escalated=sum(1 for t in asked if settled[t] != tier),
         requests=len(own),
         input_tokens=sum(r.prompt_tokens for r in own),
         output_tokens=sum(r.completion_tokens for r in own),
         cost_usd=sum(r.price_usd for r in own),
+        skipped=len(above - asked.keys()),
+        repairs=sum(r.round > 0 and not r.judge for r in own),
+        judge_requests=sum(r.judge for r in own),
+        judge_usd=sum(r.price_usd for r in own if r.judge),
     )
 
 
@@ -241,19 +274,25 @@ def single_teacher_cost(
 ) -> dict[str, float]:
     """What each failure would have cost if the expensive teacher of `tier` had been asked alone, in US dollars.
 
-    A task that this tier was asked costs what it did cost there, retries included. Any other is taken to need one
-    request, with the mean tokens of the requests that were really made for it, at this teacher's price.
+    A task that this tier was asked costs what it did cost there: retries, repairs and judges included. Any other is
+    taken to need one request and no retry, with the mean tokens of the first answers that were really given to it, as
+    many of them cached, at this teacher's price; and, if answers to it were judged, the judging of one answer.
     """
     of_task: dict[str, list[LedgerEntry]] = defaultdict(list)
     for row in rows:
         of_task[row.task_id].append(row)
-    costs = {}
-    for task_id in failures:
-        own = of_task[task_id]
-        there = [r.price_usd for r in own if r.tier == tier]
-        priced = [price_usd(teacher, r.prompt_tokens, r.completion_tokens) for r in own]
-        costs[task_id] = sum(there) if there else sum(priced) / len(priced) if priced else 0.0
-    return costs
+    return {task_id: _single_cost(of_task[task_id], teacher, tier) for task_id in failures}
+
+
+def _single_cost(rows: Sequence[LedgerEntry], teacher: Teacher, tier: int) -> float:
+    there = [r.price_usd for r in rows if r.tier == tier]
+    if there:
+        return sum(there)
+    first = [r for r in rows if not r.judge and r.round == 0]
+    priced = [price_usd(teacher, r.prompt_tokens, r.completion_tokens, r.cached_tokens) for r in first]
+    judged = {(r.tier, r.attempt, r.round) for r in rows if r.judge}
+    judging = sum(r.price_usd for r in rows if r.judge) / len(judged) if judged else 0.0
+    return (sum(priced) / len(priced) if priced else 0.0) + judging
 
 
 def _saving_interval(paid: Sequence[float], single: Sequence[float], resamples: int = 2000) -> Interval:

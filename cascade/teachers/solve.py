@@ -53,8 +53,11 @@ class Solved:
         """Of all attempts."""
         return sum(a.answer.cost_usd for a in self.attempts)
 
-    def example(self, tier: int) -> Example:
+    def example(self, tier: int, judge: str = "") -> Example:
         """The kept answer as an example.
+
+        Args:
+            judge: the model that accepted it, if no exact scorer verified it.
 
         Raises:
             DataError: it has no passing verdict, or the task is not of the training split.
@@ -67,6 +70,8 @@ class Solved:
             tier=tier,
             cost_usd=self.cost_usd,
             prompt_hash=self.kept.answer.prompt_hash,
+            repairs=self.kept.answer.round,
+            judge=judge,
         )
 
 

@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 from cascade.config import ANSWER_KEY, check_config
 from cascade.tasks import Verdict
 from cascade.teachers.budget import price_usd
-from cascade.teachers.economics import expected_samples, plan, single_teacher_cost, tier_report
+from cascade.teachers.economics import (
+    expected_calls,
+    expected_samples,
+    plan,
+    settled_tiers,
+    single_teacher_cost,
+    tier_report,
+)
 from cascade.teachers.ledger import LedgerEntry
 
 PRICES = ((0.05, 0.05), (0.2, 0.2), (1.0, 1.0))
@@ -135,3 +142,50 @@ def test_the_plan_knows_what_an_answer_key_will_say(make_teacher, make_task) -> 
     assert rows[0].calls == round(100 * 0.5 / (1 - 0.5**0.5))
     assert rows[1].calls == 50
     assert rows[0].completion_tokens == rows[0].calls
+
+
+def test_tasks_sent_past_a_tier_are_counted_where_they_come_to_rest(tiers) -> None:
+    judged = {
+        1: verdicts(1, a="pass", b="fail"),  # c and d were sent past tier 1
+        2: verdicts(2, b="fail", c="pass"),  # d past tier 2 as well
+        3: verdicts(3, b="pass", d="fail"),
+    }
+    rows = [row(1, t) for t in "ab"] + [row(2, t) for t in "bc"] + [row(3, t) for t in "bd"]
+    report = tier_report(rows, judged, tiers)
+    assert report.failures == 4
+    assert [(t.tasks_in, t.skipped, t.settled) for t in report.tiers] == [(2, 2, 1), (2, 1, 1), (2, 0, 1)]
+    assert report.unsolved_share == 0.25
+    assert report.cost_usd == pytest.approx(sum(r.price_usd for r in rows))
+    assert settled_tiers({1: {"a": True, "b": False}, 2: {"b": False}}) == {"a": 1, "b": None}
+
+
+def test_retries_and_judges_count_on_both_sides(tiers) -> None:
+    def judge(tier: int, task: str, **more: object) -> LedgerEntry:
+        return row(tier, task, judge=True, price_usd=0.001, **more)
+
+    cheap = [row(1, "a", 100), row(1, "a", 100, round=1), judge(1, "a"), judge(1, "a"), judge(1, "a", round=1)]
+    dear = [row(3, "b", 100), row(3, "b", 300, attempt=1), judge(3, "b"), judge(3, "b")]
+    costs = single_teacher_cost(cheap + dear, ["a", "b"], tiers[2], 3)
+    assert costs["a"] == pytest.approx(price_usd(tiers[2], 100, 100) + 0.003 / 2)
+    assert costs["b"] == pytest.approx(800 / 1e6 + 0.002)
+    report = tier_report(cheap + dear, {1: verdicts(1, a="pass"), 3: verdicts(3, b="pass")}, tiers)
+    assert (report.tiers[0].requests, report.tiers[0].repairs, report.tiers[0].judge_requests) == (5, 1, 3)
+    assert report.tiers[2].judge_usd == pytest.approx(0.002)
+    assert report.cost_usd == pytest.approx(sum(r.price_usd for r in cheap + dear))
+
+
+def test_cached_tokens_are_as_cheap_for_the_teacher_compared_with(tiers) -> None:
+    dear = tiers[2].model_copy(update={"cached_input_usd_per_million": 0.1})
+    costs = single_teacher_cost([row(1, "a", 1000, cached_tokens=600)], ["a"], dear, 3)
+    assert costs["a"] == pytest.approx((400 * 1.0 + 600 * 0.1 + 1000 * 1.0) / 1e6)
+
+
+def test_the_plan_counts_repairs_and_samples_drawn_at_once(tiers, make_teacher) -> None:
+    def teacher(**changes: object):
+        return make_teacher("http://x/v1", **changes)
+
+    assert expected_calls(0.75, teacher(samples=2)) == pytest.approx(1.5)
+    assert expected_calls(0.75, teacher(repair_rounds=1)) == pytest.approx(1.5)
+    assert expected_calls(0.75, teacher(samples=2, choose="shortest")) == pytest.approx(2)
+    assert expected_calls(0.75, teacher(samples=2, choose="shortest", repair_rounds=1)) > 2
+    assert expected_calls(0.0, teacher(samples=2, repair_rounds=2)) == pytest.approx(6)
