@@ -13,6 +13,7 @@ from cascade.tasks import Completion, Task, Verdict
 from cascade.teachers.economics import CascadeReport, tier_report
 from cascade.teachers.ledger import Ledger
 from cascade.training.loop import StepReport
+from ray_jobs._kinds import kinds_of_failures, probe_seconds, with_provenance
 from ray_jobs._runs import Runs
 from ray_jobs._search import TRIALS, Trial
 from ray_jobs._test import by_id
@@ -26,6 +27,7 @@ def report_data(runs: Runs, config_path: str, *, wall_seconds: float, peak_rss_b
     tasks = validated.read("tasks", Task)
     verdicts = {name: validated.read(f"{name}_verdicts", Verdict) for name in MODELS}
     cascade = cascade_report(runs)
+    kinds, kind_samples = kinds_of_failures(runs, cascade)
     return ReportData(
         summary=_summary(runs, config_path, (wall_seconds, peak_rss_bytes), verdicts, cascade),
         tasks=tasks,
@@ -37,13 +39,16 @@ def report_data(runs: Runs, config_path: str, *, wall_seconds: float, peak_rss_b
         samples=_samples(runs, by_id(tasks), verdicts),
         failures=_failures(by_id(tasks), verdicts["compressed"]),
         references=_references(runs, by_id(tasks), verdicts["compressed"]),
+        kinds=kinds,
+        kind_samples=kind_samples,
     )
 
 
 def cascade_report(runs: Runs) -> CascadeReport:
     """What the tiers did and cost, from the ledger and the verdicts on the teachers' answers."""
     verdicts = {tier: runs.generate(tier).require().read("verdicts", Verdict) for tier in (1, 2, 3)}
-    return tier_report(Ledger(runs.store, runs.config.domain).entries(), verdicts, runs.config.tiers)
+    entries = Ledger(runs.store, runs.config.domain).entries()
+    return with_provenance(tier_report(entries, verdicts, runs.config.tiers), runs)
 
 
 def _summary(
@@ -72,6 +77,7 @@ def _summary(
         modifier_version=version,
         config=config_path,
         prompt_style=runs.test_domain.metrics["style"],
+        probe_seconds=probe_seconds(runs),
         seed=config.seed,
     )
 

@@ -78,6 +78,46 @@ class FailureRow:
 
 
 @dataclass(frozen=True, slots=True)
+class KindRow:
+    """One kind of task that the base fails (a cluster of its failures).
+
+    Attributes:
+        label: its commonest category and most telling words.
+        settled: tasks that came to rest at tier 1, 2, … with a verified answer.
+        cost_usd: of all requests about tasks of this kind.
+        single_usd: what the last tier alone would have cost for them.
+        trained: examples of this kind in the training set.
+    """
+
+    number: int
+    label: str
+    failures: int
+    settled: tuple[int, ...]
+    unsolved: int
+    cost_usd: float
+    single_usd: float
+    trained: int
+
+
+@dataclass(frozen=True, slots=True)
+class KindSample:
+    """A failed task of a kind with the base's answer and what repaired it.
+
+    Attributes:
+        tier: at which it came to rest; 0 if it is unsolved.
+        answer: the verified answer, or the last one that was refused.
+    """
+
+    kind: int
+    task_id: str
+    prompt: str
+    base_answer: str
+    tier: int
+    teacher: str
+    answer: str
+
+
+@dataclass(frozen=True, slots=True)
 class ReferenceRow:
     """A published score beside ours. `score` and `ours` are in percent, `ratio` is ours over theirs."""
 
@@ -100,6 +140,7 @@ class ReportData:
         tasks: the test tasks.
         verdicts: of "base", "modifier" and "compressed" on them.
         router: `cascade.routing.train.RouterReport.as_dict()`, or nothing.
+        kinds: of the tasks that the base failed, the largest first; nothing if they were not clustered.
     """
 
     summary: Summary
@@ -112,6 +153,8 @@ class ReportData:
     samples: Sequence[Sample] = ()
     failures: Sequence[FailureRow] = ()
     references: Sequence[ReferenceRow] = ()
+    kinds: Sequence[KindRow] = ()
+    kind_samples: Sequence[KindSample] = ()
 
     def __post_init__(self) -> None:
         if set(self.verdicts) != set(MODELS):
@@ -126,6 +169,8 @@ _ROWS: dict[str, type] = {
     "samples": Sample,
     "failures": FailureRow,
     "references": ReferenceRow,
+    "kinds": KindRow,
+    "kind_samples": KindSample,
 }
 
 

@@ -19,7 +19,7 @@ from matplotlib.patches import PathPatch, Rectangle
 from matplotlib.path import Path as Outline
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
-from cascade.reports.data import CurvePoint, TrialRow
+from cascade.reports.data import CurvePoint, KindRow, TrialRow
 from cascade.reports.summary import MODELS, TierRow
 from cascade.scoring.statistics import Score
 
@@ -132,40 +132,81 @@ def _band(axes: Axes, x: tuple[float, float], left: tuple[float, float], right: 
 
 @mpl.rc_context(_STYLE)
 def tier_flow(tiers: Sequence[TierRow]) -> str:
-    """Failures flow into the tiers; what a tier settles leaves to the right, the rest climbs to the next.
+    """Failures flow into the tiers; what a tier settles leaves to the right as examples, the rest climbs to the next.
 
-    The settled parts are stacked in the order of the tiers, so no two flows cross.
+    The settled parts are stacked in the order of the tiers, so no two flows cross. Tasks sent past a tier pass over
+    its bar.
     """
     figure, axes = _figure(3.2)
-    total = max(1, tiers[0].tasks_in if tiers else 1)
-    gap, width, end = 0.09 * total, 0.09, float(len(tiers))
-    settled = 0
+    total = max(1, tiers[0].tasks_in + tiers[0].skipped if tiers else 1)
+    gap, end, settled = 0.09 * total, float(len(tiers)), 0
+    axes.add_patch(Rectangle((-0.75, 0), _BAR, total, color=BASE, linewidth=0))
+    _band(axes, (-0.75 + _BAR, 0), (0, total), (0, total), BASE)
+    axes.text(-0.75, 1.02 * total, f"{total:,}\nfailures", fontsize=9, va="bottom", color=INK)
     for place, t in enumerate(tiers):
-        colour, x, floor = TIERS[place % 3], float(place), settled + place * gap
-        axes.add_patch(Rectangle((x, floor), width, max(t.tasks_in, 0.004 * total), color=colour, linewidth=0))
+        floor, colour = settled + place * gap, TIERS[place % 3]
+        _tier_bar(axes, t, float(place), floor, total)
         if t.settled:
-            _band(axes, (x + width, end), (floor, floor + t.settled), (floor, floor + t.settled), colour)
-            axes.add_patch(Rectangle((end, floor), width, t.settled, color=colour, linewidth=0))
-        last = place == len(tiers) - 1
-        if t.escalated:
-            left, step = (floor + t.settled, floor + t.tasks_in), 1 if not last else 0
-            right = (left[0] + gap, left[1] + gap)
-            colour = BAD if last else TIERS[(place + 1) % 3]
-            _band(axes, (x + width, x + 1), left, right if step or last else left, colour)
-            if last:
-                axes.add_patch(Rectangle((end, right[0]), width, t.escalated, color=BAD, linewidth=0))
-        note = f"tier {t.tier}\n{t.tasks_in} in"
-        axes.text(x, floor + t.tasks_in + 0.02 * total, note, fontsize=9, va="bottom", color=INK)
-        axes.text(end + 0.14, floor + t.settled / 2, f"{t.settled}\n{t.settled / total:.1%}", fontsize=9, va="center")
+            _band(axes, (place + _BAR, end), (floor, floor + t.settled), (floor, floor + t.settled), colour)
+            axes.add_patch(Rectangle((end, floor), _BAR, t.settled, color=colour, linewidth=0))
+        share = f"{t.settled:,} examples\n{t.settled / total:.1%}"
+        axes.text(end + 0.14, floor + t.settled / 2, share, fontsize=9, va="center", color=INK)
         settled += t.settled
-    if tiers and tiers[-1].escalated:
-        y = settled + len(tiers) * gap + tiers[-1].escalated / 2
-        text = f"{tiers[-1].escalated} unsolved"
-        axes.text(end + 0.14, y, text, fontsize=9, va="center", color=BAD)
-    axes.set_xlim(-0.05, end + 0.75)
+        rest = total - settled
+        if rest > 0:
+            last = place == len(tiers) - 1
+            left, target = (floor + t.settled, floor + t.settled + rest), BAD if last else TIERS[(place + 1) % 3]
+            _band(axes, (place + _BAR, place + 1), left, (left[0] + gap, left[1] + gap), target)
+            if last:
+                axes.add_patch(Rectangle((end, left[0] + gap), _BAR, rest, color=BAD, linewidth=0))
+                note = f"{rest:,} unsolved"
+                axes.text(end + 0.14, left[0] + gap + rest / 2, note, fontsize=9, va="center", color=BAD)
+    axes.set_xlim(-0.85, end + 0.95)
     axes.set_ylim(-0.02 * total, total * 1.22 + len(tiers) * gap)
     axes.axis("off")
-    return to_svg(figure, "Failures flow into the tiers")
+    return to_svg(figure, "Failures flow into the tiers and out as examples")
+
+
+_BAR = 0.09
+
+
+def _tier_bar(axes: Axes, t: TierRow, x: float, floor: float, total: int) -> None:
+    """A tier's bar with its number of tasks; those sent past it are a thin flow above."""
+    axes.add_patch(
+        Rectangle((x, floor), _BAR, max(t.tasks_in, 0.004 * total), color=TIERS[(t.tier - 1) % 3], linewidth=0)
+    )
+    top = floor + t.tasks_in + t.skipped
+    if t.skipped:
+        _band(axes, (x, x + _BAR), (top - t.skipped, top), (top - t.skipped, top), MUTED)
+    note = f"tier {t.tier}\n{t.tasks_in:,} in" + (f", {t.skipped:,} past" if t.skipped else "")
+    axes.text(x, top + 0.02 * total, note, fontsize=9, va="bottom", color=INK)
+
+
+@mpl.rc_context(_STYLE)
+def kinds(rows: Sequence[KindRow]) -> str:
+    """One bar per kind of failure, stacked by the tier that repaired its tasks; what nobody repaired at the end."""
+    shown = rows[:_KINDS_DRAWN]
+    figure, axes = _figure(0.8 + 0.5 * max(1.8, len(shown)))
+    for y, row in enumerate(shown):
+        left = 0
+        parts = [(n, TIERS[tier % 3], f"tier {tier + 1}") for tier, n in enumerate(row.settled)]
+        for n, colour, label in [*parts, (row.unsolved, BAD, "unsolved")]:
+            axes.barh(y, n, left=left, height=0.42, color=colour, label=label if y == 0 else None)
+            left += n
+        label = row.label if len(row.label) <= _LABEL else f"{row.label[: _LABEL - 1]}…"
+        axes.text(0, y - 0.28, label, fontsize=9, va="bottom", color=INK)
+        axes.annotate(f"{row.failures:,}", (left, y), (5, 0), textcoords="offset points", va="center", fontsize=8)
+    axes.set_yticks([])
+    axes.set_ylim(len(shown) - 0.6, -0.75)
+    axes.set_xlim(0, 1.12 * max(1, *(r.failures for r in shown)))
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.set_xlabel("failed tasks")
+    axes.grid(axis="y", visible=False)
+    figure.legend(loc="outside upper left", ncols=4, labelcolor=INK)
+    return to_svg(figure, "Kinds of failures by the tier that repaired them")
+
+
+_KINDS_DRAWN, _LABEL = 16, 64
 
 
 @mpl.rc_context(_STYLE)

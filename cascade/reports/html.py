@@ -72,6 +72,7 @@ def render(data: ReportData, *, tables: str) -> str:
         policies=policies(data.router),
         router_rows=router_rows(data.router) if data.router else [],
         samples=list(data.samples)[:MAX_SAMPLES],
+        any_skipped=any(t.skipped for t in data.tiers),
         tables=tables,
     )
 
@@ -142,6 +143,7 @@ def _figures(data: ReportData) -> dict[str, Markup]:
         "difficulty": (len(difficulties) > 1, lambda: figures.accuracy(difficulties, "Accuracy by difficulty")),
         "flow": (bool(data.tiers), lambda: figures.tier_flow(data.tiers)),
         "cost": (bool(data.tiers), lambda: figures.cost(data.tiers, s.cost_single_teacher_usd)),
+        "kinds": (bool(data.kinds), lambda: figures.kinds(data.kinds)),
         "loss": (bool(data.curve), lambda: figures.loss_curve(data.curve)),
         "pareto": (bool(data.trials), lambda: figures.pareto(data.trials, limit)),
         "reliability": (bool(reliability), lambda: figures.reliability(reliability)),

@@ -174,6 +174,9 @@ class CascadeReport:
         cost_single_teacher_usd: all failures by the last tier alone, see `single_teacher_cost`.
         saving: 1 - cost_usd / cost_single_teacher_usd; 0 if that would have cost nothing.
         saving_interval: 95 % bootstrap over tasks.
+        settled: task id -> tier at which it came to rest, None if it is unsolved.
+        paid: task id -> US dollars that were paid for it.
+        single: task id -> US dollars that the last tier alone would have cost for it.
     """
 
     tiers: tuple[TierRow, ...]
@@ -185,6 +188,9 @@ class CascadeReport:
     cost_single_teacher_usd: float
     saving: float
     saving_interval: Interval
+    settled: Mapping[str, int | None]
+    paid: Mapping[str, float]
+    single: Mapping[str, float]
 
 
 def tier_report(
@@ -224,6 +230,9 @@ def tier_report(
         cost_single_teacher_usd=alone,
         saving=1 - cost / alone if alone else 0.0,
         saving_interval=_saving_interval([paid[t] for t in failures], [single[t] for t in failures]),
+        settled=settled,
+        paid=paid,
+        single=single,
     )
 
 

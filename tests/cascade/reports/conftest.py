@@ -7,7 +7,16 @@ import random
 import numpy as np
 import pytest
 
-from cascade.reports.data import CurvePoint, FailureRow, ReferenceRow, ReportData, Sample, TrialRow
+from cascade.reports.data import (
+    CurvePoint,
+    FailureRow,
+    KindRow,
+    KindSample,
+    ReferenceRow,
+    ReportData,
+    Sample,
+    TrialRow,
+)
 from cascade.reports.summary import MODELS, Summary, TierRow
 from cascade.routing.calibration import reliability
 from cascade.routing.train import Figure, OutputReport, RouterReport
@@ -97,6 +106,7 @@ def report_data() -> ReportData:
         modifier_version="20260101-ab12cd34ef56",
         config="configs/quickstart.yaml",
         prompt_style="three worked examples",
+        probe_seconds=75.0,
     )
     curve = [
         CurvePoint(s, 2.4 * 0.985**s + 0.3 * rng.random(), 1e-3, 290.0, 2.5 * 0.987**s if s % 20 == 0 else None)
@@ -135,5 +145,14 @@ def report_data() -> ReportData:
             for t in tasks[:8]
         ],
         failures=[FailureRow("number_sorting: wrong order", 61), FailureRow("gcd: a divisor, not the greatest", 22)],
+        kinds=[
+            KindRow(0, "chain_sum: add, minus, plus <&>", 500, (380, 80, 35), 5, 0.012, 0.05, 480),
+            KindRow(1, "62% gcd: divisor, greatest", 340, (190, 101, 45), 4, 0.0087, 0.0341, 330),
+        ],
+        kind_samples=[
+            KindSample(0, "reasoning_gym/a-1", "What is 3 + 4?", "It is 8, <b>I think</b>", 1, "answer-key-small", "7"),
+            KindSample(0, "reasoning_gym/a-2", "What is 3 + 9?", "13", 0, "answer-key-large", "refused one"),
+            KindSample(1, "reasoning_gym/b-1", "gcd of 4 and 6?", "4", 2, "answer-key-medium", "2"),
+        ],
         references=[ReferenceRow("bbh", "GPT-4", 83.1, "technical report", 71.0, 71 / 83.1, 300, 1.0, 1.08)],
     )

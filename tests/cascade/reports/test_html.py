@@ -107,13 +107,34 @@ def test_every_number_of_the_tiers_is_recomputed_from_parquet(report, page):
     cost = sum(t["cost_usd"] for t in tiers)
     assert page.figures["cost_usd"] == f"${cost:.4f}"
     single = float(page.figures["cost_single_teacher_usd"].removeprefix("$"))
-    assert page.figures["saving"] == percent(1 - cost / single)
+    assert page.figures["saving"] == page.figures["saving/text"] == percent(1 - cost / single)
+
+
+def test_every_number_of_the_kinds_is_recomputed_from_parquet(report, page):
+    for row in tables(report)["kinds"]:
+        for tier, settled in enumerate(row["settled"], 1):
+            assert page.figures[f"kind/{row['number']}/tier{tier}"] == str(settled)
+        assert page.figures[f"kind/{row['number']}/cost"] == f"${row['cost_usd']:.4f}"
+        assert sum(row["settled"]) + row["unsolved"] == row["failures"]
+
+
+def test_tasks_of_every_kind_can_be_read(report):
+    html = report.read_text()
+    assert "It is 8, &lt;b&gt;I think&lt;/b&gt;" in html
+    assert "repaired by tier 2, answer-key-medium" in html
+    assert "unsolved; last asked: answer-key-large" in html
+    assert html.count("Verified answer<") == 2
+    assert html.count("Refused answer<") == 1
 
 
 def test_every_marked_number_is_covered_by_these_tests(report, page):
-    covered = set(from_verdicts(tables(report))) | {"cost_usd", "cost_single_teacher_usd", "saving", "ratio"}
+    covered = set(from_verdicts(tables(report))) | {
+        *("cost_usd", "cost_single_teacher_usd", "saving", "saving/text", "ratio", "probe_seconds")
+    }
     others = {
-        n for n in page.figures if n not in covered and not n.startswith(("tier_shares/", "policy/", "reference/"))
+        n
+        for n in page.figures
+        if n not in covered and not n.startswith(("tier_shares/", "policy/", "reference/", "kind/"))
     }
     assert others == set()
 
@@ -167,7 +188,7 @@ def test_light_and_dark_share_one_set_of_pictures(report):
 
 def test_every_picture_has_a_label_and_scales(page):
     pictures = [a for tag, a in page.tags if tag == "svg"]
-    assert len(pictures) == 8
+    assert len(pictures) == 9
     assert all(a["role"] == "img" and a["aria-label"] and a["viewbox"] and "width" not in a for a in pictures)
     viewport = [a for tag, a in page.tags if tag == "meta" and a.get("name") == "viewport"]
     assert viewport[0]["content"].startswith("width=device-width")
@@ -219,10 +240,30 @@ def test_the_flow_shows_each_tiers_tasks():
         TierRow(3, "c", False, 0, 0, 0, 0, 0, 0, 0.0),
     ]
     svg = figures.tier_flow(tiers)
-    for text in ("100 in", "35 in", "0 in", "65.0%", "35.0%"):
+    for text in ("100 in", "35 in", "0 in", "65 examples", "65.0%", "35.0%", "failures"):
         assert text in svg
     assert "unsolved" not in svg
     assert "nan" not in svg
+
+
+def test_the_flow_shows_tasks_sent_past_a_tier():
+    tiers = [
+        TierRow(1, "a", False, 60, 50, 10, 1, 1, 1, 1.0, skipped=40),
+        TierRow(2, "b", False, 50, 30, 20, 1, 1, 1, 1.0),
+    ]
+    svg = figures.tier_flow(tiers)
+    for text in ("100", "60 in, 40 past", "50 in", "50 examples", "30 examples", "30.0%", "20 unsolved"):
+        assert text in svg
+
+
+def test_judged_answers_are_called_an_opinion(report_data):
+    tiers = [dataclasses.replace(report_data.tiers[0], by_judge=12, judge_requests=30, judge_usd=0.001)]
+    tiers += report_data.tiers[1:]
+    summary = report_data.summary.model_copy(update={"judged": 12})
+    html = render(dataclasses.replace(report_data, tiers=tiers, summary=summary), tables="t")
+    assert "12 of the answers were accepted by a judge model" in html
+    assert "12 by a judge" in html
+    assert "judge model" not in render(report_data, tables="t")
 
 
 def test_the_pareto_front_holds_what_nothing_beats():
