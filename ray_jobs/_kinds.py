@@ -70,13 +70,13 @@ def _samples(runs: Runs, report: CascadeReport, kinds: Kinds, members: dict[int,
     examples = {e.task_id: e for e in examples_up_to(runs, 3)}
     refused = {a.task_id: a for tier in TIERS for a in runs.generate(tier).read("answers", Answer)}
     samples = []
-    for kind, i in chosen:
+    for number, i in chosen:
         tier, example = report.settled[i], examples.get(i)
         solved = tier is not None and example is not None
         last = refused[i]
         samples.append(
             KindSample(
-                kind=kind,
+                kind=number,
                 task_id=i,
                 prompt=tasks[i].prompt,
                 base_answer=said.get(i, ""),
