@@ -45,9 +45,9 @@ class DeepSpeedEngine:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         import deepspeed
 
-        # On a CPU DeepSpeed would compile a shared-memory operator at first use: it takes a C++ compiler that the machine
-        # may not have, and minutes, and a process killed meanwhile leaves a lock on which all later ones wait for ever.
-        # Without it gloo does the same work.
+        # On a CPU DeepSpeed would compile a shared-memory operator at first use: that takes minutes and a C++ compiler,
+        # which the machine may not have, and a process killed meanwhile leaves a lock on which all later ones wait for
+        # ever. Without it gloo does the same work.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.device, self.module = device, module
         parameters = [p for p in module.parameters() if p.requires_grad]
