@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any, cast
 
 import pyarrow as pa
@@ -19,7 +20,7 @@ from ray.data import ActorPoolStrategy, DataContext
 from cascade.artifacts import Run
 from cascade.config import ANSWER_KEY, Config
 from cascade.errors import BudgetExceeded, CascadeError, TeacherError
-from cascade.tasks import Task, Verdict, from_table, to_table
+from cascade.tasks import Message, Task, Verdict, from_table, to_table
 from cascade.teachers.budget import budget_state
 from cascade.teachers.client import Answer, TeacherClient
 from cascade.teachers.ledger import Ledger
@@ -153,7 +154,7 @@ class TeacherActor:
         except TeacherError as error:
             return _row(stopped="teacher", note=_message(error))
         solved.append(outcome)
-        bought = [a.answer.cost_usd for a in outcome.attempts if not a.answer.from_ledger]
+        bought = [a.cost_usd for a in outcome.answers if not a.from_ledger]
         return _row(
             passed=outcome.verdict.passed, cost_usd=outcome.cost_usd, paid_usd=sum(bought), requests=len(bought)
         )
@@ -163,15 +164,15 @@ class TeacherActor:
         assert self.client is not None
         return self.client
 
-    async def _verdict(self, task: Task, answer: Answer) -> Verdict:
+    async def _verdict(self, task: Task, answer: Answer, said: tuple[Message, ...] = ()) -> Verdict:
         if not answer.ok:
             return Verdict(task.id, answer.teacher, "", "error", evidence=answer.error)
-        return await asyncio.to_thread(score, task, answer.completion())
+        return await asyncio.to_thread(score, task, replace(answer.completion(), turns=said))
 
     def _keep(self, solved: list[Solved]) -> None:
         """Write what came of a block; verdicts last, since they mark their tasks as decided."""
         self.run.write_part(EXAMPLES, [s.example(self.tier) for s in solved if s.verdict.passed])
-        self.run.write_part(ANSWERS, [a.answer for s in solved for a in s.attempts])
+        self.run.write_part(ANSWERS, [a for s in solved for a in s.answers])
         self.run.write_part(VERDICTS, [s.verdict for s in solved])
 
 

@@ -7,7 +7,8 @@ that follows `Benchmark`, added to `_MODULES`.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any, Protocol
 
@@ -74,6 +75,22 @@ def reply(task: Task, said: Sequence[Message]) -> tuple[Message, ...]:
         return ()
     benchmark: Conversational = get(task.benchmark)  # type: ignore[assignment]
     return benchmark.reply(task, said)
+
+
+def right_steps(task: Task) -> Iterator[Task]:
+    """The task as it stands before each right answer: itself, and a conversation after every reply.
+
+    The right answer to each is its benchmark's `reference_answer`.
+    """
+    said: tuple[Message, ...] = ()
+    while True:
+        asked = replace(task, messages=(*task.messages, *said))
+        yield asked
+        said += (Message("assistant", get(task.benchmark).reference_answer(asked)),)
+        replies = reply(task, said)
+        if not replies:
+            return
+        said += replies
 
 
 @cache

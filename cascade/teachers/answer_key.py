@@ -43,7 +43,7 @@ def prompt_hash(prompt: str) -> str:
 
 
 def make_key(tasks: Iterable[Task]) -> list[KeyItem]:
-    """The answer key of tasks, from their benchmarks."""
+    """The answer key of tasks, from their benchmarks; of a conversation, of its every step."""
     return [
         KeyItem(
             prompt_hash=prompt_hash(task.prompt),
@@ -51,7 +51,8 @@ def make_key(tasks: Iterable[Task]) -> list[KeyItem]:
             difficulty=task.difficulty,
             answer=benchmarks.get(task.benchmark).reference_answer(task),
         )
-        for task in tasks
+        for whole in tasks
+        for task in benchmarks.right_steps(whole)
     ]
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from cascade import benchmarks
 from cascade.config import Teacher
 from cascade.tasks import Example, Message, Task, Verdict
 from cascade.teachers.client import Answer
@@ -20,16 +21,31 @@ class Asks(Protocol):
         """See `TeacherClient.answer`."""
 
 
-Verify = Callable[[Task, Answer], Awaitable[Verdict]]
-"""Judges an answer to a task."""
+class Verify(Protocol):
+    """Judges an answer to a task, or a whole conversation."""
+
+    def __call__(self, task: Task, answer: Answer, said: tuple[Message, ...] = ()) -> Awaitable[Verdict]:
+        """
+        Args:
+            answer: of a conversation, the last one.
+            said: a conversation's answers and replies (`Completion.turns`).
+        """
 
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One answer of the teacher and the verdict on it."""
+    """One answer of the teacher, or one conversation with it, and the verdict.
+
+    Attributes:
+        answer: of a conversation, the last one.
+        said: all that was said in a conversation after the task's messages; () for a single answer.
+        before: a conversation's earlier answers.
+    """
 
     answer: Answer
     verdict: Verdict
+    said: tuple[Message, ...] = ()
+    before: tuple[Answer, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -49,9 +65,14 @@ class Solved:
         return self.kept.verdict
 
     @property
+    def answers(self) -> list[Answer]:
+        """Every answer that was asked for, in order."""
+        return [answer for a in self.attempts for answer in (*a.before, a.answer)]
+
+    @property
     def cost_usd(self) -> float:
-        """Of all attempts."""
-        return sum(a.answer.cost_usd for a in self.attempts)
+        """Of all answers."""
+        return sum(answer.cost_usd for answer in self.answers)
 
     def example(self, tier: int, judge: str = "") -> Example:
         """The kept answer as an example.
@@ -64,7 +85,7 @@ class Solved:
         """
         return Example.from_answer(
             self.task,
-            self.kept.answer.text,
+            self.kept.said or self.kept.answer.text,
             self.verdict,
             teacher=self.kept.answer.teacher,
             tier=tier,
@@ -111,6 +132,8 @@ async def _at_once(task: Task, teacher: Teacher, ask: Asks, verify: Verify) -> l
 
 async def _sample(task: Task, sample: int, repair_rounds: int, ask: Asks, verify: Verify) -> list[Attempt]:
     """One sample, sent back with what was found wrong until it is verified or nothing more may be said."""
+    if task.max_turns > 1:
+        return [await _talk(task, sample, ask, verify)]
     attempts: list[Attempt] = []
     follow_up: list[Message] = []
     for _ in range(1 + repair_rounds):
@@ -122,3 +145,19 @@ async def _sample(task: Task, sample: int, repair_rounds: int, ask: Asks, verify
             break
         follow_up += [Message("assistant", answer.text), Message("user", told)]
     return attempts
+
+
+async def _talk(task: Task, sample: int, ask: Asks, verify: Verify) -> Attempt:
+    """One sample of a conversation: answer after answer, with what the task's benchmark says to each."""
+    answers: list[Answer] = []
+    said: tuple[Message, ...] = ()
+    while True:
+        answers.append(await ask.answer(task, sample, said))
+        if not answers[-1].ok:
+            break
+        said += (Message("assistant", answers[-1].text),)
+        reply = await asyncio.to_thread(benchmarks.reply, task, said)
+        if not reply:
+            break
+        said += reply
+    return Attempt(answers[-1], await verify(task, answers[-1], said), said, tuple(answers[:-1]))

@@ -226,3 +226,28 @@ def test_without_a_context_choices_follow_the_first_token():
 def test_an_empty_choice_is_refused():
     with pytest.raises(DataError, match=r"task quiz/0: a choice is empty"):
         Tokens().split("Q", "a", "")
+
+
+class Talks(Answers):
+    """Conversations of as many answers as the task's difficulty."""
+
+    def reply(self, task, said):
+        return () if len(said) + 1 == 2 * task.difficulty else (Message("user", f"go on after {len(said)}"),)
+
+
+def test_conversations_go_on_until_the_benchmark_is_silent(loaded, monkeypatch):
+    monkeypatch.setattr(benchmarks, "get", lambda name: Talks())
+    single = [make_task(9, max_tokens=4)]
+    talks = [make_task(i, difficulty=i, max_turns=3, max_tokens=4) for i in (1, 2, 3, 7)]
+    student = Student(loaded, batch_size=2)
+    answers = student.answer([*talks, *single], PLAIN)
+    assert [c.task_id for c in answers] == [t.id for t in (*talks, *single)]
+    assert [sum(m.role == "assistant" for m in c.turns) for c in answers] == [1, 2, 3, 3, 0]
+    third = answers[2]
+    assert [m.role for m in third.turns] == ["assistant", "user", "assistant", "user", "assistant"]
+    assert (third.turns[-1].content, third.turns[3].content) == (third.text, "go on after 3")
+    assert third.said == third.turns
+    assert answers[-1].said == (Message("assistant", answers[-1].text),)
+    alone = student.answer([replace(talks[2], messages=(*talks[2].messages, *third.turns[:-1]), max_turns=1)], PLAIN)
+    assert alone[0].text == third.text
+    assert third.completion_tokens > alone[0].completion_tokens

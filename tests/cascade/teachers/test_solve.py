@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -117,3 +118,27 @@ def test_an_answer_key_cannot_be_asked_to_mend() -> None:
     raw = {"domain": "d", "base": {"model": "m"}, "tasks": dict.fromkeys(("train", "validation", "test"), source)}
     with pytest.raises(ConfigError, match="repair_rounds"):
         check_config(raw | {"budget_usd": 1, "tiers": [tier] * 3})
+
+
+async def test_a_conversation_is_one_sample_and_trained_on_whole(make_task, make_teacher, monkeypatch) -> None:
+    task = replace(make_task(21), max_turns=5)
+
+    def reply(_: Task, said: Sequence[Message]) -> tuple[Message, ...]:
+        return () if len(said) == 5 else (Message("user", f"and {len(said)}?"),)
+
+    monkeypatch.setattr("cascade.benchmarks.reply", reply)
+    heard = []
+
+    async def judge(task: Task, answer: Answer, said: tuple[Message, ...] = ()) -> Verdict:
+        heard.append(said)
+        return Verdict(task.id, "model-a", "", "pass" if answer.ok and answer.text == "42" else "fail")
+
+    broken = {(0, 0): "1", (0, 1): ""}
+    script = Script({**broken, (1, 0): "40", (1, 1): "41", (1, 2): "42"})
+    solved = await solve(task, make_teacher("http://x/v1", samples=2, repair_rounds=1), script, judge)
+    assert [m.content for m in solved.kept.said] == ["40", "and 1?", "41", "and 3?", "42"]
+    assert heard[-1] == solved.kept.said
+    assert script.asked[-1] == (1, solved.kept.said[:-1])
+    assert [a.text for a in solved.answers] == ["1", "", "40", "41", "42"]
+    assert solved.cost_usd == 1.25
+    assert solved.example(1).messages == (*task.messages, *solved.kept.said)
