@@ -10,10 +10,12 @@ from rich.console import Console
 from rich.table import Table
 
 from cascade.config import load_config
-from cascade.errors import ConfigError
+from cascade.dataset import check_dataset as check
+from cascade.errors import ConfigError, DataError
 from cascade.teachers.economics import plan as plan_tiers
 from cascade.teachers.ledger import Ledger
 from ray_jobs._context import exit_with_message, run_one
+from ray_jobs._export import export_dataset as export
 from ray_jobs._runs import JOBS, Runs
 from ray_jobs.pipeline import WORK, run_pipeline
 
@@ -97,6 +99,37 @@ def _cost_table(runs: Runs, rate: float | None) -> Table:
     total = sum(row.cost_usd for row in rows)
     table.caption = f"together ${total:.4f} of the budget of ${config.budget_usd:.2f}; nothing was spent for this plan"
     return table
+
+
+@app.command("export-dataset")
+def export_dataset(
+    config: ConfigFile,
+    to: Annotated[str | None, typer.Option(help="folder or URI; by default DOMAIN/dataset in the storage")] = None,
+) -> None:
+    """Write the verified examples as Parquet with a card, a folder that Hugging Face `datasets` loads."""
+    exit_with_message(lambda: _export(config, to))
+
+
+def _export(path: str, to: str | None) -> None:
+    where, rows = export(Runs(load_config(path)), to)
+    Console().print(f"{rows} examples in {where}", soft_wrap=True)
+
+
+@app.command("check-dataset")
+def check_dataset(folder: Annotated[str, typer.Argument(metavar="FOLDER")]) -> None:
+    """Compare an exported data set with its card, and score every answer anew."""
+    exit_with_message(lambda: _check(folder))
+
+
+def _check(folder: str) -> None:
+    found = check(folder)
+    print(
+        f"{found.rows} rows: {found.rescored} scored anew, {found.opinions} accepted by a judge, "
+        f"{found.conversations} conversations not scored anew"
+    )
+    if found.problems:
+        raise DataError("\n".join([f"{len(found.problems)} problems:", *found.problems[:20]]))
+    print("all as the card says")
 
 
 def _job_command(name: str) -> Callable[[str], None]:
