@@ -245,7 +245,9 @@ class Execution(Section):
     """How things are computed. Never changes a result, so a change here re-runs nothing."""
 
     student_actors: Positive = Field(1, description="Ray Data actors that run the student")
-    student_batch: Positive = Field(32, description="sequences generated together")
+    student_tokens: Positive | None = Field(
+        None, description="prompt and answer tokens in a student's memory at once; null: as suits the device"
+    )
     task_block: Positive = Field(64, description="tasks per Ray Data batch: what a killed actor may have to repeat")
     teacher_actors: Positive = 1
     train_workers: Positive = 1

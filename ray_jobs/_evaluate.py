@@ -146,7 +146,7 @@ class StudentActor:
         return Student(
             self.loaded,
             modifier=label,
-            batch_size=self.config.execution.student_batch,
+            tokens=self.config.execution.student_tokens,
             temperature=student.temperature,
             max_tokens=student.max_tokens,
             seed=self.config.seed,

@@ -105,7 +105,7 @@ def _probe_fold(
     student = Student(
         loaded,
         modifier=f"probe{fold}",
-        batch_size=config.execution.student_batch,
+        tokens=config.execution.student_tokens,
         max_tokens=config.student.max_tokens,
         seed=config.seed,
     )

@@ -16,6 +16,7 @@ from cascade.artifacts import sha256_of_file
 from cascade.benchmarks.sources import cache_dir, wheel_file
 from cascade.config import Base
 from cascade.errors import ConfigError, DataError
+from cascade.models.attention import enable_sharing
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,7 @@ def load_base(base: Base, device: torch.device | None = None) -> LoadedBase:
         tokenizer.pad_token = tokenizer.eos_token
     model.to(device)  # type: ignore[arg-type]
     model.eval().requires_grad_(False)
+    enable_sharing(model)
     return LoadedBase(model, tokenizer, base.model, sha256)
 
 

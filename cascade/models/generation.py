@@ -1,29 +1,34 @@
-"""Batched decoding: left-padded, sorted by length, finished rows leave the batch.
+"""Batched decoding: rows join and leave between any two steps, and what they begin with alike is computed once.
 
-transformers' `generate` computes every row of a batch until the last one has ended; here a row that is done is
-dropped from the KV cache, stop strings are checked row by row, and a server can let rows join while others run.
+transformers' `generate` computes every row of a batch until the last one has ended. Here a row that is done makes
+room for one that waits, stop strings are checked row by row, and a batch is as large as a budget of tokens allows.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+import time
+from collections import deque
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import Cache
 
+from cascade.models.attention import Prefix, RowCache, Shared, can_share
 from cascade.models.base import LoadedBase, end_token_ids
+from cascade.models.beginnings import Group, shared_beginnings
 from cascade.tasks import FinishReason
 
 OnToken = Callable[[int, int], bool]
 """Called with (index of the prompt, token id) as each token is made; returning False ends that answer."""
 
-_SHARED_FROM = 48
-"""Tokens that prompts must begin with alike for the shared part to be worth a forward pass of its own."""
-_SHARED_BY = 4
-"""Prompts that must begin alike to get batches of their own."""
+_CPU_TOKENS = 32_768
+"""Tokens in memory at once on a CPU, where many rows are computed no faster than some."""
+_GPU_SHARE = 0.4
+"""Share of a GPU's free memory for keys and values."""
+_CONTEXT = 16
+"""Tokens before the last ones that are decoded with them, so that what they say does not depend on where one cuts."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +54,16 @@ class Request:
 
 @dataclass(frozen=True)
 class Generated:
-    """What was added to one prompt: token ids without the end token, their text with the stop string cut off."""
+    """What was added to one prompt: token ids without the end token, their text with the stop string cut off.
+
+    Attributes:
+        seconds: its share of the wall time of the steps it took part in.
+    """
 
     token_ids: tuple[int, ...]
     text: str
     finish_reason: FinishReason
+    seconds: float = field(default=0.0, compare=False)
 
 
 @dataclass
@@ -63,15 +73,32 @@ class Row:
     index: int
     request: Request
     generator: torch.Generator | None
+    prefix: Prefix | None = None
     tokens: list[int] = field(default_factory=list)
     text: str = ""
     finish: FinishReason | None = None
+    seconds: float = 0.0
 
     @classmethod
     def new(cls, index: int, request: Request, device: torch.device) -> Row:
         """A row at its start; `index` is what `OnToken` is told."""
         sampled = request.temperature > 0
         return cls(index, request, torch.Generator(device=device).manual_seed(request.seed) if sampled else None)
+
+    @property
+    def own(self) -> list[int]:
+        """The prompt without what the prefix holds."""
+        return list(self.request.prompt[len(self.prefix or ()) :])
+
+    @property
+    def length(self) -> int:
+        """Tokens so far, prefix included."""
+        return len(self.request.prompt) + len(self.tokens)
+
+    @property
+    def need(self) -> int:
+        """Tokens of its own that it may come to."""
+        return len(self.request.prompt) - len(self.prefix or ()) + self.request.max_tokens
 
 
 class Batch:
@@ -81,23 +108,26 @@ class Batch:
         self.rows: list[Row] = []
         self._loaded = loaded
         self._ends = end_token_ids(loaded)
-        self._cache = DynamicCache(config=loaded.model.config)
-        self._mask = torch.empty(0)  # (rows, cached tokens), 0 where padded
+        self._shares = can_share(loaded.model)
+        self._cache: Cache = DynamicCache(config=loaded.model.config)
+        self._mask = torch.empty(0)  # (rows, cached tokens of their own), False where padded
         self._logits = torch.empty(0)  # (rows, vocabulary) of the token to choose next
+        self._shared: Shared | None = None
 
     @property
     def open(self) -> bool:
         """Whether rows can join now: always, unless running rows are in a cache that cannot be padded."""
-        return not self.rows or all(type(layer) is DynamicLayer for layer in self._cache.layers)
+        return not self.rows or self._shares
 
     @property
     def padded_tokens(self) -> int:
-        """Cached tokens of all rows, padding included."""
-        return self._mask.numel() if self.rows else 0
+        """Cached tokens of all rows, padding included, and each shared beginning once."""
+        prefixes = {id(row.prefix): len(row.prefix) for row in self.rows if row.prefix is not None}
+        return self._mask.numel() + sum(prefixes.values()) if self.rows else 0
 
     @torch.inference_mode()
     def join(self, rows: Sequence[Row]) -> None:
-        """Compute the prompts of new rows and put them beside those that run.
+        """Compute the prompts of new rows, from where their prefixes end, and put them beside those that run.
 
         Raises:
             ValueError: the batch is not `open`.
@@ -107,12 +137,13 @@ class Batch:
         if not rows:
             return
         cache = DynamicCache(config=self._loaded.model.config)
-        mask, logits = _prefill(self._loaded, [list(r.request.prompt) for r in rows], cache)
-        if self.rows:
-            self._merge(cache, mask, logits)
-        else:
+        mask, logits = _prefill(self._loaded, rows, cache)
+        if not self._shares:
             self._cache, self._mask, self._logits = cache, mask, logits
+        else:
+            self._add(cache, mask, logits)
         self.rows = [*self.rows, *rows]
+        self._shared = Shared.of([row.prefix for row in self.rows], self._loaded.device)
 
     @torch.inference_mode()
     def step(self, on_token: OnToken | None = None) -> list[Row]:
@@ -122,12 +153,12 @@ class Batch:
             _append(row, token, self._ends, self._loaded, on_token)
         done = [row for row in self.rows if row.finish is not None]
         if done:
-            alive = [i for i, row in enumerate(self.rows) if row.finish is None]
-            chosen = chosen[alive]
-            self._keep(alive)
+            chosen = chosen[self._keep([i for i, row in enumerate(self.rows) if row.finish is None])]
         if self.rows:
             self._mask = torch.cat([self._mask, self._mask.new_ones(len(self.rows), 1)], dim=1)
-            self._logits = _forward(self._loaded.model, chosen[:, None], self._mask, self._cache)
+            positions = torch.tensor([[row.length - 1] for row in self.rows], device=self._loaded.device)
+            mask = self._mask[:, None, None] if self._shares else self._mask
+            self._logits = _forward(self._loaded.model, chosen[:, None], mask, positions, self._cache, self._shared)
         return done
 
     @torch.inference_mode()
@@ -135,131 +166,209 @@ class Batch:
         """Take rows out, by their `index`, whether they are done or not."""
         alive = [i for i, row in enumerate(self.rows) if row.index not in indices]
         if len(alive) < len(self.rows):
-            self._logits = self._logits[alive]
-            self._keep(alive)
+            self._logits = self._logits[self._keep(alive)]
 
-    def _keep(self, alive: list[int]) -> None:
-        """Drop the other rows, and the columns that only they had use for."""
-        self.rows = [self.rows[i] for i in alive]
-        if not alive:
-            self._cache = DynamicCache(config=self._loaded.model.config)
-            return
-        kept = torch.tensor(alive, device=self._mask.device, dtype=torch.long)
-        self._mask = self._mask[kept]
-        self._cache.batch_select_indices(kept)
-        unused = int(self._mask.any(dim=0).int().argmax())
-        if unused and self.open:
-            self._mask = self._mask[:, unused:]
-            for layer in self._cache.layers:
-                _set_states(layer, *(x[:, :, unused:] for x in _states(layer)))
-
-    def _merge(self, cache: DynamicCache, mask: torch.Tensor, logits: torch.Tensor) -> None:
+    def _add(self, cache: DynamicCache, mask: torch.Tensor, logits: torch.Tensor) -> None:
         """Put the rows of another cache below ours, both padded on the left to the longer."""
-        length = max(self._mask.shape[1], mask.shape[1])
-        for ours, new in zip(self._cache.layers, cache.layers, strict=True):
-            pairs = zip(_states(ours), _states(new), strict=True)
-            _set_states(ours, *(torch.cat([_pad_left(x, length) for x in pair]) for pair in pairs))
-        columns = [torch.nn.functional.pad(m, (length - m.shape[1], 0)) for m in (self._mask, mask)]
-        self._mask = torch.cat(columns)
+        if not self.rows:
+            self._cache = RowCache(len(cache.layers))
+            self._mask, self._logits = mask[:0], logits[:0]
+        assert isinstance(self._cache, RowCache)
+        self._cache.add(cache)
+        padded = [torch.nn.functional.pad(m, (self._cache.used - m.shape[1], 0)) for m in (self._mask, mask)]
+        self._mask = torch.cat(padded)
         self._logits = torch.cat([self._logits, logits])
 
-
-def _states(layer: object) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values of a cache layer, each of shape (rows, heads, tokens, width)."""
-    assert isinstance(layer, DynamicLayer)
-    assert layer.keys is not None
-    assert layer.values is not None
-    return layer.keys, layer.values
-
-
-def _set_states(layer: object, keys: torch.Tensor, values: torch.Tensor) -> None:
-    assert isinstance(layer, DynamicLayer)
-    layer.keys, layer.values = keys, values
-
-
-def _pad_left(states: torch.Tensor, length: int) -> torch.Tensor:
-    """Keys or values of shape (rows, heads, tokens, width) with zeros before the first token."""
-    return torch.nn.functional.pad(states, (0, 0, length - states.shape[2], 0))
+    def _keep(self, alive: list[int]) -> torch.Tensor:
+        """Drop the other rows, and columns that only they had use for. Returns the old index of each row in place."""
+        placed = self._cache.keep(alive) if isinstance(self._cache, RowCache) else alive
+        kept = torch.tensor(placed, device=self._mask.device, dtype=torch.long)
+        self.rows = [self.rows[i] for i in placed]
+        self._mask = self._mask[kept]
+        if not self.rows:
+            self._cache, self._shared = DynamicCache(config=self._loaded.model.config), None
+        elif isinstance(self._cache, RowCache):
+            self._shared = Shared.of([row.prefix for row in self.rows], self._loaded.device)
+            unused = int(self._mask.any(dim=0).int().argmax())
+            if unused > self._mask.shape[1] // 4:
+                self._mask = self._mask[:, unused:]
+                self._cache.drop_columns(unused)
+        elif isinstance(self._cache, DynamicCache):
+            self._cache.batch_select_indices(kept)
+        return kept
 
 
 def generate(
-    loaded: LoadedBase, requests: Sequence[Request], *, batch_size: int = 32, on_token: OnToken | None = None
+    loaded: LoadedBase, requests: Sequence[Request], *, tokens: int | None = None, on_token: OnToken | None = None
 ) -> list[Generated]:
-    """Continue every prompt; results in the order of the requests.
+    """Continue every prompt; results in the order of the requests. See `stream`."""
+    results = dict(stream(loaded, requests, tokens=tokens, on_token=on_token))
+    return [results[i] for i in range(len(requests))]
 
-    Requests that begin alike (the same worked examples) share a batch and the computation of what they share;
-    the others are batched by length, so that little is spent on padding.
+
+def stream(
+    loaded: LoadedBase, requests: Sequence[Request], *, tokens: int | None = None, on_token: OnToken | None = None
+) -> Iterator[tuple[int, Generated]]:
+    """Continue every prompt; yields (index, answer) as answers are done.
+
+    Args:
+        tokens: how many may be in memory at once, padding and what answers may yet come to included (a shared
+            beginning not); one row always may. None: as suits the device, see `tokens_in_memory`.
 
     Raises:
         ValueError: a prompt is empty.
     """
     if any(len(r.prompt) == 0 for r in requests):
         raise ValueError("a prompt must have at least one token")
-    results: list[Generated | None] = [None] * len(requests)
-    for indices in _batches(requests, batch_size):
-        rows = [Row.new(i, requests[i], loaded.device) for i in indices]
-        batch = Batch(loaded)
-        batch.join([r for r in rows if r.request.max_tokens > 0])
-        while batch.rows:
-            batch.step(on_token)
-        for row in rows:
-            results[row.index] = Generated(tuple(row.tokens), row.text, row.finish or "length")
-    return [r for r in results if r is not None]
-
-
-def _batches(requests: Sequence[Request], batch_size: int) -> Iterator[list[int]]:
-    """Indices of the requests of each batch."""
-    alike: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    waiting = _Waiting(loaded, requests)
+    batch, budget = Batch(loaded), tokens or tokens_in_memory(loaded)
     for i, request in enumerate(requests):
-        alike[tuple(request.prompt[:_SHARED_FROM])].append(i)
-    groups = [group for group in alike.values() if len(group) >= _SHARED_BY]
-    groups.append([i for group in alike.values() if len(group) < _SHARED_BY for i in group])
-    for group in groups:
-        group.sort(key=lambda i: (-len(requests[i].prompt), i))
-        for start in range(0, len(group), batch_size):
-            yield group[start : start + batch_size]
+        if request.max_tokens <= 0:
+            yield i, Generated((), "", "length")
+    while waiting or batch.rows:
+        began = time.perf_counter()
+        waiting.join(batch, budget)
+        running = batch.rows
+        done = batch.step(on_token)
+        share = (time.perf_counter() - began) / len(running)
+        for row in running:
+            row.seconds += share
+        for row in done:
+            yield row.index, Generated(tuple(row.tokens), row.text, row.finish or "length", row.seconds)
 
 
-def _shared_length(prompts: Sequence[list[int]]) -> int:
-    """How many tokens all prompts begin with; at least one token of each is left over."""
-    first, last = min(prompts), max(prompts)
-    most = min(map(len, prompts)) - 1
-    return next((i for i in range(most) if first[i] != last[i]), most)
+def tokens_in_memory(loaded: LoadedBase) -> int:
+    """How many tokens' keys and values to hold: on a GPU what a share of its free memory takes."""
+    if loaded.device.type != "cuda":
+        return _CPU_TOKENS
+    config = loaded.model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    per_token = 2 * config.num_hidden_layers * heads * width * loaded.model.dtype.itemsize
+    free = torch.cuda.mem_get_info(loaded.device)[0]
+    return max(_CPU_TOKENS, int(_GPU_SHARE * free / per_token))
 
 
-def _prefill(
-    loaded: LoadedBase, prompts: Sequence[list[int]], cache: DynamicCache
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute prompts into an empty cache; what they all begin with is computed once.
+def tokens_in_a_pass(device: torch.device) -> int:
+    """How many prompt tokens to compute in one forward pass, which bounds the memory for activations."""
+    return 32_768 if device.type == "cuda" else 2048
+
+
+class _Waiting:
+    """Requests that have not begun, those that begin alike together, longest first."""
+
+    def __init__(self, loaded: LoadedBase, requests: Sequence[Request]) -> None:
+        self._loaded = loaded
+        self._prefix: Prefix | None = None
+        ready = [i for i, request in enumerate(requests) if request.max_tokens > 0]
+        groups = shared_beginnings([requests[i].prompt for i in ready]) if can_share(loaded.model) else []
+        if not groups:
+            groups = [Group(0, tuple(range(len(ready))))]
+        self._queue: deque[tuple[int, Row]] = deque()
+        for group in groups:
+            rows = [Row.new(ready[i], requests[ready[i]], loaded.device) for i in group.members]
+            rows.sort(key=lambda row: (-row.need, row.index))
+            self._queue.extend((group.length, row) for row in rows)
+
+    def __bool__(self) -> bool:
+        return bool(self._queue)
+
+    def join(self, batch: Batch, budget: int) -> None:
+        """Let as many rows join as there is room for, once that is worth an interruption of those that run."""
+        room = self._room(batch, budget)
+        if not batch.open or (batch.rows and room < min(len(self._queue), 1 + len(batch.rows) // 4)):
+            return
+        most = tokens_in_a_pass(self._loaded.device)
+        joining: list[Row] = []
+        for _ in range(room):
+            length, row = self._queue.popleft()
+            row.prefix = self._prefix_of(row, length)
+            longest = max(len(r.own) for r in [*joining, row])
+            if joining and (row.prefix is not joining[0].prefix or (len(joining) + 1) * longest > most):
+                batch.join(joining)
+                joining = []
+            joining.append(row)
+        batch.join(joining)
+
+    def _room(self, batch: Batch, budget: int) -> int:
+        """How many of the next rows the budget has room for, every row being padded to the longest."""
+        widest, count = max((row.need for row in batch.rows), default=0), len(batch.rows)
+        for taken, (length, row) in enumerate(self._queue):
+            widest = max(widest, row.need - length)
+            if (count + taken + 1) * widest > budget and count + taken > 0:
+                return taken
+        return len(self._queue)
+
+    def _prefix_of(self, row: Row, length: int) -> Prefix | None:
+        """The beginning that a row shares with its group, computed when the group's first row comes."""
+        if length == 0:
+            return None
+        tokens = tuple(row.request.prompt[:length])
+        if self._prefix is None or self._prefix.tokens != tokens:
+            self._prefix = compute_prefix(self._loaded, tokens)
+        return self._prefix
+
+
+@torch.inference_mode()
+def compute_prefix(loaded: LoadedBase, tokens: Sequence[int]) -> Prefix:
+    """Keys and values of tokens that rows begin with."""
+    cache = DynamicCache(config=loaded.model.config)
+    ids = torch.tensor([list(tokens)], device=loaded.device)
+    loaded.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return Prefix.of(tokens, cache)
+
+
+def _prefill(loaded: LoadedBase, rows: Sequence[Row], cache: DynamicCache) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute the prompts of rows, from where their prefixes end, into an empty cache.
 
     Returns:
-        Mask of shape (rows, cached tokens), 0 where padded; logits after each prompt, shape (rows, vocabulary).
+        Mask of shape (rows, tokens), False where padded; logits after each prompt, shape (rows, vocabulary).
     """
-    shared = _shared_length(prompts) if len(prompts) > 1 else 0
-    if shared < _SHARED_FROM or not all(type(layer) is DynamicLayer for layer in cache.layers):
-        shared = 0
     device, pad = loaded.device, loaded.tokenizer.pad_token_id
-    if shared:
-        prefix = torch.tensor([prompts[0][:shared]], device=device)
-        _forward(loaded.model, prefix, torch.ones_like(prefix), cache)
-        cache.batch_repeat_interleave(len(prompts))
-    rests = [prompt[shared:] for prompt in prompts]
-    longest = max(map(len, rests))
-    ids = torch.tensor([[pad] * (longest - len(rest)) + rest for rest in rests], device=device)
-    mask = torch.tensor([[1] * shared + [0] * (longest - len(rest)) + [1] * len(rest) for rest in rests], device=device)
-    return mask, _forward(loaded.model, ids, mask, cache)
+    prompts = [row.own for row in rows]
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=device)
+    mask = torch.tensor([[False] * (longest - len(p)) + [True] * len(p) for p in prompts], device=device)
+    start = torch.tensor([[len(row.prefix or ())] for row in rows], device=device)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0) + start
+    shared = Shared.of([row.prefix for row in rows], device)
+    full = mask if shared is None else causal(mask)
+    return mask, _forward(loaded.model, ids, full, positions, cache, shared)
 
 
-def _forward(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+def causal(mask: torch.Tensor) -> torch.Tensor:
+    """Which token may attend to which, shape (rows, 1, tokens, tokens), from which are there, shape (rows, tokens).
+
+    A pad sees itself, so that its attention is defined.
+    """
+    square = torch.ones(mask.shape[1], mask.shape[1], dtype=torch.bool, device=mask.device)
+    return (square.tril() & mask[:, None, None]) | torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device)
+
+
+def last(count: int, length: int, device: torch.device) -> torch.Tensor:
+    """Indices of the last positions, for `logits_to_keep`: given a number, models hand a strided slice to their head,
+    for which PyTorch copies the head's weights once for every row."""
+    return torch.arange(length - count, length, device=device)
+
+
+def _forward(
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    positions: torch.Tensor,
+    cache: Cache,
+    shared: Shared | None,
+) -> torch.Tensor:
     """Logits after the last position, float32, shape (rows, vocabulary). Extends the cache."""
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    more = {} if shared is None else {"shared": shared}
     output = model(
         input_ids=ids,
         attention_mask=mask,
         position_ids=positions,
         past_key_values=cache,
         use_cache=True,
-        logits_to_keep=1,
+        logits_to_keep=last(1, ids.shape[1], ids.device),
+        **more,
     )
     return output.logits[:, -1].float()
 
@@ -305,51 +414,12 @@ def decode(loaded: LoadedBase, token_ids: Sequence[int]) -> str:
 
 def _cut_at_stop(row: Row, loaded: LoadedBase) -> bool:
     """Whether a stop string has appeared; if so the text before it is the answer."""
+    longest = max(len(s.encode()) for s in row.request.stop)
+    tail = decode(loaded, row.tokens[-longest - _CONTEXT :])  # every token is a byte at least
+    if not any(s in tail for s in row.request.stop):
+        return False
     text = decode(loaded, row.tokens)
     found = [position for s in row.request.stop if (position := text.find(s)) >= 0]
     if found:
         row.text = text[: min(found)]
     return bool(found)
-
-
-@torch.inference_mode()
-def choice_logprobs(
-    loaded: LoadedBase,
-    contexts: Sequence[Sequence[int]],
-    choices: Sequence[Sequence[Sequence[int]]],
-    *,
-    batch_size: int,
-) -> list[list[float]]:
-    """Log-likelihood of each choice after its context.
-
-    Args:
-        contexts: token ids, one context per task.
-        choices: token ids of each task's choices.
-
-    Returns:
-        Per task, per choice: sum over the choice's tokens of log p(token | everything before), in nats.
-
-    Raises:
-        ValueError: a context or a choice is empty: the one leaves its choices' first token without a prediction,
-            the other would be certain, and chosen whatever the model thinks.
-    """
-    if not all(len(ids) for ids in [*contexts, *(choice for options in choices for choice in options)]):
-        raise ValueError("contexts and choices must have at least one token")
-    flat = [(t, c) for t, options in enumerate(choices) for c in range(len(options))]
-    flat.sort(key=lambda tc: -(len(contexts[tc[0]]) + len(choices[tc[0]][tc[1]])))
-    results = [[0.0] * len(options) for options in choices]
-    pad = loaded.tokenizer.pad_token_id
-    for start in range(0, len(flat), batch_size):
-        batch = flat[start : start + batch_size]
-        sequences = [[*contexts[t], *choices[t][c]] for t, c in batch]
-        longest = max(map(len, sequences))
-        ids = torch.tensor([s + [pad] * (longest - len(s)) for s in sequences], device=loaded.device)
-        mask = torch.tensor([[1] * len(s) + [0] * (longest - len(s)) for s in sequences], device=loaded.device)
-        tail = longest - min(len(contexts[t]) for t, _ in batch) + 1
-        logits = loaded.model(input_ids=ids, attention_mask=mask, logits_to_keep=tail).logits
-        for row, (t, c) in enumerate(batch):
-            first, count = len(contexts[t]) - 1 - (longest - tail), len(choices[t][c])
-            rows = logits[row, first : first + count].float().log_softmax(-1)
-            target = torch.tensor(choices[t][c], device=loaded.device)
-            results[t][c] = rows.gather(1, target[:, None]).sum().item()
-    return results

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -18,7 +17,8 @@ from cascade.config import PromptStyle
 from cascade.errors import DataError
 from cascade.models.base import LoadedBase
 from cascade.models.chat import prompt_text
-from cascade.models.generation import Generated, Request, choice_logprobs, generate
+from cascade.models.generation import Request, stream
+from cascade.models.likelihood import Question, stream_logprobs
 from cascade.tasks import Completion, Message, Task
 
 REPLY_THREADS = 4
@@ -74,11 +74,12 @@ class Student:
 
     Attributes:
         modifier: version label of whatever adapter is on the model, "" for none.
+        tokens: in memory at once when it writes (see `generation.stream`); None: as suits the device.
     """
 
     loaded: LoadedBase
     modifier: str = ""
-    batch_size: int = 32
+    tokens: int | None = None
     temperature: float = 0.0
     max_tokens: int = 256
     seed: int = 0
@@ -87,12 +88,17 @@ class Student:
         self, tasks: Sequence[Task], style: PromptStyle, examples: WorkedExamples = NO_EXAMPLES
     ) -> list[Completion]:
         """One completion per task, in order."""
-        chosen = [t for t in tasks if t.form == "likelihood"]
-        talks = [t for t in tasks if t.form != "likelihood" and t.max_turns > 1]
-        written = [t for t in tasks if t.form != "likelihood" and t.max_turns == 1]
-        completions = [*self._compare(chosen), *self._write(written, style, examples), *self._talk(talks, style)]
-        by_id = {c.task_id: c for c in completions}
+        by_id = {c.task_id: c for c in self.answers(tasks, style, examples)}
         return [by_id[t.id] for t in tasks]
+
+    def answers(
+        self, tasks: Sequence[Task], style: PromptStyle, examples: WorkedExamples = NO_EXAMPLES
+    ) -> Iterator[Completion]:
+        """One completion per task, as they are done."""
+        yield from self._compare([t for t in tasks if t.form == "likelihood"])
+        written = [t for t in tasks if t.form != "likelihood"]
+        yield from self._write([t for t in written if t.max_turns == 1], style, examples)
+        yield from self._talk([t for t in written if t.max_turns > 1], style)
 
     def prompt_ids(self, task: Task, style: PromptStyle, examples: WorkedExamples = NO_EXAMPLES) -> list[int]:
         """Token ids of a task's prompt."""
@@ -102,9 +108,7 @@ class Student:
         text = prompt_text(tokenizer, styled_messages(task, style, examples))
         return list(tokenizer(text, add_special_tokens=False).input_ids)
 
-    def _write(self, tasks: Sequence[Task], style: PromptStyle, examples: WorkedExamples) -> list[Completion]:
-        if not tasks:
-            return []
+    def _write(self, tasks: Sequence[Task], style: PromptStyle, examples: WorkedExamples) -> Iterator[Completion]:
         requests = [
             Request(
                 prompt=self.prompt_ids(task, style, examples),
@@ -115,13 +119,19 @@ class Student:
             )
             for task in tasks
         ]
-        start = time.perf_counter()
-        answers = generate(self.loaded, requests, batch_size=self.batch_size)
-        seconds = (time.perf_counter() - start) / len(tasks)
-        triples = zip(tasks, requests, answers, strict=True)
-        return [self._completion(t, r, a, seconds) for t, r, a in triples]
+        for i, answer in stream(self.loaded, requests, tokens=self.tokens):
+            yield Completion(
+                task_id=tasks[i].id,
+                model=self.loaded.name,
+                modifier=self.modifier,
+                text=answer.text,
+                finish_reason=answer.finish_reason,
+                prompt_tokens=len(requests[i].prompt),
+                completion_tokens=len(answer.token_ids),
+                seconds=answer.seconds,
+            )
 
-    def _talk(self, tasks: Sequence[Task], style: PromptStyle) -> list[Completion]:
+    def _talk(self, tasks: Sequence[Task], style: PromptStyle) -> Iterator[Completion]:
         """Conversations, all at once: every round answers those that go on, in batches as ever."""
         rounds: dict[str, list[Completion]] = {t.id: [] for t in tasks}
         said: dict[str, tuple[Message, ...]] = {t.id: () for t in tasks}
@@ -135,46 +145,24 @@ class Student:
                 replies = list(pool.map(lambda t: benchmarks.reply(t, said[t.id]), pending))
                 for task, reply in zip(pending, replies, strict=True):
                     said[task.id] += reply
+                    if not reply:
+                        yield _whole(rounds[task.id], said[task.id])
                 pending = [t for t, reply in zip(pending, replies, strict=True) if reply]
-        return [_whole(rounds[t.id], said[t.id]) for t in tasks]
 
-    def _completion(self, task: Task, request: Request, answer: Generated, seconds: float) -> Completion:
-        return Completion(
-            task_id=task.id,
-            model=self.loaded.name,
-            modifier=self.modifier,
-            text=answer.text,
-            finish_reason=answer.finish_reason,
-            prompt_tokens=len(request.prompt),
-            completion_tokens=len(answer.token_ids),
-            seconds=seconds,
-        )
-
-    def _compare(self, tasks: Sequence[Task]) -> list[Completion]:
+    def _compare(self, tasks: Sequence[Task]) -> Iterator[Completion]:
         """Log-likelihoods of the choices; the completion's text is the likeliest choice."""
-        if not tasks:
-            return []
-        contexts, choices = [], []
-        for task in tasks:
-            context, options = _split_choices(self.loaded, task)
-            contexts.append(context)
-            choices.append(options)
-        start = time.perf_counter()
-        scores = choice_logprobs(self.loaded, contexts, choices, batch_size=self.batch_size)
-        seconds = (time.perf_counter() - start) / len(tasks)
-        return [
-            Completion(
-                task_id=task.id,
+        questions = [_split_choices(self.loaded, task) for task in tasks]
+        for i, scores, seconds in stream_logprobs(self.loaded, questions):
+            yield Completion(
+                task_id=tasks[i].id,
                 model=self.loaded.name,
                 modifier=self.modifier,
-                text=task.choices[max(range(len(row)), key=row.__getitem__)],
-                prompt_tokens=len(context),
+                text=tasks[i].choices[max(range(len(scores)), key=scores.__getitem__)],
+                prompt_tokens=len(questions[i].context),
                 seconds=seconds,
-                choice_logprobs=tuple(row),
-                choice_tokens=tuple(map(len, options)),
+                choice_logprobs=tuple(scores),
+                choice_tokens=tuple(map(len, questions[i].choices)),
             )
-            for task, context, options, row in zip(tasks, contexts, choices, scores, strict=True)
-        ]
 
 
 def _whole(rounds: Sequence[Completion], said: tuple[Message, ...]) -> Completion:
@@ -188,7 +176,7 @@ def _whole(rounds: Sequence[Completion], said: tuple[Message, ...]) -> Completio
     )
 
 
-def _split_choices(loaded: LoadedBase, task: Task) -> tuple[list[int], list[list[int]]]:
+def _split_choices(loaded: LoadedBase, task: Task) -> Question:
     """Token ids of the context and of each choice, cut where context + choice, tokenised together, departs.
 
     As in lm-evaluation-harness, trailing spaces of the context belong to the choice, and a context without tokens
@@ -206,7 +194,7 @@ def _split_choices(loaded: LoadedBase, task: Task) -> tuple[list[int], list[list
     cut = sum(1 for _ in alike)
     if any(len(whole) == cut for whole in wholes):
         raise DataError(f"task {task.id}: a choice is empty; give every choice a text of its own")
-    return ids[:cut] or first, [whole[cut:] for whole in wholes]
+    return Question(ids[:cut] or first, [whole[cut:] for whole in wholes])
 
 
 def _seed_of(seed: int, task_id: str) -> int:

@@ -157,7 +157,7 @@ def test_numbers_as_people_write_them_are_read(tmp_path):
 
 def test_execution_is_apart_so_that_fingerprints_can_leave_it_out():
     """Every section that a fingerprint may take is the same whatever the execution."""
-    one, other = check_config(MINIMAL), check_config(changed("execution.student_batch", 7))
+    one, other = check_config(MINIMAL), check_config(changed("execution.student_tokens", 7))
     assert one.execution != other.execution
     for section in set(Config.model_fields) - {"execution"}:
         assert fingerprint(x=getattr(one, section)) == fingerprint(x=getattr(other, section))
@@ -179,7 +179,7 @@ def test_runs_of_the_pipeline_do_not_depend_on_execution(monkeypatch):
         return {job: runs.run(job).fingerprint for job in _runs.JOBS}
 
     plain = fingerprints(quick.config)
-    for key, value in (("execution.student_batch", 7), ("execution.use_gpu", True), ("execution.train_workers", 2)):
+    for key, value in (("execution.student_tokens", 7), ("execution.use_gpu", True), ("execution.train_workers", 2)):
         assert fingerprints(check_config(changed(key, value))) == plain
     for key, value, first in (
         ("seed", 18, "test_domain"),

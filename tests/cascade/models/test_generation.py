@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cascade.models import generation
-from cascade.models.generation import Batch, Request, Row, choice_logprobs, generate
+from cascade.models.generation import Batch, Request, Row, generate, stream
 
 
 def random_prompt(length, seed):
@@ -52,15 +52,15 @@ def reference(loaded, prompts, max_tokens, ends):
     return answers
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 32])
-def test_greedy_answers_equal_those_of_transformers(loaded, set_ends, batch_size):
+@pytest.mark.parametrize("tokens", [1, 150, None])
+def test_greedy_answers_equal_those_of_transformers(loaded, set_ends, tokens):
     first = reference(loaded, PROMPTS, 24, {1})
     assert len(set(first)) == len(PROMPTS)
     ends = {first[1][5], first[5][11]}  # rows end at different steps, so that the batch shrinks while others run on
     set_ends(*ends)
     expected = reference(loaded, PROMPTS, 24, {1, *ends})
     assert len({len(e) for e in expected}) >= 3
-    results = generate(loaded, [Request(p, 24) for p in PROMPTS], batch_size=batch_size)
+    results = generate(loaded, [Request(p, 24) for p in PROMPTS], tokens=tokens)
     assert [r.token_ids for r in results] == expected
     for result in results:
         assert result.finish_reason == ("length" if len(result.token_ids) == 24 else "stop")
@@ -119,49 +119,89 @@ def test_on_token_sees_every_token_and_ends_an_answer(loaded):
 
 
 def forwarded(monkeypatch):
-    """Shapes of everything that goes through the model."""
-    shapes = []
-    original = generation._forward
+    """Shapes of everything that goes through the model in a batch, and of the beginnings that are computed apart."""
+    shapes, beginnings = [], []
+    forward, prefix = generation._forward, generation.compute_prefix
 
-    def spy(model, ids, mask, cache):
+    def spy_forward(model, ids, *more):
         shapes.append(tuple(ids.shape))
-        return original(model, ids, mask, cache)
+        return forward(model, ids, *more)
 
-    monkeypatch.setattr(generation, "_forward", spy)
-    return shapes
+    def spy_prefix(loaded, tokens):
+        beginnings.append(len(tokens))
+        return prefix(loaded, tokens)
+
+    monkeypatch.setattr(generation, "_forward", spy_forward)
+    monkeypatch.setattr(generation, "compute_prefix", spy_prefix)
+    return shapes, beginnings
 
 
-def test_a_shared_beginning_is_computed_once_and_changes_nothing(loaded, monkeypatch):
-    prefix = random_prompt(90, 99)
-    prompts = [prefix + random_prompt(n, 200 + n) for n in (1, 7, 30, 7, 12)]
-    requests = [Request(p, 15) for p in [*prompts, *PROMPTS]]
-    shapes = forwarded(monkeypatch)
-    shared = generate(loaded, requests)
-    assert (1, 90) in shapes
-    assert (5, 30) in shapes
-    shapes.clear()
-    monkeypatch.setattr(generation, "_SHARED_FROM", 10**6)
-    plain = generate(loaded, requests)
-    assert (1, 90) not in shapes
-    assert [r.token_ids for r in shared] == [r.token_ids for r in plain]
-    assert [r.token_ids for r in shared] == [alone(loaded, r).token_ids for r in requests]
+@pytest.mark.parametrize("tokens", [60, 200, None])
+def test_shared_beginnings_are_computed_once_and_change_nothing(loaded, monkeypatch, tokens):
+    first, second = random_prompt(90, 99), [*random_prompt(90, 99)[:20], *random_prompt(70, 98)]
+    prompts = [first + random_prompt(n, 200 + n) for n in (1, 7, 30, 7, 12)]
+    prompts += [second + random_prompt(n, 300 + n) for n in (9, 2, 14, 5)]
+    requests = [Request(p, 5 + i) for i, p in enumerate([*prompts, *PROMPTS])]
+    expected = [alone(loaded, r).token_ids for r in requests]
+    shapes, beginnings = forwarded(monkeypatch)
+    assert [r.token_ids for r in generate(loaded, requests, tokens=tokens)] == expected
+    assert sorted(beginnings) == [90, 90]
+    assert max(length for _, length in shapes) == max(map(len, PROMPTS)), "prompts were computed whole"
 
 
 def test_prompts_that_are_alike_throughout_share_all_but_a_token(loaded, monkeypatch):
-    prompt = random_prompt(60, 4)
+    prompt = random_prompt(160, 4)
     prompts = [prompt, prompt, prompt + random_prompt(5, 5), prompt]
-    shapes = forwarded(monkeypatch)
+    expected = [alone(loaded, Request(p, 8)).token_ids for p in prompts]
+    _, beginnings = forwarded(monkeypatch)
     results = generate(loaded, [Request(p, 8) for p in prompts])
-    assert shapes[0] == (1, 59)
-    assert [r.token_ids for r in results] == [alone(loaded, Request(p, 8)).token_ids for p in prompts]
+    assert beginnings == [159]
+    assert [r.token_ids for r in results] == expected
 
 
-def test_few_alike_are_batched_with_the_others_by_length():
-    alike = [Request([7] * 50 + [i], 1) for i in range(4)]
-    others = [Request([8 + i] * (40 + i), 1) for i in range(3)]
-    assert sorted(map(sorted, generation._batches([*alike, *others], 32))) == [[0, 1, 2, 3], [4, 5, 6]]
-    assert sorted(map(sorted, generation._batches([*alike[:3], *others], 32))) == [[0, 1, 2, 3, 4, 5]]
-    assert list(generation._batches(others, 2)) == [[2, 1], [0]]
+def test_rows_take_the_places_of_those_that_are_done(loaded, monkeypatch):
+    requests = [Request(PROMPTS[i % 7], 3 + 5 * (i % 4)) for i in range(24)]
+    expected = [alone(loaded, r).token_ids for r in requests]
+    shapes, _ = forwarded(monkeypatch)
+    results = generate(loaded, requests, tokens=5 * (41 + 18))
+    assert [r.token_ids for r in results] == expected
+    steps = [rows for rows, length in shapes if length == 1]
+    assert max(steps) >= 5, "the budget has room for at least five of the longest"
+    assert sum(steps) / len(steps) > 3.5, "places stay empty while others wait"
+
+
+def test_padding_stays_within_the_budget(loaded, monkeypatch):
+    budget, seen = 300, []
+    step = Batch.step
+
+    def spy(self, on_token=None):
+        done = step(self, on_token)
+        seen.append((len(self.rows), max((r.length for r in self.rows), default=0)))
+        return done
+
+    monkeypatch.setattr(Batch, "step", spy)
+    generate(loaded, [Request(PROMPTS[i % 7], 2 + i) for i in range(20)], tokens=budget)
+    assert max(rows for rows, _ in seen) > 3
+    assert all(rows * longest <= budget for rows, longest in seen if rows > 1)
+
+
+def test_answers_come_as_they_are_done(loaded):
+    requests = [Request(PROMPTS[0], n) for n in (30, 2, 9, 0)]
+    answers = list(stream(loaded, requests))
+    assert [i for i, _ in answers] == [3, 1, 2, 0]
+    assert [len(a.token_ids) for _, a in answers] == [0, 2, 9, 30]
+    assert 0 < answers[1][1].seconds < answers[2][1].seconds < answers[3][1].seconds
+
+
+def test_stop_strings_in_long_answers_end_them_where_they_are_complete(loaded):
+    tokens, decode = alone(loaded, Request(PROMPTS[3], 200)).token_ids, loaded.tokenizer.decode
+    texts = [decode(list(tokens[: n + 1]), skip_special_tokens=True) for n in range(len(tokens))]
+    stops = [texts[-1][i : i + n] for i in range(20, len(texts[-1]) - 3, 12) for n in (1, 2, 3)]
+    for stop in stops:
+        cut = alone(loaded, Request(PROMPTS[3], 200, stop=("never there at all", stop)))
+        end = next(n for n, text in enumerate(texts) if stop in text)
+        assert cut.token_ids == tokens[: end + 1]
+        assert cut.text == texts[-1][: texts[end].index(stop)]
 
 
 def test_sampling_depends_on_the_request_alone(loaded):
@@ -223,26 +263,3 @@ def test_an_empty_prompt_is_refused(loaded):
 
 def test_no_requests_no_answers(loaded):
     assert generate(loaded, []) == []
-
-
-def direct_logprob(loaded, context, choice):
-    with torch.no_grad():
-        log_p = loaded.model(torch.tensor([[*context, *choice]])).logits[0].double().log_softmax(-1)
-    return sum(log_p[len(context) - 1 + i, token].item() for i, token in enumerate(choice))
-
-
-@pytest.mark.parametrize("batch_size", [1, 4, 64])
-def test_choice_logprobs_equal_a_direct_computation(loaded, batch_size):
-    contexts = [random_prompt(n, n) for n in (1, 30, 8, 12)]
-    lengths = [(3, 1, 40), (2, 2), (5, 9, 1, 1), (1,)]
-    choices = [[random_prompt(n, 1000 + 10 * t + n) for n in row] for t, row in enumerate(lengths)]
-    results = choice_logprobs(loaded, contexts, choices, batch_size=batch_size)
-    for context, options, row in zip(contexts, choices, results, strict=True):
-        assert row == pytest.approx([direct_logprob(loaded, context, o) for o in options], abs=1e-3, rel=1e-5)
-
-
-def test_choice_logprobs_refuses_what_has_no_probability(loaded):
-    with pytest.raises(ValueError, match="at least one token"):
-        choice_logprobs(loaded, [[5], []], [[[6]], [[7]]], batch_size=8)
-    with pytest.raises(ValueError, match="at least one token"):
-        choice_logprobs(loaded, [[5]], [[[6], []]], batch_size=8)

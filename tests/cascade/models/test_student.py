@@ -127,7 +127,7 @@ def test_raw_text_is_continued_without_template_or_examples(loaded):
 
 
 def test_answers_come_in_order_of_the_tasks_with_their_figures(loaded):
-    student = Student(loaded, modifier="v3", batch_size=4, max_tokens=12)
+    student = Student(loaded, modifier="v3", tokens=300, max_tokens=12)
     choose = make_task("c", form="likelihood", prompt="Sky is", choices=(" blue", " a"))
     tasks = [make_task(0, max_tokens=5), choose, make_task(1), make_task(2, form="completion", max_tokens=9)]
     completions = student.answer(tasks, PLAIN)
@@ -154,7 +154,7 @@ def test_stop_strings_of_a_task_cut_its_answer(loaded):
 def test_sampling_is_of_seed_and_task_whatever_the_batch(loaded):
     student = Student(loaded, temperature=1.0, max_tokens=10, seed=4)
     texts = [c.text for c in student.answer(POOL[:6], PLAIN)]
-    backwards = replace(student, batch_size=2).answer(POOL[5::-1], PLAIN)
+    backwards = replace(student, tokens=200).answer(POOL[5::-1], PLAIN)
     assert [c.text for c in backwards] == texts[::-1]
     assert [c.text for c in replace(student, seed=5).answer(POOL[:6], PLAIN)] != texts
     twins = [replace(POOL[0], id=f"quiz/twin {i}") for i in range(4)]
@@ -174,7 +174,7 @@ def test_likelihoods_of_the_choices_and_the_likeliest(loaded):
     rng = random.Random(2)
     choices = tuple(" " + "".join(rng.choice("abcdef") for _ in range(n)) for n in (4, 1, 9))
     tasks = [make_task(i, form="likelihood", prompt=p, choices=choices) for i, p in enumerate(("Is", "Sky is it"))]
-    for task, completion in zip(tasks, Student(loaded, batch_size=2).answer(tasks, PLAIN), strict=True):
+    for task, completion in zip(tasks, Student(loaded).answer(tasks, PLAIN), strict=True):
         expected = [direct(loaded, task.prompt, c) for c in choices]
         assert completion.choice_logprobs == pytest.approx(expected, abs=1e-3)
         assert completion.choice_tokens == (5, 2, 10)
@@ -195,9 +195,9 @@ class Tokens:
     def split(self, context, *choices):
         """Context and choices as tokens; Ġ is a space, Ċ a line break."""
         task = make_task(0, form="likelihood", prompt=context, choices=choices)
-        ids, options = _split_choices(self, task)
+        question = _split_choices(self, task)
         names = self.tokenizer.convert_ids_to_tokens
-        return names(ids), [names(o) for o in options]
+        return names(question.context), [names(c) for c in question.choices]
 
 
 def test_spaces_at_the_end_of_the_context_belong_to_the_choice():
@@ -239,7 +239,7 @@ def test_conversations_go_on_until_the_benchmark_is_silent(loaded, monkeypatch):
     monkeypatch.setattr(benchmarks, "get", lambda name: Talks())
     single = [make_task(9, max_tokens=4)]
     talks = [make_task(i, difficulty=i, max_turns=3, max_tokens=4) for i in (1, 2, 3, 7)]
-    student = Student(loaded, batch_size=2)
+    student = Student(loaded, tokens=300)
     answers = student.answer([*talks, *single], PLAIN)
     assert [c.task_id for c in answers] == [t.id for t in (*talks, *single)]
     assert [sum(m.role == "assistant" for m in c.turns) for c in answers] == [1, 2, 3, 3, 0]
