@@ -76,11 +76,11 @@ class EmbeddingActor:
 
     def __init__(self, config: Config) -> None:
         limit_threads(config.execution, config.execution.cpus_per_actor)
-        self.loaded, self.batch = load_base(config.base), config.execution.student_batch
+        self.loaded = load_base(config.base)
 
     def __call__(self, block: pa.Table) -> pa.Table:
         tasks = from_table(Task, block)
-        vectors = embed(self.loaded, [t.prompt for t in tasks], batch_size=self.batch)
+        vectors = embed(self.loaded, [t.prompt for t in tasks])
         return pa.table({"task_id": [t.id for t in tasks], "vector": pa.array(list(vectors), _VECTOR)})
 
 
