@@ -20,8 +20,13 @@ from cascade.benchmarks.normalise import normalise
 from cascade.tasks import Example, Task
 
 NGRAM = 13
-SHARED_BY = 10
-"""A run of words that occurs in more test tasks than this is boilerplate (an instruction, a template), not content."""
+SHARED_BY, SHARED_SHARE = 10, 0.2
+"""A run of words that more test tasks than this, and this share of their category, have in common is boilerplate (an
+instruction, a template), not content."""
+PHRASE = 5
+"""Length in words of the runs by which boilerplate is known."""
+CONTENT = 7
+"""Words of a run that must lie outside boilerplate: "your task: write a function to find the sum of" proves nothing."""
 TEMPLATED = frozenset({"reasoning_gym"})
 """Benchmarks whose prompts are filled-in templates: they share runs of words by construction, so that only a whole
 prompt inside an example tells."""
@@ -111,22 +116,45 @@ def _key(run: tuple[str, ...]) -> bytes:
 
 
 def _index(tasks: Sequence[Task], n: int) -> dict[bytes, list[int]]:
-    """Runs of full length -> numbers of the tasks that hold them, without boilerplate that many tasks share.
+    """Runs of full length -> numbers of the tasks that hold them, without boilerplate.
 
     Shorter texts are left to the comparison of whole prompts: a run of three words proves nothing.
     """
-    counts: Counter[bytes] = Counter()
-    runs: list[set[bytes]] = []
-    for task in tasks:
-        own = {_key(run) for text in _task_texts(task) for run in ngrams(text, n) if len(run) == n}
-        runs.append(own)
-        counts.update(own)
+    texts = [[words(text) for text in _task_texts(task)] for task in tasks]
+    boilerplate = _boilerplate(tasks, texts)
     index: dict[bytes, list[int]] = defaultdict(list)
-    for number, own in enumerate(runs):
-        for key in own:
-            if counts[key] <= SHARED_BY:
-                index[key].append(number)
+    for number, own in enumerate(texts):
+        for key in {key for text in own for key in _content_runs(text, n, boilerplate)}:
+            index[key].append(number)
     return index
+
+
+def _runs(text: Sequence[str], n: int) -> list[bytes]:
+    return [_key(tuple(text[i : i + n])) for i in range(len(text) - n + 1)]
+
+
+def _boilerplate(tasks: Sequence[Task], texts: Sequence[Sequence[list[str]]]) -> set[bytes]:
+    """Phrases that too many tasks of one category share."""
+    groups: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for number, task in enumerate(tasks):
+        groups[task.benchmark, task.category].append(number)
+    found: set[bytes] = set()
+    for members in groups.values():
+        counts = Counter(key for number in members for key in {k for text in texts[number] for k in _runs(text, PHRASE)})
+        limit = max(SHARED_BY, SHARED_SHARE * len(members))
+        found |= {key for key, count in counts.items() if count > limit}
+    return found
+
+
+def _content_runs(text: Sequence[str], n: int, boilerplate: set[bytes]) -> Iterator[bytes]:
+    """The runs of a text that tell it from others."""
+    covered = [False] * len(text)
+    for i, phrase in enumerate(_runs(text, PHRASE)):
+        if phrase in boilerplate:
+            covered[i : i + PHRASE] = [True] * PHRASE
+    for i, key in enumerate(_runs(text, n)):
+        if covered[i : i + n].count(False) >= min(n, CONTENT):
+            yield key
 
 
 def clean(examples: Sequence[Example], test_tasks: Iterable[Task]) -> tuple[list[Example], list[Overlap]]:

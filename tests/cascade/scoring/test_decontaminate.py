@@ -75,3 +75,13 @@ def test_near_duplicates_go_and_the_first_stays() -> None:
     assert deduplicate(originals + copies) == originals
     assert deduplicate([*originals, originals[3]]) == originals
     assert deduplicate([]) == []
+
+
+def test_what_a_few_of_many_tasks_share_is_content_and_templates_lend_words_to_no_leak() -> None:
+    template = prose(20)
+    shared = prose(20)  # one question asked of fifteen sets of tools, as BFCL does
+    tasks = [task(i, f"{template} {prose(15)}") for i in range(485)]
+    tasks += [task(i, f"{template} {shared} {prose(3)}") for i in range(485, 500)]
+    assert find_overlaps([example(f"{prose(5)} {shared[:-1]}")], tasks)
+    borrowed = " ".join(template.split()[-8:] + tasks[0].prompt.split()[20:25])
+    assert find_overlaps([example(f"{prose(5)} {borrowed}")], tasks) == []
