@@ -140,7 +140,7 @@ def _boilerplate(tasks: Sequence[Task], texts: Sequence[Sequence[list[str]]]) ->
         groups[task.benchmark, task.category].append(number)
     found: set[bytes] = set()
     for members in groups.values():
-        counts = Counter(key for number in members for key in {k for text in texts[number] for k in _runs(text, PHRASE)})
+        counts = Counter(k for number in members for k in {k for text in texts[number] for k in _runs(text, PHRASE)})
         limit = max(SHARED_BY, SHARED_SHARE * len(members))
         found |= {key for key, count in counts.items() if count > limit}
     return found

@@ -1,0 +1,66 @@
+"""What the training job trains on: planted leaks of any protected benchmark and near-duplicates never get there."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+
+from cascade.config import check_config
+from cascade.tasks import Example, Message
+from ray_jobs import _dataset
+
+QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+RNG = random.Random(5)
+
+
+def prose(length: int) -> str:
+    return " ".join("".join(RNG.choices("abcdefghijklmnop", k=6)) for _ in range(length))
+
+
+def example(number: int, prompt: str) -> Example:
+    messages = (Message("user", prompt), Message("assistant", prose(4)))
+    return Example(f"jsonl/own/{number}", "jsonl", "own", "exact", 1, messages, "teacher", 1)
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Any:
+    questions = {i: prose(25) for i in range(11, 31)}
+    rows = [
+        {"task_id": i, "text": q, "code": "def f(): pass", "test_list": ["assert f()"]} for i, q in questions.items()
+    ]
+    (tmp_path / "mbpp.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    own = {"id": 1, "kind": "exact", "prompt": prose(30), "answer": 2}
+    (tmp_path / "own.jsonl").write_text(json.dumps(own))
+    source = {"benchmark": "jsonl", "options": {"path": str(tmp_path / "own.jsonl")}}
+    raw = yaml.safe_load(QUICKSTART.read_text())
+    raw["tasks"] = {s: {"count": None, "sources": [source]} for s in ("train", "validation", "test")}
+    raw["tasks"]["protect"] = [{"benchmark": "mbpp", "options": {"path": str(tmp_path / "mbpp.jsonl")}}]
+    config = check_config(raw)
+    return SimpleNamespace(config=config, runs=None, own=own["prompt"], questions=questions)
+
+
+def test_leaks_of_other_benchmarks_and_near_duplicates_are_left_out(job: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    clean = [example(i, prose(40)) for i in range(30)]
+    leaks = [example(100 + i, f"{prose(5)} {' '.join(q.split()[4:19]).upper()}") for i, q in job.questions.items()]
+    leaks.append(example(200, f"Please: {job.own}"))
+    words = clean[0].messages[0].content.split()
+    copy = Example(**{**vars_of(clean[0]), "task_id": "jsonl/own/300"})
+    near = example(301, " ".join([*words[:-1], "changed"]))
+    near = Example(**{**vars_of(near), "messages": (near.messages[0], clean[0].messages[1])})
+    monkeypatch.setattr(_dataset, "examples_up_to", lambda runs, tier: [*clean, *leaks, copy, near])
+    kept, about = _dataset.training_examples(job)
+    assert kept == clean
+    assert about["left_out_overlapping_test"] == len(leaks) == 21
+    assert about["left_out_near_duplicates"] == 2
+    assert about["checked_against_tests_of"] == {"domain": 1, "mbpp": 20}
+    assert about["not_checked_against"] == {}
+
+
+def vars_of(record: Example) -> dict[str, Any]:
+    return {name: getattr(record, name) for name in record.__slots__}
