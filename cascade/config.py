@@ -214,10 +214,22 @@ class Compression(Section):
     """The pruning search (Ray Tune + Optuna)."""
 
     max_ratio: float = Field(48 / 260, gt=0, le=1, description="largest size on disk, as a share of the fp16 adapter")
-    target_bytes: Positive | None = Field(None, description="largest size in bytes; the stricter of both holds")
+    target_bytes: Positive | None = Field(None, description="largest size on disk in bytes; the stricter of both holds")
+    max_resident_ratio: float = Field(
+        48 / 260, gt=0, description="largest size in memory while serving, as a share of the fp16 adapter"
+    )
+    calibration_rows: Positive = Field(
+        16, description="packed rows of training examples that tell which components matter to the loss"
+    )
     trials: Positive = 12
     tolerance: float = Field(0.02, ge=0, description="accuracy that may be lost against the uncompressed modifier")
-    finalists: Positive = Field(2, description="candidates of best held-out loss whose verdicts are compared")
+    choose: Literal["smallest", "best"] = Field(
+        "smallest", description="the smallest within the tolerance, or the most accurate within the size limits"
+    )
+    keep_gain: Fraction = Field(
+        0.99, description="choose smallest: share of the improvement in held-out loss that a small finalist must keep"
+    )
+    finalists: Positive = Field(2, description="candidates of the Pareto front whose verdicts are compared")
 
 
 class Router(Section):

@@ -89,10 +89,10 @@ def _curve(runs: Runs) -> list[CurvePoint]:
 
 def _trials(runs: Runs) -> list[TrialRow]:
     run = runs.compress_modifier
-    accuracy: dict[str, float] = {}
-    finalists = [t for t in run.read(TRIALS, Trial) if t.fits][: runs.config.compression.finalists]
-    for number, trial in enumerate(finalists):
-        accuracy[trial.recipe] = Score.of(run.read(f"candidate{number}_verdicts", Verdict)).accuracy
+    accuracy = {
+        recipe: Score.of(run.read(f"{name}_verdicts", Verdict)).accuracy
+        for name, recipe in run.metrics["finalists"].items()
+    }
     return [
         TrialRow(
             recipe=_in_words(t.recipe),

@@ -6,15 +6,13 @@
 from __future__ import annotations
 
 from cascade.compression.adapter import AdapterWeights, fp16_bytes
-from cascade.compression.format import encode_modifier
-from cascade.compression.methods import Recipe
-from cascade.compression.recipe import byte_limit, compress
+from cascade.compression.recipe import limits
 from cascade.errors import CascadeError
 from cascade.scoring.statistics import Score
-from cascade.tasks import Verdict
+from cascade.tasks import Example, Verdict
 from ray_jobs._context import Job, Metrics, main
 from ray_jobs._evaluate import Assignment, evaluate, read_adapter
-from ray_jobs._search import Trial, search
+from ray_jobs._search import Groundwork, Trial, lay_groundwork, pareto_front, search
 from ray_jobs._test import training_style
 from ray_jobs._train import ADAPTER
 
@@ -26,63 +24,77 @@ def work(job: Job) -> Metrics:
     path = f"{trained.folder}/{ADAPTER}"
     adapter = read_adapter(job.run.store, path)
     assert isinstance(adapter, AdapterWeights)
-    trials = search(job, adapter, training_style(job.runs))
-    finalists = _finalists(job, trials, adapter)
-    verdicts = _compare(job, finalists, adapter, path)
+    style = training_style(job.runs)
+    ground = lay_groundwork(job, adapter, trained.read("examples", Example), style)
+    trials = search(job, adapter, style, ground.calibration)
+    finalists = _finalists(job, trials, ground, adapter)
+    verdicts = _compare(job, finalists, path)
     chosen, reason = _choose(job, finalists, verdicts)
-    data = job.run.store.read_bytes(_candidate(job, chosen))
+    winner = finalists[chosen]
+    data = job.run.store.read_bytes(f"{job.run.folder}/{winner.file}")
     job.run.store.write_bytes(f"{job.run.folder}/{FILE}", data)
     scores = {name: Score.of(v) for name, v in verdicts.items()}
+    full = fp16_bytes(adapter)
     return {
         "disk_bytes": len(data),
-        "fp16_bytes": fp16_bytes(adapter),
-        "ratio": len(data) / fp16_bytes(adapter),
+        "resident_bytes": winner.resident_bytes,
+        "fp16_bytes": full,
+        "ratio": len(data) / full,
+        "resident_ratio": winner.resident_bytes / full,
         "trials": len(trials),
+        "front": len(pareto_front(trials)),
+        "base_loss": ground.base_loss,
+        "trained_loss": ground.trained_loss,
+        "loss": winner.loss,
+        "gain_kept": ground.gain(winner.loss),
         "reason": reason,
-        "recipe": finalists[chosen].recipe,
+        "recipe": winner.recipe,
         "validation": {name: {"passed": s.passed, "n": s.n, "accuracy": s.accuracy} for name, s in scores.items()},
+        "finalists": {f"candidate{n}": t.recipe for n, t in enumerate(finalists)},
         "chosen": f"candidate{chosen}",
     }
 
 
-def _finalists(job: Job, trials: list[Trial], adapter: AdapterWeights) -> list[Trial]:
-    """The trials of least held-out loss within the size limit."""
-    fitting = [t for t in trials if t.fits]
-    if not fitting:
-        limit, smallest = byte_limit(adapter, job.config.compression), min(t.disk_bytes for t in trials)
+def _finalists(job: Job, trials: list[Trial], ground: Groundwork, adapter: AdapterWeights) -> list[Trial]:
+    """Of the front, the one of least loss and the smallest that keep the wanted share of the gain, smallest first."""
+    wanted = job.config.compression
+    candidates = pareto_front(trials)
+    if not candidates:
+        bounds, disk = limits(adapter, wanted), min(t.disk_bytes for t in trials)
+        resident = min(t.resident_bytes for t in trials)
         raise CascadeError(
-            f"no trial stayed within {limit} bytes (the smallest had {smallest}): "
-            "raise compression.max_ratio or compression.target_bytes, or compression.trials"
+            f"no trial stayed within {bounds.disk} bytes on disk and {bounds.resident} in memory (the smallest had "
+            f"{disk} and {resident}): raise compression.max_ratio, target_bytes or max_resident_ratio, or trials"
         )
-    return fitting[: job.config.compression.finalists]
+    *smaller, best = candidates
+    if wanted.choose == "best":
+        return candidates[-wanted.finalists :]
+    enough = [t for t in smaller if ground.gain(t.loss) >= wanted.keep_gain]
+    return [*enough[: wanted.finalists - 1], best]
 
 
-def _candidate(job: Job, number: int) -> str:
-    return f"{job.run.folder}/candidates/{number}.safetensors"
-
-
-def _compare(job: Job, finalists: list[Trial], adapter: AdapterWeights, trained: str) -> dict[str, list[Verdict]]:
+def _compare(job: Job, finalists: list[Trial], trained: str) -> dict[str, list[Verdict]]:
     """Verdicts on the validation tasks, of the modifier as trained and of every finalist."""
     style, tasks = training_style(job.runs), job.runs.validation_tasks
     assignments = [Assignment("trained", tasks, style, trained, "trained")]
     for number, trial in enumerate(finalists):
-        data = encode_modifier(compress(adapter, Recipe.model_validate_json(trial.recipe)))
-        job.run.store.write_bytes(_candidate(job, number), data)
         name = f"candidate{number}"
-        assignments.append(Assignment(name, tasks, style, _candidate(job, number), name))
+        assignments.append(Assignment(name, tasks, style, f"{job.run.folder}/{trial.file}", name))
     return evaluate(job, assignments)
 
 
 def _choose(job: Job, finalists: list[Trial], verdicts: dict[str, list[Verdict]]) -> tuple[int, str]:
-    """The smallest finalist within the tolerated loss of accuracy; if there is none, the most accurate."""
+    """By the config's rule: the smallest within the tolerated loss of accuracy, or the most accurate."""
+    wanted = job.config.compression
     accuracy = {name: Score.of(v).accuracy for name, v in verdicts.items()}
-    needed = accuracy["trained"] - job.config.compression.tolerance
     numbers = range(len(finalists))
-    good = [n for n in numbers if accuracy[f"candidate{n}"] >= needed]
-    if good:
-        return min(good, key=lambda n: finalists[n].disk_bytes), "smallest within the tolerance on validation tasks"
+    good = [n for n in numbers if accuracy[f"candidate{n}"] >= accuracy["trained"] - wanted.tolerance]
+    if good and wanted.choose == "smallest":
+        chosen = min(good, key=lambda n: finalists[n].disk_bytes)
+        return chosen, f"the smallest within {wanted.tolerance:.1%} of the modifier's accuracy on validation tasks"
     best = max(numbers, key=lambda n: (accuracy[f"candidate{n}"], -finalists[n].disk_bytes))
-    return best, "most accurate on validation tasks; none was within the tolerance"
+    why = "the most accurate on validation tasks within the size limits"
+    return best, why if good else f"{why}; none kept the accuracy within {wanted.tolerance:.1%}"
 
 
 if __name__ == "__main__":

@@ -2,18 +2,18 @@
 
 `LoraSlot` adds a forward hook to every linear layer once. Empty, the hooks hand the layer's own output through
 untouched; filled, they add `scaling * B @ A @ x`. The model's modules, weights and state_dict stay as they are.
+A modifier whose numbers have few bits stays so in the slot (see `cascade.compression.flat`).
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from cascade.compression.adapter import AdapterWeights, BaseRef
-from cascade.compression.flat import FlatAdapter, LayerShape, expanded, shapes
+from cascade.compression.flat import FlatAdapter, Held, Layout, layout_of, write_block
 from cascade.compression.packed import CompressedAdapter
 from cascade.errors import DataError
 
@@ -21,76 +21,68 @@ Adapter = AdapterWeights | CompressedAdapter | FlatAdapter
 
 
 class _Patch:
-    """What one layer adds; both views are None while the slot is empty."""
+    """What one layer adds; both factors are None while the slot is empty."""
 
     __slots__ = ("a", "bt")
 
     def __init__(self) -> None:
-        self.a: torch.Tensor | None = None  # (rank, in)
-        self.bt: torch.Tensor | None = None  # (rank, out), scaled
+        self.a: Held | None = None  # (rank, in)
+        self.bt: Held | None = None  # (rank, out), scaled
 
     def hook(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
         if self.a is None or self.bt is None:
             return None
-        low = nn.functional.linear(args[0], self.a).view(-1, self.a.shape[0])
-        return torch.addmm(output.reshape(-1, output.shape[-1]), low, self.bt).view_as(output)
+        low = nn.functional.linear(args[0], self.a.matrix()).view(-1, self.a.shape[0])
+        return torch.addmm(output.reshape(-1, output.shape[-1]), low, self.bt.matrix()).view_as(output)
 
 
 class LoraSlot:
     """Room for one adapter on a model.
 
-    The buffer is one block of numbers in the model's dtype on its device; adapters of any rank, also of different
-    ranks per layer, lie in it one after the other, so nothing is padded.
+    The buffer is one block of memory on the model's device; adapters of any rank, also of different ranks per layer,
+    lie in it one after the other, so nothing is padded.
     The caller sees to it that nobody computes with the model while the slot is being filled or cleared.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        capacity: int | None = None,
-        *,
-        base: BaseRef | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, model: nn.Module, capacity: int | None = None, *, base: BaseRef | None = None) -> None:
         """Install the hooks.
 
         Args:
             model: any module; its `nn.Linear` layers, by name, can be adapted.
-            capacity: numbers that fit: `adapter.parameters` of the largest adapter, which keeps the memory promise;
-                larger adapters are refused. None: the buffer grows to the largest adapter that ever came.
+            capacity: bytes that fit: `bytes_for` the largest adapter, which keeps the memory promise; larger ones are
+                refused. None: the buffer grows to the largest adapter that ever came.
             base: what the model is; adapters that name another base are then refused.
-            dtype: of the buffer, where not the model's own.
         """
         self._layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
         if not self._layers:
             raise DataError("the model has no linear layers that an adapter could change")
         weight = next(iter(self._layers.values())).weight
+        self._dtype: torch.dtype = weight.dtype
         self._base = base
         self._may_grow = capacity is None
-        self._buffer = torch.zeros(capacity or 0, dtype=dtype or weight.dtype, device=weight.device)
+        self._buffer = torch.zeros(capacity or 0, dtype=torch.uint8, device=weight.device)
         self._patches = {name: _Patch() for name in self._layers}
-        self._views: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._viewed: tuple[LayerShape, ...] = ()  # what the views are of; most adapters have the same layers
+        self._views: dict[str, tuple[Held, Held]] = {}
+        self._viewed: Layout | None = None  # what the views are of; most adapters have the same layout
         self._handles = [m.register_forward_hook(self._patches[n].hook) for n, m in self._layers.items()]
 
     @property
-    def capacity(self) -> int:
-        """Numbers that fit."""
-        return self._buffer.numel()
-
-    @property
     def dtype(self) -> torch.dtype:
-        """Of the numbers in it."""
-        return self._buffer.dtype
+        """That the model computes in."""
+        return self._dtype
 
     @property
     def resident_bytes(self) -> int:
         """What the slot holds in memory, full or empty."""
-        return self._buffer.numel() * self._buffer.element_size()
+        return self._buffer.numel()
 
     @property
     def is_empty(self) -> bool:
         return all(patch.a is None for patch in self._patches.values())
+
+    def bytes_for(self, adapter: Adapter) -> int:
+        """What the slot holds of an adapter."""
+        return layout_of(adapter, self._dtype).nbytes
 
     def fill(self, adapter: Adapter) -> None:
         """Put an adapter in, in place of the one that is there.
@@ -127,7 +119,8 @@ class LoraSlot:
         """
         if self._base is not None and adapter.base.sha256 not in ("", self._base.sha256):
             raise DataError(f"the adapter was made for {adapter.base.name or 'another base'}, not {self._base.name}")
-        for name, _, fan_in, fan_out in shapes(adapter):
+        layout = layout_of(adapter, self._dtype)
+        for name, _, fan_in, fan_out in layout.layers:
             layer = self._layers.get(name)
             if layer is None:
                 raise DataError(f"the model has no linear layer {name}: the adapter was made for another base")
@@ -136,39 +129,30 @@ class LoraSlot:
                     f"layer {name} has {layer.in_features} inputs and {layer.out_features} outputs, the adapter "
                     f"{fan_in} and {fan_out}: it was made for another base"
                 )
-        if isinstance(adapter, FlatAdapter) and adapter.dtype != self._buffer.dtype:
-            raise DataError(f"the flat adapter is in {adapter.dtype}, the slot in {self._buffer.dtype}")
-        if adapter.parameters > self.capacity and not self._may_grow:
+        if layout.dtype != self._dtype:
+            raise DataError(f"the flat adapter is in {layout.dtype}, the slot in {self._dtype}")
+        if layout.nbytes > self.resident_bytes and not self._may_grow:
             raise DataError(
-                f"the adapter has {adapter.parameters} numbers, the slot holds {self.capacity}: "
+                f"the adapter needs {layout.nbytes} bytes, the slot has {self.resident_bytes}: "
                 "make the slot with the capacity of the largest adapter"
             )
 
+    @torch.no_grad()
     def _copy(self, adapter: Adapter) -> None:
-        if adapter.parameters > self.capacity:
-            self._viewed = ()
-            self._buffer = self._buffer.new_zeros(adapter.parameters)
-        self._view(tuple(shapes(adapter)))
-        with torch.no_grad():
-            if isinstance(adapter, FlatAdapter):
-                adapter.read_into(self._buffer)
-            else:
-                for name, a, bt in expanded(adapter):
-                    # Scaled before it is rounded to the buffer's type.
-                    for view, array in zip(self._views[name], (a, bt * np.float32(adapter.scaling)), strict=True):
-                        view.copy_(torch.from_numpy(array))
-        for name, (view_a, view_bt) in self._views.items():
-            self._patches[name].a, self._patches[name].bt = view_a, view_bt
-
-    def _view(self, layers: tuple[LayerShape, ...]) -> None:
-        """Cut the buffer into the factors of these layers, unless it already is."""
-        if layers == self._viewed:
-            return
-        self._views, offset = {}, 0
-        for name, rank, *widths in layers:
-            pair = []
-            for width in widths:
-                pair.append(self._buffer[offset : offset + rank * width].view(rank, width))
-                offset += rank * width
-            self._views[name] = (pair[0], pair[1])
-        self._viewed = layers
+        layout = layout_of(adapter, self._dtype)
+        if layout.nbytes > self.resident_bytes:
+            self._viewed = None
+            self._buffer = self._buffer.new_zeros(layout.nbytes)
+        block = self._buffer[: layout.nbytes]
+        if isinstance(adapter, FlatAdapter):
+            adapter.read_into(block)
+        elif block.device.type == "cpu":
+            write_block(adapter, layout, block)
+        else:  # to a GPU in one go, rather than in hundreds of small copies
+            staged = torch.empty(layout.nbytes, dtype=torch.uint8)
+            write_block(adapter, layout, staged)
+            block.copy_(staged)
+        if layout != self._viewed:
+            self._views, self._viewed = layout.views(block), layout
+        for name, (a, bt) in self._views.items():
+            self._patches[name].a, self._patches[name].bt = a, bt

@@ -1,9 +1,13 @@
-"""The serving form of a modifier: the numbers a slot computes with, in one block of one local file.
+"""The serving form of a modifier: what a slot computes with, in one block of memory or of one local file.
 
-A modifier file is small because it is packed; expanding it takes seconds. Serving expands each version once, into a
-safetensors file with a single tensor in the model's own dtype, and from then on a swap is one read into the slot's
-fixed buffer. The file is opened once and stays open, so what was checked is what is read, whatever happens to its name;
-it is read, not mapped, because the pages of a mapping would count as this process's memory for every modifier used.
+A block holds all numbers in the model's own dtype or, where the modifier's numbers have few bits and nothing was
+pruned, a byte for each number and a scale per group in that dtype; then layers are brought into the dtype one by one,
+when they compute. So what saves bytes on disk saves them in memory too.
+
+A modifier file is small because it is packed; expanding it takes time. Serving brings each version into a block once,
+kept as a safetensors file with a single tensor, and from then on a swap is one read into the slot's fixed buffer. The
+file is opened once and stays open, so what was checked is what is read, whatever happens to its name; it is read, not
+mapped, because the pages of a mapping would count as this process's memory for every modifier used.
 """
 
 from __future__ import annotations
@@ -17,19 +21,20 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from cascade.compression.adapter import AdapterWeights, BaseRef
 from cascade.compression.methods import Settings
-from cascade.compression.packed import CompressedAdapter, Expanded, iter_layers
+from cascade.compression.packed import CompressedAdapter, Expanded, is_low_bit, iter_layers, iter_levels
 from cascade.errors import FormatError
 
-_TENSOR, _METADATA = "numbers", "cascade-flat"
+_TENSOR, _METADATA = "block", "cascade-flat"
 _PARTS = 2
 """Threads that read one file: one alone does not fill the memory's bandwidth."""
 _readers = ThreadPoolExecutor(_PARTS, thread_name_prefix="flat-reader")
@@ -38,13 +43,99 @@ LayerShape = tuple[str, int, int, int]
 """Name, rank, inputs, outputs."""
 
 
-class _Layout(Settings):
-    """The metadata of a flat file. `sha256` is over the rest of it and the numbers."""
+class _Metadata(Settings):
+    """The metadata of a flat file. `sha256` is over the rest of it and the block."""
 
     layers: tuple[LayerShape, ...]
+    dtype: Literal["float32", "bfloat16", "float16"]
+    group: Annotated[int, Field(ge=1)] | None
     base_name: str
     base_sha256: str
     sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """One factor of a layer, as views of a block.
+
+    Attributes:
+        numbers: shape (rank, features) in the model's dtype; or int8 levels, (groups, group), the last one filled up.
+        scales: of the levels, (groups, 1) in the model's dtype.
+        shape: (rank, features).
+    """
+
+    numbers: torch.Tensor
+    scales: torch.Tensor | None
+    shape: tuple[int, int]
+
+    def matrix(self) -> torch.Tensor:
+        """(rank, features) in the model's dtype."""
+        if self.scales is None:
+            return self.numbers
+        rank, features = self.shape
+        return (self.numbers * self.scales).view(-1)[: rank * features].view(rank, features)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How an adapter lies in a block.
+
+    Attributes:
+        layers: in the block's order; of each, A of shape (rank, inputs) and then B transposed, scaled, of shape
+            (rank, outputs).
+        dtype: that the model computes in.
+        group: levels that share a scale: first come the scales of all factors, then their levels, each factor
+            filled up to whole groups. None: plain numbers.
+    """
+
+    layers: tuple[LayerShape, ...]
+    dtype: torch.dtype
+    group: int | None
+
+    @property
+    def parameters(self) -> int:
+        """Numbers that the adapter has."""
+        return sum(rank * (fan_in + fan_out) for _, rank, fan_in, fan_out in self.layers)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the block."""
+        if self.group is None:
+            return self.parameters * self.dtype.itemsize
+        return self._groups * (self.group + self.dtype.itemsize)
+
+    @property
+    def border(self) -> int:
+        """Byte at which the levels begin."""
+        return 0 if self.group is None else self._groups * self.dtype.itemsize
+
+    @property
+    def _groups(self) -> int:
+        assert self.group is not None
+        return sum(-(-rank * width // self.group) for _, rank, *widths in self.layers for width in widths)
+
+    def views(self, block: torch.Tensor) -> dict[str, tuple[Held, Held]]:
+        """A and B transposed of each layer in a block of `nbytes` bytes."""
+        cut = self._plain if self.group is None else self._levels
+        factors = cut(block)
+        return {name: (next(factors), next(factors)) for name, *_ in self.layers}
+
+    def _plain(self, block: torch.Tensor) -> Iterator[Held]:
+        numbers, at = block.view(self.dtype), 0
+        for _, rank, *widths in self.layers:
+            for width in widths:
+                yield Held(numbers[at : at + rank * width].view(rank, width), None, (rank, width))
+                at += rank * width
+
+    def _levels(self, block: torch.Tensor) -> Iterator[Held]:
+        assert self.group is not None
+        scales = block[: self.border].view(self.dtype).view(-1, 1)
+        levels, at = block[self.border :].view(torch.int8).view(-1, self.group), 0
+        for _, rank, *widths in self.layers:
+            for width in widths:
+                groups = -(-rank * width // self.group)
+                yield Held(levels[at : at + groups], scales[at : at + groups], (rank, width))
+                at += groups
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,58 +143,84 @@ class FlatAdapter:
     """An open flat file.
 
     Attributes:
-        layers: in the order of the block; of each, A of shape (rank, inputs) and then B transposed, scaled, of shape
-            (rank, outputs).
         file: closed when nobody holds the adapter any more.
-        pinned: the numbers in page-locked memory, on machines whose model is on a GPU.
+        pinned: the block in page-locked memory, on machines whose model is on a GPU.
     """
 
-    layers: tuple[LayerShape, ...]
+    layout: Layout
     base: BaseRef
-    dtype: torch.dtype
     file: io.FileIO
     offset: int
     pinned: torch.Tensor | None = None
 
-    @property
-    def parameters(self) -> int:
-        """Numbers in the block."""
-        return sum(rank * (fan_in + fan_out) for _, rank, fan_in, fan_out in self.layers)
-
-    def read_into(self, buffer: torch.Tensor) -> None:
-        """Copy the numbers to the front of a flat buffer of the same dtype.
+    def read_into(self, block: torch.Tensor) -> None:
+        """Copy the bytes to the front of a block.
 
         Raises:
             FormatError: the file has become shorter.
         """
-        target = buffer[: self.parameters]
+        target = block[: self.layout.nbytes]
         if self.pinned is not None:
             target.copy_(self.pinned, non_blocking=True)
             return
-        _read_parts(self.file.fileno(), self.offset, memoryview(target.view(torch.uint8).numpy()))  # type: ignore[arg-type]
+        _read_parts(self.file.fileno(), self.offset, memoryview(target.numpy()))  # type: ignore[arg-type]
 
 
-def flatten(adapter: AdapterWeights | CompressedAdapter, dtype: torch.dtype) -> torch.Tensor:
-    """The block of numbers of an adapter, shape (parameters,)."""
-    # Scaled before it is rounded to the type.
-    arrays = (array for _, a, bt in expanded(adapter) for array in (a, bt * np.float32(adapter.scaling)))
-    parts = [torch.from_numpy(np.ascontiguousarray(array)).flatten().to(dtype) for array in arrays]
-    return torch.cat(parts)
+def layout_of(adapter: AdapterWeights | CompressedAdapter | FlatAdapter, dtype: torch.dtype) -> Layout:
+    """How an adapter lies in the block of a model that computes in this dtype."""
+    if isinstance(adapter, FlatAdapter):
+        return adapter.layout
+    few_bits = isinstance(adapter, CompressedAdapter) and is_low_bit(adapter)
+    return Layout(tuple(_shapes(adapter)), dtype, adapter.recipe.group if few_bits else None)  # type: ignore[union-attr]
+
+
+def write_block(adapter: AdapterWeights | CompressedAdapter, layout: Layout, block: torch.Tensor) -> None:
+    """Write an adapter into a block of bytes in the CPU's memory.
+
+    Raises:
+        FormatError: its packed streams are inconsistent.
+    """
+    if layout.group is not None:
+        assert isinstance(adapter, CompressedAdapter)
+        _write_levels(adapter, layout, block)
+        return
+    views = layout.views(block)
+    for name, a, bt in _expanded(adapter):
+        # Scaled before it is rounded to the dtype.
+        for held, array in zip(views[name], (a, bt * np.float32(adapter.scaling)), strict=True):
+            # Arrays from Ray's object store are read-only, which torch does not know.
+            held.numbers.copy_(torch.from_numpy(array if array.flags.writeable else array.copy()))
+
+
+def _write_levels(adapter: CompressedAdapter, layout: Layout, block: torch.Tensor) -> None:
+    factors = [f for _, a, bt in iter_levels(adapter) for f in (a, replace(bt, scales=bt.scales * adapter.scaling))]
+    scales = np.concatenate([f.scales for f in factors]).astype(np.float32, copy=False)
+    block[: layout.border].view(layout.dtype).copy_(torch.from_numpy(scales))
+    flat, at = block[layout.border :].view(torch.int8).numpy(), 0
+    for factor in factors:
+        end = at + factor.scales.size * factor.group
+        flat[at : at + factor.levels.size] = factor.levels
+        flat[at + factor.levels.size : end] = 0
+        at = end
 
 
 def save_flat(path: Path, adapter: AdapterWeights | CompressedAdapter, dtype: torch.dtype) -> None:
     """Write an adapter's flat file, whole or not at all."""
-    numbers = flatten(adapter, dtype)
-    layout = _Layout(
-        layers=tuple(shapes(adapter)),
+    layout = layout_of(adapter, dtype)
+    block = torch.empty(layout.nbytes, dtype=torch.uint8)
+    write_block(adapter, layout, block)
+    metadata = _Metadata(
+        layers=layout.layers,
+        dtype=str(dtype).removeprefix("torch."),  # type: ignore[arg-type]
+        group=layout.group,
         base_name=adapter.base.name,
         base_sha256=adapter.base.sha256,
         sha256="",
     )
-    layout = layout.model_copy(update={"sha256": _digest(layout, numbers)})
+    metadata = metadata.model_copy(update={"sha256": _digest(metadata, block)})
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    save_file({_TENSOR: numbers}, partial, metadata={_METADATA: layout.model_dump_json()})
+    save_file({_TENSOR: block}, partial, metadata={_METADATA: metadata.model_dump_json()})
     partial.replace(path)
 
 
@@ -111,46 +228,47 @@ def open_flat(path: Path, *, pin: bool = False) -> FlatAdapter:
     """Open a flat file and check it against its hash.
 
     Args:
-        pin: also hold the numbers in page-locked memory, for fast copies to a GPU.
+        pin: also hold the block in page-locked memory, for fast copies to a GPU.
 
     Raises:
         FormatError: it is missing, damaged, or no flat file.
     """
     try:
         with safe_open(path, framework="pt") as opened:
-            layout = _Layout.model_validate_json((opened.metadata() or {})[_METADATA])
-            dtype = opened.get_tensor(_TENSOR)[:0].dtype
+            metadata = _Metadata.model_validate_json((opened.metadata() or {})[_METADATA])
+            size = opened.get_slice(_TENSOR).get_shape()
         file = io.FileIO(path)
     except (OSError, SafetensorError, KeyError, ValidationError, json.JSONDecodeError) as error:
         raise FormatError(f"{path} is no flat modifier file: {error}") from error
+    layout = Layout(metadata.layers, getattr(torch, metadata.dtype), metadata.group)
+    if size != [layout.nbytes]:
+        raise FormatError(f"{path} is damaged: its block has not the size of its layers")
     offset = 8 + int.from_bytes(os.pread(file.fileno(), 8, 0), "little")
-    adapter = FlatAdapter(layout.layers, BaseRef(layout.base_name, layout.base_sha256), dtype, file, offset)
-    numbers = torch.empty(adapter.parameters, dtype=dtype, pin_memory=pin)
-    adapter.read_into(numbers)
-    if _digest(layout, numbers) != layout.sha256:
+    adapter = FlatAdapter(layout, BaseRef(metadata.base_name, metadata.base_sha256), file, offset)
+    block = torch.empty(layout.nbytes, dtype=torch.uint8, pin_memory=pin)
+    adapter.read_into(block)
+    if _digest(metadata, block) != metadata.sha256:
         raise FormatError(f"{path} is damaged: its numbers are not those that were written")
-    return replace(adapter, pinned=numbers) if pin else adapter
+    return replace(adapter, pinned=block) if pin else adapter
 
 
-def shapes(adapter: AdapterWeights | CompressedAdapter | FlatAdapter) -> list[LayerShape]:
+def _shapes(adapter: AdapterWeights | CompressedAdapter) -> list[LayerShape]:
     """Name, rank, inputs and outputs of each layer."""
-    if isinstance(adapter, FlatAdapter):
-        return list(adapter.layers)
     if isinstance(adapter, CompressedAdapter):
         return [(layer.name, layer.rank, layer.fan_in, layer.fan_out) for layer in adapter.layers]
     return [(name, pair.rank, pair.a.shape[1], pair.b.shape[0]) for name, pair in adapter.layers.items()]
 
 
-def expanded(adapter: AdapterWeights | CompressedAdapter) -> Iterator[Expanded]:
+def _expanded(adapter: AdapterWeights | CompressedAdapter) -> Iterator[Expanded]:
     """Name, A and B transposed of each layer."""
     if isinstance(adapter, CompressedAdapter):
         return iter_layers(adapter)
     return ((name, pair.a, pair.b.T) for name, pair in adapter.layers.items())
 
 
-def _digest(layout: _Layout, numbers: torch.Tensor) -> str:
-    digest = hashlib.sha256(layout.model_dump_json(exclude={"sha256"}).encode())
-    digest.update(numbers.view(torch.uint8).numpy().data)
+def _digest(metadata: _Metadata, block: torch.Tensor) -> str:
+    digest = hashlib.sha256(metadata.model_dump_json(exclude={"sha256"}).encode())
+    digest.update(block.numpy().data)
     return digest.hexdigest()
 
 

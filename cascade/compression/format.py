@@ -1,8 +1,9 @@
 """The modifier file: one safetensors file of packed streams with a versioned JSON header in its metadata.
 
 Every stream is a flat U8 tensor, stored as it is or compressed by zstandard where that pays. The header carries a
-SHA-256 over the whole file (its own 64 digits taken as zeros), which is checked before anything is parsed; what is
-then read is checked as if an enemy had written it, and nothing is allocated that the file's own size does not bound.
+SHA-256 over the whole file (its own 64 digits taken as zeros), which is computed while the streams are opened, in a
+thread of its own: nothing is handed out before it is found right. What is read meanwhile is checked as if an enemy had
+written it, and nothing is allocated that the file's own size does not bound.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import re
 import struct
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -180,17 +182,29 @@ def decode_modifier(
         FormatError: see `load_modifier`.
     """
     view = np.frombuffer(data, np.uint8)
-    payload, text = _checked_parts(view)
+    head, said = _head(view)
+    text, payload = bytes(head[8:]), view[len(head) :]
+    with ThreadPoolExecutor(1) as hasher:
+        digest = hasher.submit(_sha256, head, payload)
+        try:
+            header, compressed = _decode(text, payload, base_sha256)
+        finally:
+            # Of a damaged file whatever else is wrong with it is only a consequence.
+            if digest.result() != said:
+                raise FormatError("damaged: its SHA-256 is not the one that it was written with")
+    if verify and expanded_sha256(compressed) != header.expanded_sha256:
+        raise FormatError("it expands to other numbers than when it was made")
+    return header, compressed
+
+
+def _decode(text: bytes, payload: NDArray[np.uint8], base_sha256: str | None) -> tuple[Header, CompressedAdapter]:
     tensors, header = _parse(text, payload)
     if base_sha256 is not None and header.base.sha256 != base_sha256:
         raise FormatError(
             f"made for the base {header.base.name or 'of unknown name'} ({header.base.sha256[:12] or 'no hash'}), "
             f"not for the one in use ({base_sha256[:12]})"
         )
-    compressed = _assemble(header, tensors)
-    if verify and expanded_sha256(compressed) != header.expanded_sha256:
-        raise FormatError("it expands to other numbers than when it was made")
-    return header, compressed
+    return header, _assemble(header, tensors)
 
 
 # ------------------------------------------------------------------------------------------------- streams
@@ -233,8 +247,8 @@ def _grow(stored: NDArray[np.uint8], size: int, *, planes: bool) -> NDArray[np.u
 # ------------------------------------------------------------------------------------------------- reading
 
 
-def _checked_parts(view: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], bytes]:
-    """Payload and header text of a file whose hash is right."""
+def _head(view: NDArray[np.uint8]) -> tuple[bytearray, str]:
+    """Length and text of the header, and the hash that it gives of the file."""
     if view.size < 8:
         raise FormatError("too short to be a modifier file")
     length = int(view[:8].view("<u8")[0])
@@ -243,13 +257,15 @@ def _checked_parts(view: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], bytes]:
     head = bytearray(view[: 8 + length].tobytes())
     start, end = _digest_span(head)
     said = bytes(head[start:end]).decode()
-    text = bytes(head[8:])
-    head[start:end] = _ZEROS.encode()
-    digest = hashlib.sha256(head)
-    digest.update(view[8 + length :].data)
-    if digest.hexdigest() != said:
-        raise FormatError("damaged: its SHA-256 is not the one that it was written with")
-    return view[8 + length :], text
+    return head, said
+
+
+def _sha256(head: bytearray, payload: NDArray[np.uint8]) -> str:
+    """Over the whole file with its own hash taken as zeros."""
+    start, end = _digest_span(head)
+    digest = hashlib.sha256(head[:start] + _ZEROS.encode() + head[end:])
+    digest.update(payload.data)
+    return digest.hexdigest()
 
 
 def _digest_span(data: bytes | bytearray) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from cascade.compression.prune import Group, Scope
 from cascade.compression.quantise import Codec
-from cascade.compression.truncate import Allocation
+from cascade.compression.truncate import Allocation, Metric
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Factor = Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)]
@@ -28,6 +28,7 @@ class Truncate(Settings):
     allocation: Allocation = Field(
         "uniform", description="with keep: the same rank everywhere, or where it is worth most"
     )
+    metric: Metric = Field("weights", description="what counts: the matrix, its effect on outputs, or on the loss")
 
     @model_validator(mode="after")
     def _one_rule(self) -> Truncate:
@@ -64,7 +65,9 @@ class Recipe(Settings):
     truncate: Truncate | None = None
     prune: Prune | None = None
     values: Literal["fp16", "int8", "int4", "ternary"] = Field("fp16", description="what the kept numbers become")
-    group: Annotated[int, Field(ge=8, le=4096)] = Field(64, description="numbers that share one fp16 scale")
+    group: Annotated[int, Field(ge=8, le=4096, multiple_of=8)] = Field(
+        64, description="numbers that share one fp16 scale"
+    )
 
     @property
     def codec(self) -> Codec:

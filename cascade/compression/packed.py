@@ -18,15 +18,33 @@ from numpy.typing import NDArray
 from cascade.compression.adapter import AdapterWeights, BaseRef, LoraPair
 from cascade.compression.methods import Recipe
 from cascade.compression.prune import Changes, keep_mask, thresholds
-from cascade.compression.quantise import decode, encode, packed_bytes, scale_count, unit_exponent
-from cascade.compression.truncate import truncate
+from cascade.compression.quantise import decode, encode, packed_bytes, scale_count, unit_exponent, unpack
+from cascade.compression.truncate import Calibration, truncate
 from cascade.errors import DataError, FormatError
 from cascade.training.seeded_init import initial_lora_a
 
 FactorName = Literal["a", "b"]
+FACTORS: tuple[FactorName, FactorName] = ("a", "b")
 Number = TypeVar("Number", np.uint8, np.float16)
 Expanded = tuple[str, NDArray[np.float32], NDArray[np.float32]]
 """Layer name, A of shape (rank, in), B transposed of shape (rank, out)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Levels:
+    """A factor in few bits: number i is `levels[i] * scales[i // group]`.
+
+    Attributes:
+        levels: int8, flat, row-major.
+        scales: float32, flat, one per group; the last group may be shorter.
+        group: numbers that share a scale.
+        shape: (rank, features).
+    """
+
+    levels: NDArray[np.int8]
+    scales: NDArray[np.float32]
+    group: int
+    shape: tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,18 +109,28 @@ class CompressedAdapter:
         return layer.kept[0] / layer.size("a"), layer.kept[1] / layer.size("b")
 
 
-def compress(adapter: AdapterWeights, recipe: Recipe) -> CompressedAdapter:
+def compress(adapter: AdapterWeights, recipe: Recipe, calibration: Calibration | None = None) -> CompressedAdapter:
     """Apply a recipe to an adapter.
 
+    Args:
+        calibration: of this adapter (`cascade.compression.calibrate`), for recipes whose metric is measured.
+
     Raises:
-        DataError: the adapter holds numbers that are not finite.
+        DataError: the adapter holds numbers that are not finite, or the recipe needs a calibration.
     """
     for name, pair in adapter.layers.items():
         if not (np.isfinite(pair.a).all() and np.isfinite(pair.b).all()):
             raise DataError(f"layer {name} holds numbers that are not finite: the training has diverged")
     if recipe.truncate is not None:
         how = recipe.truncate
-        adapter = truncate(adapter, keep=how.keep, energy=how.energy, allocation=how.allocation)
+        adapter = truncate(
+            adapter,
+            keep=how.keep,
+            energy=how.energy,
+            allocation=how.allocation,
+            metric=how.metric,
+            calibration=calibration,
+        )
     a = _pack(adapter, "a", recipe)
     b = _pack(adapter, "b", recipe)
     layers = tuple(
@@ -157,13 +185,28 @@ def expanded_sha256(compressed: CompressedAdapter) -> str:
     return digest.hexdigest()
 
 
+def is_low_bit(compressed: CompressedAdapter) -> bool:
+    """Whether serving can hold it as 8-bit levels, one per number: nothing pruned, nothing to be added to A.
+
+    The scales of a pruned factor go with the numbers that were kept, wherever they lie; and A0 is no small number.
+    """
+    recipe = compressed.recipe
+    return recipe.values != "fp16" and recipe.prune is None and compressed.init_seed is None
+
+
 def resident_bytes(compressed: CompressedAdapter, *, bytes_per_number: int = 2) -> int:
-    """What serving holds: both factors of every layer, dense, at the rank that truncation left.
+    """What serving holds of it: both factors of every layer at the rank that truncation left.
+
+    A byte per number and the scales where `is_low_bit`, else every number in the model's type.
 
     Args:
         bytes_per_number: of the type that the model computes in; 2 for bfloat16 and float16, 4 for float32.
     """
-    return compressed.parameters * bytes_per_number
+    if not is_low_bit(compressed):
+        return compressed.parameters * bytes_per_number
+    group = compressed.recipe.group
+    scales = sum(-(-layer.size(f) // group) for layer in compressed.layers for f in FACTORS)
+    return scales * (group + bytes_per_number)  # the last group of a factor is filled up
 
 
 def iter_layers(compressed: CompressedAdapter) -> Iterator[Expanded]:
@@ -178,6 +221,19 @@ def iter_layers(compressed: CompressedAdapter) -> Iterator[Expanded]:
         if compressed.init_seed is not None:
             matrix += initial_lora_a(compressed.init_seed, layer.name, layer.rank, layer.fan_in)
         yield layer.name, matrix, transposed
+    a.finish()
+    b.finish()
+
+
+def iter_levels(compressed: CompressedAdapter) -> Iterator[tuple[str, Levels, Levels]]:
+    """As `iter_layers` (A, B transposed), without going through float32; for `is_low_bit` ones.
+
+    Raises:
+        FormatError: a stream does not fit the layers.
+    """
+    a, b = _Reader(compressed, "a"), _Reader(compressed, "b")
+    for layer in compressed.layers:
+        yield layer.name, a.next_levels(layer), b.next_levels(layer)
     a.finish()
     b.finish()
 
@@ -269,6 +325,19 @@ class _Reader:
         elif kept != size:
             raise FormatError(f"layer {layer.name}: {kept} of {size} numbers and no mask")
         return numbers.reshape(layer.rank, -1)
+
+    def next_levels(self, layer: LayerSpec) -> Levels:
+        """The next layer's factor in few bits, of a factor of which nothing was pruned."""
+        which = 0 if self._factor == "a" else 1
+        size, codec = layer.size(self._factor), self._recipe.codec
+        if layer.kept[which] != size:
+            raise FormatError(f"layer {layer.name}: {layer.kept[which]} of {size} numbers and no mask")
+        levels = unpack(self._take(1, self._packed.values, packed_bytes(codec, size)), codec, size)
+        scales = self._take(2, self._packed.scales, scale_count(codec, size, self._recipe.group))
+        if not np.isfinite(scales).all():
+            raise FormatError("packed numbers are not finite")
+        wide = np.ldexp(scales.astype(np.float32), layer.exponents[which])
+        return Levels(levels, wide, self._recipe.group, (layer.rank, size // layer.rank))
 
     def finish(self) -> None:
         lengths = (0 if self._packed.mask is None else self._packed.mask.size, self._packed.values.size)

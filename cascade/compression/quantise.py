@@ -17,6 +17,8 @@ from cascade.errors import FormatError
 Codec = Literal["fp16", "int8", "int4", "ternary", "sign"]
 CODECS: tuple[Codec, ...] = get_args(Codec)
 _TRITS = np.array([[i // 3**k % 3 - 1 for k in range(5)] for i in range(243)], dtype=np.int8)
+_NIBBLES = (np.stack([np.arange(256) & 15, np.arange(256) >> 4], axis=1) - 8).astype(np.int8).view(np.uint16).ravel()
+"""Both levels of a byte of int4 as one 16-bit number: looking up is several times faster than taking bits apart."""
 _TRIT_POWERS = np.array([3**k for k in range(5)], dtype=np.uint8)
 
 
@@ -70,20 +72,44 @@ def decode(
     Raises:
         FormatError: the bytes cannot come from `encode`.
     """
-    if packed.size != packed_bytes(codec, count) or scales.size != scale_count(codec, count, group):
-        raise FormatError(f"packed numbers have the wrong length: {packed.size} bytes for {count} in {codec}")
+    if scales.size != scale_count(codec, count, group):
+        raise FormatError(f"{count} numbers in {codec} have {scales.size} scales")
+    if packed.size != packed_bytes(codec, count):
+        raise _wrong_length(packed, codec, count)
     numbers = packed.view(np.float16) if codec == "fp16" else scales
     if not np.isfinite(numbers).all():
         raise FormatError("packed numbers are not finite")
     if codec == "fp16":
         return numbers.astype(np.float32)
-    levels = _unpack(packed, codec, count).astype(np.float32)
+    levels = unpack(packed, codec, count).astype(np.float32)
     whole = count - count % group
     wide = scales.astype(np.float32)
     levels[:whole].reshape(-1, group)[...] *= wide[: whole // group, None]
     if whole < count:
         levels[whole:] *= wide[-1]
     return levels
+
+
+def unpack(packed: NDArray[np.uint8], codec: Codec, count: int) -> NDArray[np.int8]:
+    """The levels, int8 of shape (count,), that become numbers when multiplied with their group's scale.
+
+    Args:
+        codec: any but fp16, which has none.
+
+    Raises:
+        FormatError: the bytes cannot come from `encode`.
+    """
+    if packed.size != packed_bytes(codec, count):
+        raise _wrong_length(packed, codec, count)
+    if codec == "int8":
+        return packed.view(np.int8)
+    if codec == "sign":
+        return 1 - 2 * np.unpackbits(packed, count=count).view(np.int8)
+    if codec == "int4":
+        return _NIBBLES[packed].view(np.int8)[:count]
+    if packed.size and packed.max() >= len(_TRITS):
+        raise FormatError("packed ternary numbers are out of range")
+    return _TRITS[packed].ravel()[:count]
 
 
 def _grouped(values: NDArray[np.float32], group: int) -> NDArray[np.float32]:
@@ -125,14 +151,5 @@ def _pack(levels: NDArray[np.int8], codec: Codec) -> NDArray[np.uint8]:
     return np.asarray((rows * _TRIT_POWERS).sum(axis=1), dtype=np.uint8)
 
 
-def _unpack(packed: NDArray[np.uint8], codec: Codec, count: int) -> NDArray[np.int8]:
-    if codec == "int8":
-        return packed.view(np.int8)
-    if codec == "sign":
-        return 1 - 2 * np.unpackbits(packed, count=count).view(np.int8)
-    if codec == "int4":
-        nibbles = np.stack([packed & 15, packed >> 4], axis=1).ravel()[:count]
-        return nibbles.view(np.int8) - np.int8(8)
-    if packed.size and packed.max() >= len(_TRITS):
-        raise FormatError("packed ternary numbers are out of range")
-    return _TRITS[packed].ravel()[:count]
+def _wrong_length(packed: NDArray[np.uint8], codec: Codec, count: int) -> FormatError:
+    return FormatError(f"packed numbers have the wrong length: {packed.size} bytes for {count} in {codec}")

@@ -1,14 +1,16 @@
 """Compression as the search sees it: recipes, their sizes, the space to search and points known to be good.
 
-The space's main axis is `size`, the share of the fp16 adapter that a candidate may weigh: `recipe_from` turns it
-into the density or rank that costs so much under the chosen method and number format. So every candidate is near
-the size it was asked for, whatever the rank, and the search spends its trials on what decides quality.
+The space's main axis is `size`, the share of the fp16 adapter that a candidate may weigh on disk: `recipe_from` turns
+it into the density or rank that costs so much under the chosen method and number format. So every candidate is near
+the size it was asked for, whatever the rank, and the search spends its trials on what decides quality. What serving
+may hold in memory bounds the rank besides.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from cascade.compression.adapter import AdapterWeights, fp16_bytes
@@ -21,13 +23,14 @@ from cascade.errors import ConfigError
 
 __all__ = [
     "CompressedAdapter",
+    "Limits",
     "Prune",
     "Recipe",
     "Truncate",
-    "byte_limit",
     "compress",
     "disk_bytes",
     "expand",
+    "limits",
     "recipe_from",
     "resident_bytes",
     "search_space",
@@ -47,10 +50,21 @@ _MASK_OVERHEAD = 0.075
 """Bits per number by which zstandard misses the entropy of a mask, at densities of 0.02 to 0.12."""
 
 
-def byte_limit(adapter: AdapterWeights, compression: Compression) -> int:
-    """The most bytes that the compressed adapter may weigh on disk: the stricter of share and absolute target."""
-    limit = math.floor(compression.max_ratio * fp16_bytes(adapter))
-    return limit if compression.target_bytes is None else min(limit, compression.target_bytes)
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The most bytes that a compressed adapter may take: on disk, and in memory while it is served."""
+
+    disk: int
+    resident: int
+
+
+def limits(adapter: AdapterWeights, compression: Compression) -> Limits:
+    """Both limits of an adapter; on disk the stricter of share and absolute target."""
+    full = fp16_bytes(adapter)
+    disk = math.floor(compression.max_ratio * full)
+    if compression.target_bytes is not None:
+        disk = min(disk, compression.target_bytes)
+    return Limits(disk, math.floor(compression.max_resident_ratio * full))
 
 
 def search_space(compression: Compression, *, adapter: AdapterWeights | None = None) -> dict[str, Uniform | Choice]:
@@ -62,24 +76,25 @@ def search_space(compression: Compression, *, adapter: AdapterWeights | None = N
 
     Returns:
         ("uniform", low, high) or ("choice", values) by name; a drawn mapping goes to `recipe_from`.
-            method: "sparse" prunes A - A0 and B, "low-rank" truncates, "rotated" truncates nothing but prunes the
-                SVD's factors.
+            method: "low-rank" truncates, "rotated" also prunes the SVD's factors, "sparse" prunes A - A0 and B, which
+                saves nothing in memory and is left out where that is limited.
             values: number format of what is kept.
             size: aimed at, as a share of the fp16 adapter.
             balance: share of the bits that A gets (sparse and rotated).
             rescale_a, rescale_b: factors on what is kept (sparse and rotated).
-            allocation: of ranks (low-rank).
+            allocation, metric: of ranks (low-rank and rotated).
             mlp, early, late: weight of these groups of layers against attention and middle (sparse and rotated).
     """
     high = _largest_size(compression, adapter)
     return {
-        "method": ("choice", ["sparse", "low-rank", "rotated"]),
+        "method": ("choice", ["low-rank", "rotated", *(["sparse"] if compression.max_resident_ratio >= 1 else [])]),
         "values": ("choice", ["fp16", "int8", "int4", "ternary"]),
         "size": ("uniform", high / 6, high),
         "balance": ("uniform", 0.2, 0.8),
         "rescale_a": ("uniform", 0.5, 2.5),
         "rescale_b": ("uniform", 1.0, 4.5),
         "allocation": ("choice", ["uniform", "global"]),
+        "metric": ("choice", ["weights", "activations", "gradients"]),
         "mlp": ("uniform", 0.5, 2.0),
         "early": ("uniform", 0.5, 2.0),
         "late": ("uniform", 0.5, 2.0),
@@ -91,34 +106,36 @@ def seed_points(
 ) -> list[dict[str, Any]]:
     """Points of `search_space` to try first, best bets first.
 
-    Measured on SmolLM2-135M with converged adapters of rank 16 and 32, two mixtures of tasks, one seed each, 360 and
-    600 held-out tasks: all of them kept at least 99.5 % of the gain in held-out loss. Low ranks also keep what
-    serving holds small: the third point meets the largest size in memory too. After short training, larger factors
-    on B are better (3 rather than 1.7 to 2.2).
-
     Args:
         compression: the one whose space they shall lie in; sizes are adapted to it.
         adapter: as in `search_space`.
     """
-    limits = compression or Compression()
-    high = _largest_size(limits, adapter)
-    neutral = {"balance": 0.5, "rescale_a": 1.0, "rescale_b": 1.0, "allocation": "uniform"}
-    neutral |= {"mlp": 1.0, "early": 1.0, "late": 1.0}
+    wanted = compression or Compression()
+    high = _largest_size(wanted, adapter)
+    neutral = {"balance": 0.5, "rescale_a": 1.0, "rescale_b": 1.0, "allocation": "global"}
+    neutral |= {"metric": "gradients", "mlp": 1.0, "early": 1.0, "late": 1.0}
     points: list[dict[str, Any]] = [
-        {"method": "low-rank", "values": "int8", "size": 1.0, "allocation": "global"},
-        {"method": "sparse", "values": "int4", "size": 1.0},
-        {"method": "low-rank", "values": "int4", "size": 0.235, "allocation": "global"},
-        {"method": "rotated", "values": "int4", "size": 0.55},
+        {"method": "low-rank", "values": "int8", "size": 1.0},
+        {"method": "low-rank", "values": "int4", "size": 0.45},
+        {"method": "low-rank", "values": "int4", "size": 0.235},
+        {"method": "rotated", "values": "int4", "size": 0.2},
         {"method": "low-rank", "values": "fp16", "size": 1.0},
-        {"method": "sparse", "values": "fp16", "size": 1.0, "rescale_b": 2.0},
-        {"method": "sparse", "values": "int4", "size": 0.4, "rescale_b": 2.2},
-        {"method": "sparse", "values": "ternary", "size": 0.4, "rescale_b": 1.7},
+        {"method": "low-rank", "values": "int8", "size": 0.5, "metric": "weights"},
     ]
+    if wanted.max_resident_ratio >= 1:
+        points[2:2] = [
+            {"method": "sparse", "values": "int4", "size": 1.0},
+            {"method": "sparse", "values": "int4", "size": 0.4, "rescale_b": 2.2},
+        ]
     return [{**neutral, **point, "size": point["size"] * high} for point in points]
 
 
-def recipe_from(params: Mapping[str, Any]) -> Recipe:
+def recipe_from(params: Mapping[str, Any], *, resident: float = 1.0, bytes_per_number: int = 2) -> Recipe:
     """The recipe of a point of `search_space`. Missing names take neutral values.
+
+    Args:
+        resident: the most that serving may hold, as a share of the fp16 adapter.
+        bytes_per_number: of the type that the model computes in.
 
     Raises:
         ConfigError: a name is unknown.
@@ -126,20 +143,24 @@ def recipe_from(params: Mapping[str, Any]) -> Recipe:
     unknown = set(params) - set(search_space(Compression()))
     if unknown:
         raise ConfigError(f"unknown compression parameters {sorted(unknown)}")
-    method, values, size = params.get("method", "sparse"), params.get("values", "int4"), params.get("size", 0.17)
+    method, values, size = params.get("method", "low-rank"), params.get("values", "int4"), params.get("size", 0.17)
     bits = size * _FULL_BITS
+    how = {"allocation": params.get("allocation", "uniform"), "metric": params.get("metric", "weights")}
     if method == "low-rank":
-        keep = min(1.0, bits / (_DENSE_TERNARY_BITS if values == "ternary" else sum(_BITS[values])))
-        return Recipe(truncate=Truncate(keep=keep, allocation=params.get("allocation", "uniform")), values=values)
+        keep = bits / (_DENSE_TERNARY_BITS if values == "ternary" else sum(_BITS[values]))
+        held = bytes_per_number if values == "fp16" else 1 + bytes_per_number / Recipe().group
+        most = 2 * resident / held
+        return Recipe(truncate=Truncate(keep=min(1.0, keep, most), **how), values=values)
+    keep = min(1.0, 2 * resident / bytes_per_number) if method == "rotated" else 1.0
     balance = params.get("balance", 0.5)
     prune = Prune(
-        density_a=density_for(2 * balance * bits, values),
-        density_b=density_for(2 * (1 - balance) * bits, values),
+        density_a=density_for(2 * balance * bits / keep, values),
+        density_b=density_for(2 * (1 - balance) * bits / keep, values),
         weights={g: w for g in GROUPS if (w := _weight(g, params)) != 1.0},
         rescale_a=params.get("rescale_a", 1.0),
         rescale_b=params.get("rescale_b", 1.0),
     )
-    return Recipe(truncate=Truncate(keep=1.0) if method == "rotated" else None, prune=prune, values=values)
+    return Recipe(truncate=Truncate(keep=keep, **how) if method == "rotated" else None, prune=prune, values=values)
 
 
 def density_for(bits: float, values: str) -> float:
@@ -160,7 +181,7 @@ def density_for(bits: float, values: str) -> float:
 
 
 def _largest_size(compression: Compression, adapter: AdapterWeights | None) -> float:
-    share = compression.max_ratio if adapter is None else byte_limit(adapter, compression) / fp16_bytes(adapter)
+    share = compression.max_ratio if adapter is None else limits(adapter, compression).disk / fp16_bytes(adapter)
     return _HEADER_SHARE * share
 
 

@@ -71,7 +71,9 @@ def test_killed_twice_it_finishes_and_pays_nothing_twice(tmp_path: Path) -> None
     assert time.monotonic() - began < 60
     assert {job: runs.run(job).manifest["finished"] for job in JOBS} == before, "a finished job was run again"
 
-    changed = Runs(load_config(write_config(tmp_path, compression={"trials": 2, "max_ratio": 0.9})))
+    changed = Runs(
+        load_config(write_config(tmp_path, compression={"trials": 2, "max_ratio": 0.9, "max_resident_ratio": 0.9}))
+    )
     assert changed.train_modifier.done
     assert not changed.compress_modifier.done
     assert not changed.validate_modifier.done

@@ -16,7 +16,7 @@ from peft import PeftModel
 from cascade.compression.adapter import AdapterWeights, BaseRef, LoraPair, save_peft_folder
 from cascade.compression.apply import LoraSlot
 from cascade.compression.methods import Prune, Recipe, Truncate
-from cascade.compression.packed import compress, expand
+from cascade.compression.packed import compress, expand, is_low_bit, resident_bytes
 from cascade.errors import DataError, FormatError
 
 RECIPES = {
@@ -44,7 +44,7 @@ def test_logits_equal_stock_peft_with_the_exported_folder(model, llama, adapter,
     compressed = compress(adapter, recipe)
     folder = save_peft_folder(expand(compressed), tmp_path / "peft")
     peft = logits(PeftModel.from_pretrained(copy.deepcopy(llama), folder).eval(), tokens)
-    slot = LoraSlot(model, adapter.parameters)
+    slot = LoraSlot(model, 4 * adapter.parameters)
     slot.fill(compressed)
     filled = logits(model, tokens)
     assert (filled - peft).abs().max() < 1e-5
@@ -56,7 +56,7 @@ def test_logits_equal_stock_peft_with_the_exported_folder(model, llama, adapter,
 def test_empty_slot_is_the_base_bit_for_bit(model, llama, adapter, tokens):
     before = logits(llama, tokens)
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    slot = LoraSlot(model, adapter.parameters)
+    slot = LoraSlot(model, 4 * adapter.parameters)
     assert slot.is_empty
     assert torch.equal(logits(model, tokens), before)
     slot.fill(adapter)
@@ -73,7 +73,7 @@ def test_empty_slot_is_the_base_bit_for_bit(model, llama, adapter, tokens):
 
 
 def test_generation_uses_the_slot(model, adapter, tokens):
-    slot = LoraSlot(model, adapter.parameters)
+    slot = LoraSlot(model, 4 * adapter.parameters)
     plain = model.generate(tokens, max_new_tokens=12, do_sample=False, pad_token_id=0)
     slot.fill(adapter)
     changed = model.generate(tokens, max_new_tokens=12, do_sample=False, pad_token_id=0)
@@ -86,7 +86,7 @@ def test_generation_uses_the_slot(model, adapter, tokens):
 def test_a_refill_leaves_nothing_of_the_one_before(model, llama, adapter, tokens):
     small = expand(compress(adapter, Recipe(truncate=Truncate(keep=0.3))))
     fewer = replace(small, layers=dict(list(small.layers.items())[:4]))
-    slot = LoraSlot(model, adapter.parameters)
+    slot = LoraSlot(model, 4 * adapter.parameters)
     slot.fill(fewer)
     alone = logits(model, tokens)
     slot.fill(adapter)
@@ -97,7 +97,7 @@ def test_a_refill_leaves_nothing_of_the_one_before(model, llama, adapter, tokens
 def test_a_thousand_fills_do_not_grow(model, adapter):
     one = compress(adapter, RECIPES["pruned int4"])
     two = expand(compress(adapter, RECIPES["truncated"]))
-    slot = LoraSlot(model, adapter.parameters)
+    slot = LoraSlot(model, 4 * adapter.parameters)
     for content in (one, two) * 5:
         slot.fill(content)
     gc.collect()
@@ -115,14 +115,41 @@ def test_a_thousand_fills_do_not_grow(model, adapter):
     assert (slot.resident_bytes, slot._buffer.data_ptr()) == (held, block)
 
 
-def test_slot_counts_what_it_holds(model, adapter):
-    assert LoraSlot(model, 1000, dtype=torch.bfloat16).resident_bytes == 2000
-    assert LoraSlot(model, adapter.parameters).resident_bytes == 4 * adapter.parameters
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_slot_holds_exactly_what_is_promised(model, adapter, recipe, dtype):
+    compressed = compress(adapter, recipe)
+    slot = LoraSlot(model.to(dtype))
+    assert slot.resident_bytes == 0
+    slot.fill(compressed)
+    assert (
+        slot.resident_bytes == slot.bytes_for(compressed) == resident_bytes(compressed, bytes_per_number=dtype.itemsize)
+    )
+    exact = LoraSlot(model, slot.resident_bytes)
+    exact.fill(compressed)
+    with pytest.raises(DataError, match="bytes"):
+        LoraSlot(model, slot.resident_bytes - 1).fill(compressed)
+
+
+@pytest.mark.parametrize("values", ["int8", "int4", "ternary"])
+@pytest.mark.parametrize("group", [8, 64, 4096])
+def test_few_bits_stay_few_in_memory_and_mean_the_same_numbers(model, foreign, values, group):
+    recipe = Recipe(truncate=Truncate(keep=0.5), values=values, group=group)
+    compressed = compress(foreign, recipe)
+    assert is_low_bit(compressed)
+    assert resident_bytes(compressed, bytes_per_number=4) < 4 * compressed.parameters or group == 4096
+    slot = LoraSlot(model)
+    slot.fill(compressed)
+    for name, pair in expand(compressed).layers.items():
+        patch = slot._patches[name]
+        assert patch.a.numbers.dtype == patch.bt.numbers.dtype == torch.int8
+        assert np.array_equal(patch.a.matrix().numpy(), pair.a)
+        assert np.array_equal(patch.bt.matrix().numpy(), pair.b.T * np.float32(compressed.scaling))
 
 
 def test_bfloat16_model(model, adapter, tokens, tmp_path: Path):
     model = model.to(torch.bfloat16)
-    slot = LoraSlot(model, adapter.parameters)
+    slot = LoraSlot(model, 4 * adapter.parameters)
     slot.fill(adapter)
     filled = logits(model, tokens).float()
     slot.remove()
@@ -137,7 +164,7 @@ def _renamed(adapter: AdapterWeights, old: str, new: str) -> AdapterWeights:
 
 @pytest.mark.parametrize("kind", ["name", "shape", "base", "capacity"])
 def test_refused_adapters_leave_the_slot_as_it_was(model, adapter, tokens, kind):
-    slot = LoraSlot(model, adapter.parameters, base=adapter.base)
+    slot = LoraSlot(model, 4 * adapter.parameters, base=adapter.base)
     slot.fill(adapter)
     before = logits(model, tokens)
     layers = dict(adapter.layers)
@@ -158,7 +185,7 @@ def test_refused_adapters_leave_the_slot_as_it_was(model, adapter, tokens, kind)
 def test_a_failure_while_decoding_leaves_the_base(model, llama, adapter, tokens):
     compressed = compress(adapter, RECIPES["pruned"])
     broken = replace(compressed, b=replace(compressed.b, mask=compressed.b.mask ^ np.uint8(1)))
-    slot = LoraSlot(model, adapter.parameters)
+    slot = LoraSlot(model, 4 * adapter.parameters)
     slot.fill(adapter)
     with pytest.raises(FormatError):
         slot.fill(broken)

@@ -12,10 +12,12 @@ from transformers import LlamaForCausalLM
 
 from cascade.compression.adapter import AdapterWeights
 from cascade.compression.apply import LoraSlot
-from cascade.compression.flat import flatten, open_flat, save_flat
-from cascade.compression.methods import Recipe
-from cascade.compression.packed import compress
+from cascade.compression.flat import layout_of, open_flat, save_flat, write_block
+from cascade.compression.methods import Recipe, Truncate
+from cascade.compression.packed import compress, resident_bytes
 from cascade.errors import DataError, FormatError
+
+RECIPES = {"plain": Recipe(), "few bits": Recipe(truncate=Truncate(keep=0.5), values="int4")}
 
 
 @pytest.fixture(scope="module")
@@ -30,11 +32,14 @@ def adapter(base: Path) -> AdapterWeights:
     return random_adapter(base, seed=3)
 
 
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_slot_computes_the_same_from_either_form(base: Path, adapter, tmp_path: Path, dtype: torch.dtype) -> None:
+def test_a_slot_computes_the_same_from_either_form(
+    base: Path, adapter, tmp_path: Path, dtype: torch.dtype, recipe: Recipe
+) -> None:
     model = LlamaForCausalLM.from_pretrained(base, dtype=dtype)
     slot, ids = LoraSlot(model), torch.arange(5, 30)[None]
-    compressed = compress(adapter, Recipe())
+    compressed = compress(adapter, recipe)
     bare = model(ids).logits
     slot.fill(compressed)
     wanted = model(ids).logits
@@ -45,7 +50,9 @@ def test_a_slot_computes_the_same_from_either_form(base: Path, adapter, tmp_path
         assert torch.equal(model(ids).logits, bare)
         slot.fill(form)
         assert torch.equal(model(ids).logits, wanted)
-    assert slot.capacity == form.parameters == compressed.parameters
+    held = resident_bytes(compressed, bytes_per_number=dtype.itemsize)
+    assert slot.resident_bytes == form.layout.nbytes == held
+    assert (tmp_path / "form.safetensors").stat().st_size < held + 10_000
     slot.fill(adapter)  # layers of the same shapes: the same views, other numbers
     slot.fill(form)
     assert torch.equal(model(ids).logits, wanted)
@@ -57,9 +64,11 @@ def test_it_goes_on_reading_what_it_opened(adapter: AdapterWeights, tmp_path: Pa
     save_flat(path, adapter, torch.float32)
     form = open_flat(path)
     path.unlink()
-    buffer = torch.zeros(form.parameters + 7)
+    buffer = torch.zeros(form.layout.nbytes + 7, dtype=torch.uint8)
     form.read_into(buffer)
-    assert torch.equal(buffer[:-7], flatten(adapter, torch.float32))
+    written = torch.empty(form.layout.nbytes, dtype=torch.uint8)
+    write_block(adapter, layout_of(adapter, torch.float32), written)
+    assert torch.equal(buffer[:-7], written)
     assert not buffer[-7:].any()
 
 

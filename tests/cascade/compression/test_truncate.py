@@ -7,7 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from cascade.compression.truncate import product_spectrum, product_svd, truncate
+from cascade.compression import truncate as module
+from cascade.compression.truncate import Grams, product_svd, spectrum, truncate
+from cascade.errors import DataError
 
 
 def product(pair) -> np.ndarray:
@@ -19,7 +21,7 @@ def test_svd_of_the_product_without_forming_it(adapter):
         u, s, vt = product_svd(pair)
         exact = np.linalg.svd(product(pair), compute_uv=False)[: s.size]
         assert np.allclose(s, exact, rtol=1e-10)
-        assert np.allclose(product_spectrum(pair), s, rtol=1e-10)
+        assert np.allclose(spectrum(pair), s, rtol=1e-10)
         assert np.allclose((u * s) @ vt, product(pair), atol=1e-12)
 
 
@@ -70,3 +72,59 @@ def test_an_untrained_layer_keeps_rank_one(adapter):
     small = truncate(replace(adapter, layers=zero), keep=None, energy=0.9)
     assert {p.rank for p in small.layers.values()} == {1}
     assert all(np.isfinite(p.a).all() and not product(p).any() for p in small.layers.values())
+
+
+def root(moment: np.ndarray) -> np.ndarray:
+    values, vectors = np.linalg.eigh(moment)
+    return (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
+
+
+@pytest.mark.parametrize("metric", ["activations", "gradients"])
+@pytest.mark.parametrize("rank", [1, 3, 7])
+def test_error_is_the_least_possible_in_the_measured_metric(adapter, metric, rank, monkeypatch):
+    """Against the SVD of the whole product between the square roots of the full second moments."""
+    monkeypatch.setattr(module, "_DAMPING", 0.0)
+    rng = np.random.default_rng(4)
+    calibration, weights = {}, {}
+    for name, pair in adapter.layers.items():
+        uneven = np.exp(rng.normal(size=(pair.a.shape[1], 1)))
+        x, g = uneven * rng.normal(size=(pair.a.shape[1], 300)), rng.normal(size=(pair.b.shape[0], 300))
+        z, gz = pair.a @ x, pair.b.T @ g
+        calibration[name] = Grams((z @ z.T / 300).astype(np.float32), (gz @ gz.T / 300).astype(np.float32))
+        left = root(g @ g.T / 300) if metric == "gradients" else np.eye(len(g))
+        weights[name] = (left, root(x @ x.T / 300))
+    small = truncate(adapter, keep=rank / 8, energy=None, metric=metric, calibration=calibration)
+    plain = truncate(adapter, keep=rank / 8, energy=None)
+    for name, pair in small.layers.items():
+        left, right = weights[name]
+        whole = product(adapter.layers[name])
+        exact = np.linalg.svd(left @ whole @ right, compute_uv=False)
+        least = np.sqrt((exact[rank:] ** 2).sum())
+        assert np.linalg.norm(left @ (product(pair) - whole) @ right) == pytest.approx(least, rel=1e-3)
+        assert np.linalg.norm(left @ (product(plain.layers[name]) - whole) @ right) > least
+        assert spectrum(adapter.layers[name], metric, calibration[name]) == pytest.approx(exact[:8], rel=1e-3)
+
+
+@pytest.mark.parametrize("metric", ["activations", "gradients"])
+def test_what_was_never_excited_is_dropped_first_and_costs_nothing_else(adapter, metric):
+    silent = np.diag([1.0] * 4 + [0.0] * 4).astype(np.float32)
+    calibration = {n: Grams(silent, np.eye(8, dtype=np.float32)) for n in adapter.layers}
+    small = truncate(adapter, keep=0.5, energy=None, metric=metric, calibration=calibration)
+    for name, pair in small.layers.items():
+        whole = adapter.layers[name]
+        loud = whole.b[:, :4].astype(np.float64) @ whole.a[:4]
+        heard = product(pair) @ np.linalg.pinv(whole.a)[:, :4]  # the product on inputs that excite one loud component
+        assert np.linalg.norm(heard - loud @ np.linalg.pinv(whole.a)[:, :4]) < 0.2 * np.linalg.norm(whole.b[:, :4])
+
+
+def test_a_metric_without_a_calibration_of_this_adapter_is_refused(adapter):
+    wrong = {n: Grams(np.eye(3, dtype=np.float32), np.eye(3, dtype=np.float32)) for n in adapter.layers}
+    for calibration, said in ((None, "needs a calibration"), ({}, "needs a calibration"), (wrong, "another adapter")):
+        with pytest.raises(DataError, match=said):
+            truncate(adapter, keep=0.5, energy=None, metric="gradients", calibration=calibration)
+
+
+def test_moments_of_zero_fall_back_to_the_matrix(adapter):
+    silent = {n: Grams(np.zeros((8, 8), np.float32), np.zeros((8, 8), np.float32)) for n in adapter.layers}
+    small = truncate(adapter, keep=1.0, energy=None, metric="gradients", calibration=silent)
+    assert all(np.isfinite(p.a).all() and np.isfinite(p.b).all() for p in small.layers.values())

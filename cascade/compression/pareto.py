@@ -1,0 +1,34 @@
+"""The Pareto front of a search with two things to make small, and how much of the plane it covers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Point = tuple[float, float]
+
+
+def front(items: Sequence[Item], key: Callable[[Item], Point]) -> list[Item]:
+    """The items that no other one beats in one value without losing in the other, by the first value rising.
+
+    Of items with equal values the first one counts. Values that are not numbers (NaN) are never on the front.
+    """
+    best: list[Item] = []
+    lowest = float("inf")
+    for item in sorted(items, key=key):
+        second = key(item)[1]
+        if second < lowest:
+            best.append(item)
+            lowest = second
+    return best
+
+
+def hypervolume(points: Sequence[Point], reference: Point) -> float:
+    """Area between a reference point and the front, what lies beyond the reference cut off (Zitzler 1999)."""
+    inside = [p for p in points if p[0] < reference[0] and p[1] < reference[1]]
+    area, ceiling = 0.0, reference[1]
+    for first, second in front(inside, lambda p: p):
+        area += (reference[0] - first) * (ceiling - second)
+        ceiling = second
+    return area

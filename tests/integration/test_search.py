@@ -1,0 +1,151 @@
+"""The pruning search alone, on a tiny base: killed at work, it goes on where it was, and leaves what it promises."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import optuna
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from stand_in import save_tiny_base
+from transformers import AutoModelForCausalLM
+
+from cascade import benchmarks
+from cascade.compression.adapter import AdapterWeights, BaseRef, LoraPair, fp16_bytes, save_peft_folder
+from cascade.compression.format import read_modifier
+from cascade.config import load_config
+from cascade.tasks import Example, Message
+from cascade.training.seeded_init import initial_lora_a
+from ray_jobs._runs import Runs
+from ray_jobs._search import FRONT, STUDY, TRIALS, Trial, pareto_front
+from ray_jobs._train import ADAPTER
+from ray_jobs.compress_modifier import FILE
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
+ROOT = Path(__file__).parents[2]
+COUNT = 14
+RANK = 48
+
+
+def write_config(folder: Path) -> Path:
+    save_tiny_base(folder / "base")
+    generators = [{"name": "chain_sum", "options": {"min_terms": 2, "max_terms": 2, "max_digits": 2}}]
+    sources = [{"benchmark": "reasoning_gym", "options": {"generators": generators}}]
+    prices = {"input_usd_per_million": 1.0, "output_usd_per_million": 2.0, "answer_key": {"max_difficulty": 3}}
+    config = {
+        "domain": "sums",
+        "storage": str(folder / "out"),
+        "base": {"model": str(folder / "base"), "dtype": "float32"},
+        "tasks": {n: {"count": 30, "sources": sources} for n in ("train", "validation", "test")},
+        "student": {"max_tokens": 4},
+        "tiers": [{"name": f"answer-key-{n}", "endpoints": [{"base_url": "answer-key"}], **prices} for n in (1, 2, 3)],
+        "budget_usd": 1.0,
+        "training": {"lora": {"rank": RANK, "max_length": 256}},
+        "compression": {"trials": COUNT, "calibration_rows": 4},
+    }
+    path = folder / "sums.yaml"
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    return path
+
+
+def train_by_hand(runs: Runs) -> AdapterWeights:
+    """The run that training would leave, with a random adapter."""
+    model = AutoModelForCausalLM.from_pretrained(runs.config.base.model)
+    rng, layers = np.random.default_rng(0), {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            a = initial_lora_a(17, name, RANK, module.in_features)
+            b = rng.normal(scale=0.05, size=(module.out_features, RANK)) * 0.9 ** np.arange(RANK)
+            layers[name] = LoraPair(a, b.astype(np.float32))
+    base = BaseRef(runs.config.base.model, runs.base_sha256)
+    adapter = AdapterWeights(layers, 2.0, RANK, base, tuple(layers), 17)
+    run = runs.train_modifier
+    run.start(runs.config)
+    save_peft_folder(adapter, runs.store.path(f"{run.folder}/{ADAPTER}"), dtype="float16")
+    examples = [
+        Example(
+            t.id,
+            t.benchmark,
+            t.domain,
+            t.category,
+            t.difficulty,
+            (*t.messages, Message("assistant", benchmarks.get(t.benchmark).reference_answer(t))),
+            "answer-key-1",
+            1,
+        )
+        for t in runs.train_tasks
+    ]
+    run.write_table("examples", Example, examples)
+    run.finish({"examples": len(examples), "steps": 0})
+    return adapter
+
+
+def test_killed_at_work_it_repeats_at_most_the_trial_in_flight(tmp_path: Path) -> None:
+    path = write_config(tmp_path)
+    runs = Runs(load_config(path))
+    adapter = train_by_hand(runs)
+    folder = Path(runs.store.path(runs.compress_modifier.folder))
+    command = [sys.executable, "-m", "ray_jobs.cli", "compress-modifier", str(path)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    kill_when_measured(command, environment, folder, 4)
+    survived = {file.name for file in folder.glob(f"{TRIALS}.*.parquet")}
+    assert len(survived) < COUNT
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    run = runs.compress_modifier
+    trials = run.read(TRIALS, Trial)
+    assert len(trials) == len({t.params for t in trials}) == COUNT
+    measured = set(json.loads(pq.read_schema(folder / f"{TRIALS}.parquet").metadata[b"cascade.parts"]))
+    assert survived <= measured, "a trial that was measured before the kill is lost"
+    assert len(measured) <= COUNT + 1, "more than the trial in flight was measured twice"
+    check_front(folder, trials, adapter)
+    check_choice(runs, adapter)
+    study = optuna.load_study(study_name=None, storage=f"sqlite:///{folder / STUDY}")
+    assert len(study.trials) == COUNT
+    assert {t.user_attrs["recipe"] for t in study.trials} == {t.recipe for t in trials}
+
+
+def kill_when_measured(command: list[str], environment: dict[str, str], folder: Path, count: int) -> None:
+    driver = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    try:
+        deadline = time.monotonic() + 400
+        while len(list(folder.glob(f"{TRIALS}.*.parquet"))) < count:
+            assert driver.poll() is None, driver.stderr.read().decode()[-3000:] if driver.stderr else ""
+            assert time.monotonic() < deadline, "the search did not get that far"
+            time.sleep(0.02)
+    finally:
+        os.kill(driver.pid, signal.SIGKILL)
+        driver.wait()
+    time.sleep(3)  # Ray's processes notice that their driver is gone
+
+
+def check_front(folder: Path, trials: list[Trial], adapter: AdapterWeights) -> None:
+    """The files of the front, and no others, are there; each is what its trial says."""
+    front = pareto_front(trials)
+    assert {f"{FRONT}/{file.name}" for file in (folder / FRONT).iterdir()} == {t.file for t in front}
+    for trial in front:
+        _, compressed = read_modifier(folder / trial.file, base_sha256=adapter.base.sha256)
+        assert (folder / trial.file).stat().st_size == trial.disk_bytes
+        assert compressed.recipe.model_dump_json() == trial.recipe
+    assert [t.loss for t in front] == sorted((t.loss for t in front), reverse=True)
+
+
+def check_choice(runs: Runs, adapter: AdapterWeights) -> None:
+    """What was chosen is on the front and keeps both limits, and it is said why."""
+    run = runs.compress_modifier
+    metrics, limit = run.metrics, 48 / 260 * fp16_bytes(adapter)
+    assert metrics["disk_bytes"] <= limit
+    assert metrics["resident_bytes"] <= limit
+    assert metrics["disk_bytes"] == len(runs.store.read_bytes(f"{run.folder}/{FILE}"))
+    assert metrics["recipe"] in metrics["finalists"].values()
+    assert "accura" in metrics["reason"]
