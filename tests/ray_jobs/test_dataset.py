@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -46,13 +47,13 @@ def job(tmp_path: Path) -> Any:
 
 
 def test_leaks_of_other_benchmarks_and_near_duplicates_are_left_out(job: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    clean = [example(i, prose(40)) for i in range(30)]
+    clean = [example(i, prose(80)) for i in range(30)]
     leaks = [example(100 + i, f"{prose(5)} {' '.join(q.split()[4:19]).upper()}") for i, q in job.questions.items()]
     leaks.append(example(200, f"Please: {job.own}"))
     words = clean[0].messages[0].content.split()
-    copy = Example(**{**vars_of(clean[0]), "task_id": "jsonl/own/300"})
-    near = example(301, " ".join([*words[:-1], "changed"]))
-    near = Example(**{**vars_of(near), "messages": (near.messages[0], clean[0].messages[1])})
+    copy = replace(clean[0], task_id="jsonl/own/300")
+    changed = Message("user", " ".join([*words[:-1], "changed"]))
+    near = replace(clean[0], task_id="jsonl/own/301", messages=(changed, clean[0].messages[1]))
     monkeypatch.setattr(_dataset, "examples_up_to", lambda runs, tier: [*clean, *leaks, copy, near])
     kept, about = _dataset.training_examples(job)
     assert kept == clean
@@ -60,7 +61,3 @@ def test_leaks_of_other_benchmarks_and_near_duplicates_are_left_out(job: Any, mo
     assert about["left_out_near_duplicates"] == 2
     assert about["checked_against_tests_of"] == {"domain": 1, "mbpp": 20}
     assert about["not_checked_against"] == {}
-
-
-def vars_of(record: Example) -> dict[str, Any]:
-    return {name: getattr(record, name) for name in record.__slots__}
