@@ -61,8 +61,8 @@ def _calls(request: dict[str, Any]) -> bool:
         decoded = default_decode_ast_prompting(request["text"], _FORMATS.get(category, ReturnFormat.PYTHON))
     except Exception:
         return "irrelevance" in category
-    if "irrelevance" in category:
-        return is_empty_output(decoded)
+    if "relevance" in category:
+        return is_empty_output(decoded) == ("irrelevance" in category)
     if not is_function_calling_format_output(decoded):
         return False
     language = _LANGUAGES.get(category, Language.PYTHON)

@@ -16,6 +16,7 @@ from ray.data import DataContext
 
 from cascade.artifacts import Run
 from cascade.benchmarks import RUNS_CODE
+from cascade.benchmarks.protected import protected_tasks
 from cascade.config import Config, load_config
 from cascade.errors import CascadeError
 from cascade.scoring.sandbox import WEAK_SWITCH, require_walls
@@ -72,6 +73,8 @@ def connect_ray(config: Config) -> None:
     if ray.is_initialized():
         return
     check_sandbox(config)
+    if config.tasks.protect is not None:
+        protected_tasks(config)  # what training must not overlap is had before anything is spent, or never
     quiet = not os.environ.get("CASCADE_VERBOSE")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0" if quiet else "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

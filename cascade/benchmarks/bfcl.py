@@ -5,7 +5,8 @@ of its `data` folder (for multi-turn with the code of the tools beside it, as in
 (`split_rule: ids`): the SHA-256 of the task's id decides: its first 8 hex digits as a number modulo 10 are 0 or 1 for
 train, 2 for validation, else test; BFCL itself publishes no training data. `split_rule: none` keeps everything in test,
 which is what published scores are of. Shots: 0. Metric: BFCL's AST check (see `cascade.scoring.calls`); in irrelevance
-categories an answer passes that holds no call. Multi-turn tasks are conversations with stateful tools: see
+categories an answer passes that holds no call, in live_relevance one that holds any (so weak a check that
+none of its tasks is for training). Multi-turn tasks are conversations with stateful tools: see
 `cascade.benchmarks.bfcl_multi_turn`.
 
 "Simple" scores are unweighted means over languages on the leaderboard and live scores are weighted by size: reports
@@ -33,7 +34,7 @@ from cascade.benchmarks.options import parse_options
 from cascade.benchmarks.ordering import only_split, shuffled
 from cascade.config import Section
 from cascade.errors import ConfigError, DataError
-from cascade.scoring.calls import CallSyntaxError, match_calls
+from cascade.scoring.calls import CallSyntaxError, format_calls, match_calls, parse_calls
 from cascade.scoring.foreign_calls import NESTED, converter, parse_foreign_calls, to_source
 from cascade.tasks import Completion, Message, Split, Task, Verdict
 
@@ -50,9 +51,11 @@ CATEGORIES: dict[str, int] = {
     "live_parallel": 4,
     "live_parallel_multiple": 4,
     "live_irrelevance": 3,
+    "live_relevance": 3,
     multi_turn.CATEGORY: 5,
 }
 """Category -> difficulty."""
+RELEVANCE = "live_relevance"
 SYSTEM_PROMPT = """You are an expert in composing functions.You are given a question and a set of possible functions. \
 Based on the question, you will need to make one or more function/tool calls to achieve the purpose. If none of the \
 functions can be used, point it out. If the given question lacks the parameters required by the function, also point \
@@ -105,6 +108,8 @@ class Bfcl:
         for category in chosen.categories or CATEGORIES:
             rows = _category(folder, category)
             kept = [r for r in rows if chosen.split_rule == "none" or split_of(r["id"]) == split]
+            if category == RELEVANCE and split == "train":
+                continue
             tasks += [_task(row, category, split, domain, chosen) for row in kept]
         return shuffled(tasks, seed, count)
 
@@ -113,7 +118,9 @@ class Bfcl:
         reference = task.reference
         if task.category == multi_turn.CATEGORY:
             return multi_turn.score(task, completion)
-        if language_of(task.category) == "python":
+        if task.category == RELEVANCE:
+            outcome, answer, evidence = _judge_relevance(completion.text)
+        elif language_of(task.category) == "python":
             outcome, answer, evidence = judge_calls(
                 completion.text, reference["expected"], reference["functions"], lenient=reference["lenient"]
             )
@@ -130,6 +137,8 @@ class Bfcl:
         if task.category == multi_turn.CATEGORY:
             return multi_turn.reference_answer(task)
         expected, functions = task.reference["expected"], task.reference["functions"]
+        if task.category == RELEVANCE:
+            return f"[{functions[0]['name']}()]"
         language = language_of(task.category)
         if language == "python" or not expected:
             return reference_calls(expected, functions)
@@ -158,6 +167,15 @@ def _judge_foreign(task: Task, text: str) -> Judged:
     return ("pass", shown, "") if result.valid else ("fail", shown, result.reason)
 
 
+def _judge_relevance(text: str) -> Judged:
+    """Whether there is a call at all."""
+    try:
+        shown = format_calls(parse_calls(text, lenient=False))
+    except CallSyntaxError as error:
+        return "unparsed", "", f"no calls could be read: {error}"
+    return "pass", shown, ""
+
+
 def split_of(task_id: str) -> Split:
     """The published rule: see the module's docstring."""
     point = int(hashlib.sha256(task_id.encode()).hexdigest()[:8], 16) % 10
@@ -165,13 +183,13 @@ def split_of(task_id: str) -> Split:
 
 
 def _category(folder: Path, category: str) -> list[dict[str, Any]]:
-    """Rows with id, question, function and expected calls ([] in irrelevance categories)."""
+    """Rows with id, question, function and expected calls ([] where none are published)."""
     rows = _lines(folder / f"BFCL_v4_{category}.json")
     answers: dict[str, Any] = {}
-    if "irrelevance" not in category:
+    if "relevance" not in category:
         answers = {a["id"]: a["ground_truth"] for a in _lines(folder / "possible_answer" / f"BFCL_v4_{category}.json")}
     for row in rows:
-        if "irrelevance" not in category and row["id"] not in answers:
+        if "relevance" not in category and row["id"] not in answers:
             raise DataError(f"bfcl {category}: {row['id']} has no possible answer")
         row["expected"] = answers.get(row["id"], [])
         if category == multi_turn.CATEGORY:
