@@ -12,6 +12,7 @@ from rich.table import Table
 from cascade.config import load_config
 from cascade.dataset import check_dataset as check
 from cascade.errors import ConfigError, DataError
+from cascade.reports import scoreboard
 from cascade.teachers.economics import plan as plan_tiers
 from cascade.teachers.ledger import Ledger
 from ray_jobs._context import exit_with_message, run_one
@@ -140,12 +141,13 @@ def _job_command(name: str) -> Callable[[str], None]:
     return command
 
 
+app.command("benchmarks")(scoreboard.run)
 for _job in JOBS:
     app.command(_job.replace("_", "-"))(_job_command(_job))
 
 
 def main() -> None:
-    app()
+    exit_with_message(app)
 
 
 if __name__ == "__main__":

