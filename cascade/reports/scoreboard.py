@@ -145,8 +145,8 @@ def measure(student: Student, entry: Entry, data: Path | None, limit: int | None
     seconds = time.perf_counter() - began
     if out is not None:
         _write(out / entry.title.replace(",", "").replace(" ", "-").lower(), tasks, completions, verdicts)
-    groups = [breakdown(tasks, verdicts, key) for key in ("category", "difficulty")]  # type: ignore[arg-type]
-    return Result(entry, source, "", Score.of(verdicts), *groups, seconds)
+    by_category, by_difficulty = breakdown(tasks, verdicts, "category"), breakdown(tasks, verdicts, "difficulty")
+    return Result(entry, source, "", Score.of(verdicts), by_category, by_difficulty, seconds)
 
 
 def answer_and_judge(student: Student, tasks: Sequence[Task]) -> tuple[list[Completion], list[Verdict]]:
