@@ -36,6 +36,7 @@ class Arguments(BaseModel):
         threads: of an engine's computing; null: execution.threads, else as many as help.
         rows: sequences an engine computes together.
         waiting: work that an engine lets wait before it answers 429.
+        log: whether requests may be kept as new tasks; see `serve.feedback`.
         patience_s: see `serve.engine`.
     """
 
@@ -45,6 +46,7 @@ class Arguments(BaseModel):
     threads: int | None = Field(None, ge=1)
     rows: int = Field(Limits.rows, ge=1)
     waiting: int = Field(Limits.waiting, ge=1)
+    log: bool = False
     patience_s: float = Field(Limits.patience_s, ge=0)
 
 
@@ -83,6 +85,7 @@ def _application(args: Arguments) -> Application:
         temperature=config.student.temperature,
         limits=Limits(rows=args.rows, waiting=args.waiting, patience_s=args.patience_s),
         threads=args.threads or config.execution.threads,
+        log=args.log,
     )
     options: dict[str, Any] = {"num_cpus": config.execution.cpus_per_actor}
     if config.execution.use_gpu:

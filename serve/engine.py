@@ -17,13 +17,16 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+
+import torch
 
 from cascade.artifacts import Store
 from cascade.compression.adapter import BaseRef
 from cascade.compression.apply import LoraSlot
 from cascade.errors import CascadeError
-from cascade.models.base import LoadedBase
+from cascade.models.base import LoadedBase, end_token_ids
 from cascade.models.chat import prompt_text
 from cascade.models.generation import Batch, Request, Row
 from cascade.routing.model import BASE
@@ -31,6 +34,7 @@ from serve.events import Event, Failed, Finished, Started, Work
 from serve.forms import Forms
 from serve.jobs import BARE, Group, Job, Key
 from serve.live import LiveModifiers
+from serve.steering import Grammars, Steering
 from serve.text import TextStream
 
 logger = logging.getLogger(__name__)
@@ -89,6 +93,8 @@ class Engine:
         )
         forms.remove_old()
         self.modifiers = LiveModifiers(store, forms.open)
+        vocabulary = int(loaded.model.config.vocab_size)
+        self._grammars = Grammars(self._encoder, vocabulary, end_token_ids(loaded))
         self._groups: dict[Key, Group] = {}
         self._held: Key = BARE
         self._serial = 0
@@ -162,8 +168,9 @@ class Engine:
             return Failed(503, f"there is no modifier {work.choice!r} that can be used", "modifier_unavailable")
         try:
             with self._encoding:
-                text = prompt_text(self._encoder, work.messages)
-                prompt = list(self._encoder(text, add_special_tokens=False).input_ids)
+                text = prompt_text(self._encoder, work.messages) if work.prompt is None else work.prompt
+                # A chat template writes the special tokens itself.
+                prompt = list(self._encoder(text, add_special_tokens=work.prompt is not None).input_ids)
         except Exception as error:  # a template may refuse anything, in any way
             said = error.__cause__ or error
             return Failed(400, f"the model's chat template refuses these messages: {said}", "invalid_value", "messages")
@@ -176,8 +183,15 @@ class Engine:
                 f"and {wanted} were asked for the answer."
             )
             return Failed(400, message, "context_length_exceeded", "messages")
+        if not prompt:
+            return Failed(400, "the prompt is empty", "invalid_value", "prompt")
+        try:
+            matcher = None if work.schema is None else self._grammars.matcher(work.schema)
+        except CascadeError as error:
+            return Failed(400, str(error), "invalid_value", "response_format")
+        steering = Steering(self._loaded.tokenizer, matcher, work.logprobs)
         request = Request(prompt, wanted, work.stop, work.temperature, work.top_p, work.seed)
-        return Job(live, request, emit, TextStream(self._loaded.tokenizer, request.stop), stream=work.stream)
+        return Job(live, request, emit, TextStream(self._loaded.tokenizer, request.stop), steering, work.stream)
 
     def _submit(self, job: Job) -> Failed | None:
         with self._changed:
@@ -288,7 +302,8 @@ class Engine:
                 job = group.waiting.popleft()
                 self._serial += 1
                 group.running[self._serial] = job
-                joining.append((Row.new(self._serial, job.request, self._loaded.device), job))
+                adjust = None if job.steering.is_idle else partial(_adjust, job)
+                joining.append((Row.new(self._serial, job.request, self._loaded.device, adjust), job))
         for _, job in joining:
             waited = (time.perf_counter() - job.arrived) * 1e3
             job.emit(Started(job.key[1], len(job.request.prompt), waited, swap_ms))
@@ -312,3 +327,13 @@ class Engine:
             group = self._groups.pop(key, None)
         for job in [] if group is None else [*group.running.values(), *group.waiting]:
             job.emit(failure)
+
+
+def _adjust(job: Job, logits: torch.Tensor) -> torch.Tensor:
+    """The job's steering; one that fails ends its own job alone."""
+    try:
+        return job.steering.adjust(logits)
+    except CascadeError as error:
+        job.emit(Failed(400, str(error), "invalid_value", "response_format"))
+        job.cancelled = True
+        return logits

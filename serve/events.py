@@ -21,6 +21,9 @@ class Work:
         variant: which of the domain's versions.
         stream: whether text is wanted as it is made; else all of it comes at the end.
         max_tokens: None for the server's default.
+        prompt: raw text to continue, instead of messages.
+        schema: JSON schema that the answer keeps to.
+        logprobs: how many of the likeliest tokens to report beside each chosen one; None reports nothing.
         seed: of the sampling.
     """
 
@@ -33,6 +36,9 @@ class Work:
     seed: int = 0
     variant: Variant = "current"
     stream: bool = True
+    prompt: str | None = None
+    schema: str | None = None
+    logprobs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -52,10 +58,20 @@ class Started:
 
 
 @dataclass(frozen=True)
+class TokenLogprob:
+    """A token of the answer, its natural log-probability, and those of the likeliest tokens in its place."""
+
+    token: str
+    logprob: float
+    rivals: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True)
 class Delta:
-    """More text of the answer."""
+    """More of the answer: text, and if asked for the tokens made since the last one (their text may be held back)."""
 
     text: str
+    tokens: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)

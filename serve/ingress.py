@@ -26,8 +26,12 @@ from cascade.config import Base
 from cascade.models.base import load_base
 from serve.engine import Engine, Limits
 from serve.events import Event, Failed, Work
-from serve.gateway import Gateway, build_api
+from serve.feedback import FeedbackLog
+from serve.gateway import Gateway
+from serve.http import build_api
+from serve.keys import KeyRing
 from serve.live import LiveModifiers, LiveRouter
+from serve.meters import RayMeters
 
 logger = logging.getLogger("ray.serve")
 
@@ -44,6 +48,7 @@ class Served:
     Attributes:
         storage: URI of the store.
         temperature: for requests that name none: the one that base and modifiers were measured with.
+        log: whether requests may be kept as new tasks; see `serve.feedback`.
         threads: of an engine's computing; None takes the machine's cores, as far as they still help.
     """
 
@@ -52,6 +57,7 @@ class Served:
     temperature: float = 1.0
     limits: Limits = field(default_factory=Limits)
     threads: int | None = None
+    log: bool = False
 
 
 @ray_serve.deployment(
@@ -147,7 +153,15 @@ class Ingress:
         router = LiveRouter(store, cache_dir() / "router")
         modifiers = LiveModifiers(store)
         modifiers.watch()
-        self._gateway = Gateway(RemoteEngine(engine), modifiers, router, temperature=served.temperature)
+        self._keys = KeyRing(store)
+        self._gateway = Gateway(
+            RemoteEngine(engine),
+            modifiers,
+            router,
+            temperature=served.temperature,
+            meters=RayMeters(),
+            feedback=FeedbackLog(store) if served.log else None,
+        )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_api(self._gateway, proxied=True)
+        return build_api(self._gateway, keys=self._keys, proxied=True)

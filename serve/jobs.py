@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 
 from cascade.models.generation import Batch, Request
 from cascade.routing.model import BASE
-from serve.events import Delta, Event
+from serve.events import Delta, Event, TokenLogprob
 from serve.live import Live
+from serve.steering import Steering
 from serve.text import TextStream
 
 Key = tuple[str, str]
@@ -26,7 +27,9 @@ class Job:
     request: Request
     emit: Callable[[Event], None]
     text: TextStream
+    steering: Steering
     stream: bool = True
+    tokens_made: list[TokenLogprob] = field(default_factory=list)
     arrived: float = field(default_factory=time.perf_counter)
     cancelled: bool = False
 
@@ -43,16 +46,23 @@ class Job:
         """Take over a token; False if nobody wants more."""
         if self.cancelled:
             return False
+        noted = self.steering.took(token)
+        if noted is not None:
+            self.tokens_made.append(noted)
         text = self.text.push(token)
         if text and self.stream:
-            self.emit(Delta(text))
+            self._send(text)
         return True
 
     def finish(self, whole: str) -> None:
         """Send what has not been sent of the answer."""
         rest = self.text.finish(whole) if self.stream else whole
-        if rest:
-            self.emit(Delta(rest))
+        if rest or self.tokens_made:
+            self._send(rest)
+
+    def _send(self, text: str) -> None:
+        self.emit(Delta(text, tuple(self.tokens_made)))
+        self.tokens_made.clear()
 
 
 @dataclass(eq=False)

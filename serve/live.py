@@ -20,7 +20,7 @@ from cascade.compression.flat import FlatAdapter
 from cascade.errors import CascadeError
 from cascade.modifiers import Canary, Modifier
 from cascade.routing import model as routers
-from cascade.routing.model import BASE, RouterModel
+from cascade.routing.model import BASE, Mode, RouterModel
 from cascade.tasks import Message, Route
 from serve.events import Variant
 
@@ -146,7 +146,9 @@ class LiveRouter:
         self._version: str | None = None
         self._model: RouterModel | None = None
 
-    def route(self, messages: list[Message], available: dict[str, str], threshold: float | None) -> Route:
+    def route(
+        self, messages: list[Message], available: dict[str, str], threshold: float | None, mode: Mode = "default"
+    ) -> Route:
         """Who answers a conversation.
 
         Args:
@@ -156,7 +158,7 @@ class LiveRouter:
         model = self._refreshed()
         if model is None:
             return Route(BASE, 0.0, "no-router")
-        route = model.route(messages, threshold)
+        route = model.route(messages, threshold, mode)
         if route.choice != BASE and route.choice not in available:
             return Route(BASE, route.probabilities[BASE], "unavailable", route.probabilities)
         return route

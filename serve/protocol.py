@@ -1,4 +1,4 @@
-"""OpenAI's chat protocol: what requests may hold, what answers look like, and errors in its shape.
+"""OpenAI's protocol: what requests may hold, and errors in its shape.
 
 A parameter that would change the answer and is not supported is refused by name, never ignored; one that is set to
 the value that means "off" is fine, since clients send those by themselves.
@@ -7,29 +7,28 @@ the value that means "off" is fine, since clients send those by themselves.
 from __future__ import annotations
 
 import json
-import time
-from typing import Any, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from cascade.tasks import Message, Route
+from cascade.tasks import Message
+from serve.tools import Tool, ToolCall, with_tools
 
 MAX_BODY_BYTES = 4_000_000
 MAX_STOPS = 4
+MAX_CHOICES = 8
+MAX_SCHEMA = 100_000
+"""Characters of a JSON schema."""
 ROUTED = "cascade"
 """The model id that lets the router choose."""
 
 _OFF: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
     "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
     "logit_bias": ({},),
-    "response_format": ({"type": "text"},),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
     "parallel_tool_calls": (True, False),
     "functions": ([],),
     "function_call": ("none", "auto"),
@@ -48,7 +47,7 @@ _OFF: dict[str, tuple[Any, ...]] = {
 _IGNORED = ("user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
 """Parameters that never change an answer."""
 
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "user"}
 
 
 class ApiError(Exception):
@@ -77,7 +76,7 @@ class ApiError(Exception):
         self.known_headers: dict[str, str] = {}
 
     def body(self) -> dict[str, Any]:
-        kinds = {404: "invalid_request_error", 429: "rate_limit_error"}
+        kinds = {401: "authentication_error", 404: "invalid_request_error", 429: "rate_limit_error"}
         kind = kinds.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
@@ -97,12 +96,26 @@ class ChatMessage(BaseModel):
     """One message of a request. A final one of role `assistant` is continued."""
 
     model_config = ConfigDict(extra="forbid")
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
     name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> ChatMessage:
+        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+            raise ValueError("a message needs content, unless it is the assistant's and has tool_calls")
+        if (self.role == "tool") != (self.tool_call_id is not None):
+            raise ValueError("tool_call_id belongs to messages of the role tool")
+        return self
 
     def plain(self) -> Message:
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        """As text alone; what tools answered is the user's turn to a model that knows no such role."""
+        parts = [] if self.content is None else self.content
+        text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
+        if self.tool_calls:
+            text += ToolCall.shown(self.tool_calls)
         return Message(_ROLES[self.role], text)
 
 
@@ -114,28 +127,63 @@ class StreamOptions(BaseModel):
     include_obfuscation: bool = False
 
 
-class ChatRequest(BaseModel):
-    """The body of a chat completion request.
+class JsonSchema(BaseModel):
+    """The schema of a `response_format`; it is always kept to, whatever `strict` says."""
+
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+    name: str = Field("answer", max_length=64)
+    description: str | None = None
+    body: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(BaseModel):
+    """The form that an answer must have."""
+
+    model_config = ConfigDict(extra="forbid")
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _schema_where_needed(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema belongs to the type json_schema, and the other way round")
+        if self.schema_text and len(self.schema_text) > MAX_SCHEMA:
+            raise ValueError(f"a schema may have {MAX_SCHEMA} characters")
+        return self
+
+    @property
+    def schema_text(self) -> str | None:
+        """The JSON schema, None where any text will do."""
+        if self.type == "text":
+            return None
+        return json.dumps({"type": "object"} if self.json_schema is None else self.json_schema.body)
+
+
+class GenerationRequest(BaseModel):
+    """What the bodies of all requests for text share.
 
     Attributes:
         model: "cascade" routes; "base" or a modifier's domain is taken at its word.
-        max_tokens, max_completion_tokens: the most tokens to answer with; the second is the newer name.
+        n: answers to the same request.
         seed: sampling is deterministic; without a seed one is drawn per request.
         router_threshold: (Cascade's own) confidence below which the base answers, instead of the router's.
+        router_mode: (Cascade's own) "turbo" asks a modifier only where it is surely better, "max-quality" wherever it
+            may be.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
     model: str
-    messages: list[ChatMessage] = Field(min_length=1, max_length=1000)
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     stop: str | list[str] | None = None
+    n: int | None = Field(1, ge=1, le=MAX_CHOICES)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     router_threshold: float | None = Field(None, ge=0, le=1)
+    router_mode: Literal["default", "turbo", "max-quality"] | None = None
 
     @field_validator("stop")
     @classmethod
@@ -147,21 +195,89 @@ class ChatRequest(BaseModel):
         return value
 
     @property
+    def stops(self) -> tuple[str, ...]:
+        return () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether a stream shall end with the tokens used."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class ChatRequest(GenerationRequest):
+    """The body of a chat completion request.
+
+    Attributes:
+        max_tokens, max_completion_tokens: the most tokens to answer with; the second is the newer name.
+        tools: functions that the model may call; they are described as BFCL does it, which modifiers for function
+            calling are trained on.
+    """
+
+    messages: list[ChatMessage] = Field(min_length=1, max_length=1000)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = False
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    response_format: ResponseFormat | None = None
+    tools: list[Tool] | None = Field(None, max_length=128)
+    tool_choice: Literal["none", "auto"] | None = None
+
+    @property
     def limit(self) -> int | None:
         """The most tokens to answer with, None for as many as the server allows."""
         return self.max_completion_tokens or self.max_tokens
 
     @property
-    def stops(self) -> tuple[str, ...]:
-        return () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+    def usable_tools(self) -> list[Tool]:
+        return [] if self.tool_choice == "none" else self.tools or []
 
     @property
     def conversation(self) -> list[Message]:
-        return [m.plain() for m in self.messages]
+        """The messages as text, tools described in front."""
+        return with_tools([m.plain() for m in self.messages], self.usable_tools)
+
+    @property
+    def rivals(self) -> int | None:
+        """How many log-probabilities are wanted beside that of each token, None for none at all."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
 
-def parse_chat_request(body: bytes) -> ChatRequest:
-    """Read and check the body of a chat completion request.
+class CompletionRequest(GenerationRequest):
+    """The body of a (legacy) completion request: raw text to continue, without any chat template."""
+
+    prompt: str | Annotated[list[str], Field(min_length=1, max_length=1)]
+    max_tokens: int | None = Field(16, ge=1)
+    logprobs: int | None = Field(None, ge=0, le=5)
+
+    @property
+    def text(self) -> str:
+        return self.prompt if isinstance(self.prompt, str) else self.prompt[0]
+
+    @property
+    def limit(self) -> int | None:
+        """The most tokens to answer with."""
+        return self.max_tokens
+
+    @property
+    def rivals(self) -> int | None:
+        """See `ChatRequest.rivals`."""
+        return self.logprobs
+
+
+class Feedback(BaseModel):
+    """The body of a feedback request: was the answer to a request good, and what would have been right?"""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    request_id: str = Field(pattern=r"^[A-Za-z0-9._-]{1,128}$")
+    rating: Literal["good", "bad"]
+    comment: str | None = Field(None, max_length=2000)
+    answer: str | None = Field(None, max_length=20_000)
+
+
+Body = TypeVar("Body", bound=BaseModel)
+
+
+def parse(kind: type[Body], body: bytes) -> Body:
+    """Read and check the body of a request.
 
     Raises:
         ApiError: 400 naming the parameter; 413 if the body is too large.
@@ -175,14 +291,14 @@ def parse_chat_request(body: bytes) -> ChatRequest:
     if not isinstance(raw, dict):
         raise ApiError(400, "the request body must be a JSON object", code="invalid_json")
     known = {k: v for k, v in raw.items() if k not in _IGNORED}
-    for name in [k for k in known if k not in ChatRequest.model_fields]:
+    for name in [k for k in known if k not in kind.model_fields]:
         _refuse_unless_off(name, known.pop(name))
     try:
-        return ChatRequest.model_validate_json(json.dumps(known))
+        return kind.model_validate_json(json.dumps(known))
     except ValidationError as error:
         raise _as_api_error(error) from None
-    except ValueError:  # a lone surrogate, which no text can be made of
-        raise ApiError(400, "the request holds characters that are not valid Unicode", code="invalid_json") from None
+    except (ValueError, RecursionError):  # a lone surrogate, which no text can be made of; or nesting without end
+        raise ApiError(400, "the request holds what cannot be read", code="invalid_json") from None
 
 
 def _no_constant(name: str) -> NoReturn:
@@ -211,80 +327,3 @@ def _as_api_error(error: ValidationError) -> ApiError:
         return ApiError(400, f"Missing required parameter: '{param}'.", code="missing_required_parameter", param=param)
     message = first["msg"].removeprefix("Value error, ")
     return ApiError(400, f"Invalid value for '{param}': {message}.", code="invalid_value", param=param)
-
-
-# ------------------------------------------------------------------------------------------------- answers
-
-
-def route_headers(route: Route) -> dict[str, str]:
-    """Who answers, how sure the router is, and why."""
-    return {
-        "x-cascade-route": route.choice,
-        "x-cascade-confidence": f"{route.confidence:.4f}",
-        "x-cascade-reason": route.reason,
-    }
-
-
-class Usage(BaseModel):
-    """Tokens of one request."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-
-    @classmethod
-    def of(cls, prompt: int, completion: int) -> Usage:
-        return cls(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
-
-
-class AnswerShape(BaseModel):
-    """What all parts of one answer share: id, time and the model that answers."""
-
-    id: str
-    created: int
-    model: str
-
-    @classmethod
-    def new(cls, request_id: str, model: str) -> AnswerShape:
-        return cls(id=f"chatcmpl-{request_id}", created=int(time.time()), model=model)
-
-    def whole(self, text: str, finish_reason: str, usage: Usage) -> dict[str, Any]:
-        """A chat completion."""
-        message = {"role": "assistant", "content": text, "refusal": None}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason}
-        return self._of("chat.completion", choices=[choice], usage=usage.model_dump())
-
-    def chunk(self, delta: dict[str, str], finish_reason: str | None = None) -> bytes:
-        """An event of a streamed chat completion."""
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-        return sse(self._of("chat.completion.chunk", choices=[choice]))
-
-    def usage_chunk(self, usage: Usage) -> bytes:
-        """The last event of a stream whose client asked for usage."""
-        return sse(self._of("chat.completion.chunk", choices=[], usage=usage.model_dump()))
-
-    def _of(self, kind: str, **more: Any) -> dict[str, Any]:
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.model, **more}
-
-
-DONE = b"data: [DONE]\n\n"
-
-
-def sse(value: dict[str, Any]) -> bytes:
-    """One server-sent event."""
-    return b"data: " + json.dumps(value, ensure_ascii=False).encode("utf-8", "replace") + b"\n\n"
-
-
-def model_list(versions: dict[str, str], created: int) -> dict[str, Any]:
-    """The answer of /v1/models.
-
-    Args:
-        versions: current version per modifier.
-        created: start of the server, seconds since 1970.
-    """
-    ids = [(ROUTED, ""), ("base", ""), *sorted(versions.items())]
-    data = [
-        {"id": name, "object": "model", "created": created, "owned_by": "cascade"} | ({"version": v} if v else {})
-        for name, v in ids
-    ]
-    return {"object": "list", "data": data}

@@ -22,6 +22,8 @@ from cascade.tasks import FinishReason
 
 OnToken = Callable[[int, int], bool]
 """Called with (index of the prompt, token id) as each token is made; returning False ends that answer."""
+Adjust = Callable[[torch.Tensor], torch.Tensor]
+"""Given the logits after a row's last token, shape (vocabulary,): those that the next one is chosen from."""
 
 _CPU_TOKENS = 32_768
 """Tokens in memory at once on a CPU, where many rows are computed no faster than some."""
@@ -74,16 +76,18 @@ class Row:
     request: Request
     generator: torch.Generator | None
     prefix: Prefix | None = None
+    adjust: Adjust | None = None
     tokens: list[int] = field(default_factory=list)
     text: str = ""
     finish: FinishReason | None = None
     seconds: float = 0.0
 
     @classmethod
-    def new(cls, index: int, request: Request, device: torch.device) -> Row:
+    def new(cls, index: int, request: Request, device: torch.device, adjust: Adjust | None = None) -> Row:
         """A row at its start; `index` is what `OnToken` is told."""
         sampled = request.temperature > 0
-        return cls(index, request, torch.Generator(device=device).manual_seed(request.seed) if sampled else None)
+        generator = torch.Generator(device=device).manual_seed(request.seed) if sampled else None
+        return cls(index, request, generator, adjust=adjust)
 
     @property
     def own(self) -> list[int]:
@@ -377,6 +381,9 @@ def _choose(logits: torch.Tensor, rows: list[Row]) -> torch.Tensor:
     """The next token of every row: the likeliest, or sampled with the row's own generator."""
     chosen = logits.argmax(-1)
     for i, row in enumerate(rows):
+        if row.adjust is not None:
+            logits[i] = row.adjust(logits[i])
+            chosen[i] = logits[i].argmax(-1)
         if row.generator is None:
             continue
         probabilities = (logits[i] / row.request.temperature).softmax(-1)

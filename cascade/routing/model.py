@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +36,30 @@ FORMAT_VERSION = 1
 _WEIGHTS, _MANIFEST = "router.safetensors", "manifest.json"
 
 
+Mode = Literal["default", "turbo", "max-quality"]
+
+
+@dataclass(frozen=True)
+class Lean:
+    """How a mode departs from the plain rule.
+
+    Attributes:
+        threshold: of the confidence that a query is of a measured kind; None for the router's own.
+        handicap: see `RouterModel.decide`.
+    """
+
+    threshold: float | None
+    handicap: float
+
+
+MODES: dict[Mode, Lean] = {
+    "default": Lean(None, 0.0),
+    "turbo": Lean(0.95, 0.15),
+    "max-quality": Lean(0.5, -0.15),
+}
+"""Turbo asks a modifier only where it is surely better, so that swaps are few; max-quality wherever it may be."""
+
+
 @dataclass(frozen=True)
 class RouterModel:
     """A trained router.
@@ -55,28 +79,35 @@ class RouterModel:
     threshold: float
     calibrators: dict[str, Calibrator] = field(default_factory=dict)
 
-    def route(self, query: str | Sequence[Message], threshold: float | None = None) -> Route:
+    def route(self, query: str | Sequence[Message], threshold: float | None = None, mode: Mode = "default") -> Route:
         """Decide who answers.
 
         Args:
             query: a question, or a conversation, whose last user message decides.
-            threshold: confidence that the kind of query is known, below which the base answers; null: the model's.
+            threshold: confidence that the kind of query is known, below which the base answers; null: the mode's.
+            mode: see `MODES`.
         """
         text = query if isinstance(query, str) else last_question(query)
         known, right = self.probabilities([text])
-        return self.decide(float(known[0]), right[0], self.threshold if threshold is None else threshold)
+        lean = MODES[mode]
+        if threshold is None:
+            threshold = self.threshold if lean.threshold is None else lean.threshold
+        return self.decide(float(known[0]), right[0], threshold, lean.handicap)
 
-    def decide(self, known: float, right: NDArray[np.float64], threshold: float) -> Route:
+    def decide(self, known: float, right: NDArray[np.float64], threshold: float, handicap: float = 0.0) -> Route:
         """The rule, given the probabilities.
 
         Args:
             known: probability that the query is of a measured kind.
             right: probability of a right answer per candidate, if it is.
+            handicap: how much likelier to be right than the base a modifier must be; negative favours modifiers.
         """
         vouched = {name: float(known * p) for name, p in zip(self.candidates, right, strict=True)}
         if known < threshold:
             return Route(BASE, vouched[BASE], "low-confidence", vouched)
-        choice = self.candidates[int(right.argmax())]
+        # The base is first and wins ties; where modifiers are favoured, the best of them is chosen by itself.
+        leaning = right - np.where(np.arange(len(right)) == 0, 0.0, handicap)
+        choice = self.candidates[int(leaning.argmax())]
         return Route(choice, vouched[choice], "router", vouched)
 
     def probabilities(self, queries: Sequence[str]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -138,8 +138,8 @@ def test_errors(client, address: str) -> None:
     assert (missing.value.code, missing.value.param) == ("model_not_found", "model")
     message = [{"role": "user", "content": "hi"}]
     with pytest.raises(openai.BadRequestError) as unsupported:
-        client.chat.completions.create(model="base", messages=message, n=2)
-    assert (unsupported.value.code, unsupported.value.param) == ("unsupported_parameter", "n")
+        client.chat.completions.create(model="base", messages=message, presence_penalty=0.5)
+    assert (unsupported.value.code, unsupported.value.param) == ("unsupported_parameter", "presence_penalty")
     with pytest.raises(openai.BadRequestError) as invalid:
         client.chat.completions.create(model="base", messages=message, temperature=9)
     assert invalid.value.param == "temperature"

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import re
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import httpx
+import jsonschema
+import numpy as np
 import openai
 import pytest
 from stand_in import DOMAINS, LETTERS_QUESTION, SUMS_QUESTION, SYSTEM
 
+from cascade.artifacts import Store
+from cascade.benchmarks import get
+from cascade.errors import DataError
+from cascade.models.chat import prompt_text
+from cascade.models.generation import Request, generate
 from cascade.tasks import Message
-from serve.events import Failed, Started, Work
-from serve.gateway import Gateway, build_api
+from serve.events import Delta, Failed, Finished, Started, Work
+from serve.feedback import FeedbackLog
+from serve.gateway import Gateway
+from serve.http import build_api
+from serve.keys import KeyRing, add_key, read_keys, revoke_key
 from serve.live import LiveModifiers, LiveRouter
 
 
@@ -139,8 +152,8 @@ async def test_an_unknown_model_is_a_404_that_names_those_there_are(client) -> N
 
 async def test_unsupported_parameters_reach_the_client_by_name(client) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
-        await client.chat.completions.create(**ask("base", "hi"), n=3)
-    assert (caught.value.code, caught.value.param) == ("unsupported_parameter", "n")
+        await client.chat.completions.create(**ask("base", "hi"), presence_penalty=0.5)
+    assert (caught.value.code, caught.value.param) == ("unsupported_parameter", "presence_penalty")
 
 
 @pytest.mark.parametrize(
@@ -238,8 +251,10 @@ async def test_a_client_that_leaves_ends_the_work(gateway) -> None:
 
 
 async def test_health_is_that_of_the_engine(gateway, http) -> None:
-    assert (await http.get("/health")).json() == {"status": "ok"}
+    for path in ("/health", "/ready"):
+        assert (await http.get(path)).json() == {"status": "ok"}
     gateway.backend = Scripted()
+    assert (await http.get("/ready")).status_code == 503
     assert (await http.get("/health")).status_code == 503
 
 
@@ -252,3 +267,161 @@ async def test_without_a_router_the_base_answers(gateway, client, tmp_path, stan
 async def test_a_route_to_a_modifier_that_is_gone_falls_back(gateway) -> None:
     route = gateway.router.route([Message("user", SUMS_QUESTION)], {"letters": "1"}, None)
     assert (route.choice, route.reason) == ("base", "unavailable")
+
+
+async def test_several_answers_to_one_request(client, reference) -> None:
+    body = ask("sums", "hello", temperature=1.0, seed=5)
+    answer = await client.chat.completions.create(**body, n=3)
+    work = Work("sums", (Message("user", "hello"),), 12, temperature=1.0)
+    wanted = [reference(replace(work, seed=5 + i)) for i in range(3)]
+    assert [c.message.content for c in answer.choices] == wanted
+    assert [c.index for c in answer.choices] == [0, 1, 2]
+    assert answer.usage.completion_tokens > 12
+    texts = ["", "", ""]
+    async for chunk in await client.chat.completions.create(**body, n=3, stream=True):
+        for choice in chunk.choices:
+            texts[choice.index] += choice.delta.content or ""
+    assert texts == wanted
+
+
+async def test_logprobs_are_those_of_the_model(client, loaded) -> None:
+    body = ask("base", "hello", temperature=0, logprobs=True, top_logprobs=3)
+    answer = await client.chat.completions.create(**body)
+    content = answer.choices[0].logprobs.content
+    assert len(content) == answer.usage.completion_tokens
+    assert "".join(t.token for t in content) == answer.choices[0].message.content or "\ufffd" in str(content)
+    text = prompt_text(loaded.tokenizer, [Message("user", "hello")])
+    prompt = loaded.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+    best = loaded.model(prompt).logits[0, -1].log_softmax(-1).topk(3)
+    assert content[0].logprob == pytest.approx(float(best.values[0]), abs=1e-4)
+    assert [t.logprob for t in content[0].top_logprobs] == pytest.approx(best.values.tolist(), abs=1e-4)
+    streamed = []
+    async for chunk in await client.chat.completions.create(**body, stream=True):
+        if chunk.choices and chunk.choices[0].logprobs:
+            streamed += chunk.choices[0].logprobs.content
+    assert [t.logprob for t in streamed] == pytest.approx([t.logprob for t in content], abs=1e-4)
+
+
+async def test_completions_continue_raw_text(client, loaded) -> None:
+    raw = await client.completions.with_raw_response.create(
+        model="base", prompt="Once upon", max_tokens=8, temperature=0, logprobs=1
+    )
+    answer = raw.parse()
+    ids = loaded.tokenizer("Once upon").input_ids
+    assert answer.choices[0].text == generate(loaded, [Request(ids, 8)])[0].text
+    assert answer.usage.prompt_tokens == len(ids)
+    assert len(answer.choices[0].logprobs.tokens) == 8
+    assert raw.headers["x-cascade-route"] == "base"
+    stream = await client.completions.create(model="base", prompt="Once upon", max_tokens=8, temperature=0, stream=True)
+    assert "".join([c.choices[0].text async for c in stream]) == answer.choices[0].text
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Oslo", "Rome"]}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
+    "required": ["city", "days"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+async def test_answers_keep_to_a_json_schema(client, temperature: float) -> None:
+    """A random model knows no JSON at all."""
+    form = {"type": "json_schema", "json_schema": {"name": "trip", "schema": SCHEMA}}
+    body = ask("letters", "Where to?", temperature=temperature, response_format=form, seed=3) | {"max_tokens": 60}
+    answer = await client.chat.completions.create(**body, n=4)
+    for choice in answer.choices:
+        jsonschema.validate(json.loads(choice.message.content), SCHEMA)
+        assert choice.finish_reason == "stop"
+
+
+async def test_schemas_that_cannot_be_kept_to_are_refused(client) -> None:
+    for schema in (
+        {"type": "nonsense"},
+        {"$ref": "http://example.com/schema"},
+        {"type": "string", "pattern": "(?<=a)b"},
+    ):
+        form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+        with pytest.raises(openai.BadRequestError) as caught:
+            await client.chat.completions.create(**ask("base", "hi", response_format=form))
+        assert caught.value.param == "response_format"
+
+
+async def test_calls_come_out_as_tool_calls(gateway, client) -> None:
+    tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
+    said = (Started("1", 3, 0.0, 0.0), Delta("[add(a=1, "), Delta("b='x')]"), Finished("stop", 9))
+    gateway.backend = Scripted(*said)
+    answer = await client.chat.completions.create(**ask("base", "hi"), tools=[tool])
+    (call,) = answer.choices[0].message.tool_calls
+    assert (call.function.name, json.loads(call.function.arguments)) == ("add", {"a": 1, "b": "x"})
+    assert answer.choices[0].finish_reason == "tool_calls"
+    assert answer.choices[0].message.content is None
+    chunks = [c async for c in await client.chat.completions.create(**ask("base", "hi"), tools=[tool], stream=True)]
+    deltas = [c.choices[0].delta.tool_calls for c in chunks if c.choices[0].delta.tool_calls]
+    assert deltas[0][0].function.name == "add"
+    assert chunks[-1].choices[0].finish_reason == "tool_calls"
+    gateway.backend = Scripted(said[0], Delta("No tool fits."), Finished("stop", 4))
+    answer = await client.chat.completions.create(**ask("base", "hi"), tools=[tool])
+    assert (answer.choices[0].message.content, answer.choices[0].message.tool_calls) == ("No tool fits.", None)
+
+
+async def test_modes_lean_to_the_base_or_to_modifiers(gateway) -> None:
+    model = gateway.router._refreshed()
+    even = np.array([0.5, 0.5, 0.4])
+    assert [model.decide(0.9, even, 0.5, h).choice for h in (0.0, 0.15, -0.15)] == ["base", "base", "letters"]
+    ahead = np.array([0.5, 0.6, 0.1])
+    assert [model.decide(0.9, ahead, 0.5, h).choice for h in (0.0, 0.15)] == ["letters", "base"]
+    assert model.route(SUMS_QUESTION, mode="max-quality").choice == "sums"
+
+
+async def test_disliked_answers_become_tasks(gateway, client, http, tmp_path) -> None:
+    assert (await http.post("/v1/feedback", json={"request_id": "x", "rating": "bad"})).status_code == 404
+    store = Store(str(tmp_path / "log"))
+    gateway.feedback = FeedbackLog(store)
+    raw = await client.chat.completions.with_raw_response.create(**ask("sums", SUMS_QUESTION))
+    request_id = raw.headers["x-request-id"]
+    said = {"request_id": request_id, "rating": "bad"}
+    assert (await http.post("/v1/feedback", json=said)).json()["rating"] == "bad"
+    assert store.read_json(f"feedback/open/{request_id}.json")["route"] == "sums"
+    assert (await http.post("/v1/feedback", json=said | {"answer": "42"})).status_code == 200
+    assert store.list("feedback/open") == []
+    options = {"path": store.path("feedback/tasks")}
+    (task,) = get("jsonl").load("train", domain="sums", options=options, seed=1, count=None)
+    assert (task.prompt, task.messages[-1].content) == (SUMS_QUESTION, SUMS_QUESTION)
+    assert (await http.post("/v1/feedback", json=said | {"request_id": "nobody"})).status_code == 404
+    assert (await http.post("/v1/feedback", json=said | {"rating": "meh"})).status_code == 400
+
+
+async def test_keys_are_asked_for_once_there_is_one(gateway, tmp_path) -> None:
+    store = Store(str(tmp_path / "keys"))
+    key = add_key(store, "me", requests_per_minute=3)
+    assert key not in store.read_bytes("keys.json").decode()
+    transport = httpx.ASGITransport(build_api(gateway, keys=KeyRing(store)))
+    async with httpx.AsyncClient(transport=transport, base_url="http://cascade") as http:
+        for path in ("/", "/health", "/ready"):
+            assert (await http.get(path)).status_code == 200
+        for path in ("/v1/models", "/openapi.json", "//v1/models", "/health/../v1/models"):
+            for headers in ({}, {"authorization": "Bearer ck-wrong"}, {"authorization": key[:-1]}, {"host": "/health"}):
+                refused = await http.get(path, headers=headers)
+                assert refused.status_code == 401
+                assert refused.json()["error"]["code"] == "invalid_api_key"
+                assert refused.headers["x-request-id"]
+        mine = {"authorization": f"Bearer {key}"}
+        codes = [(await http.get("/v1/models", headers=mine)).status_code for _ in range(4)]
+        assert codes == [200, 200, 200, 429]
+        limited = await http.get("/v1/models", headers=mine)
+        assert 1 <= int(limited.headers["retry-after"]) <= 21
+    with pytest.raises(DataError, match="taken"):
+        add_key(store, "me")
+    revoke_key(store, "me")
+    assert read_keys(store) == []
+    with pytest.raises(DataError, match="no key"):
+        revoke_key(store, "me")
+
+
+async def test_the_openapi_document_describes_the_bodies(http) -> None:
+    document = (await http.get("/openapi.json")).json()
+    schemas = document["components"]["schemas"]
+    assert {"ChatRequest", "CompletionRequest", "Feedback", "ChatMessage"} <= set(schemas)
+    used = set(re.findall(r"#/components/schemas/(\w+)", json.dumps(document)))
+    assert used <= set(schemas)

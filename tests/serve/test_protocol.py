@@ -7,14 +7,15 @@ import json
 import pytest
 
 from cascade.tasks import Message
-from serve.protocol import MAX_BODY_BYTES, ApiError, parse_chat_request
+from serve.protocol import MAX_BODY_BYTES, MAX_CHOICES, MAX_SCHEMA, ApiError, ChatRequest, CompletionRequest, parse
+from serve.tools import read_calls
 
 GOOD = {"model": "cascade", "messages": [{"role": "user", "content": "hi"}]}
 
 
 def refused(**changes: object) -> ApiError:
     with pytest.raises(ApiError) as caught:
-        parse_chat_request(json.dumps(GOOD | changes).encode())
+        parse(ChatRequest, json.dumps(GOOD | changes).encode())
     return caught.value
 
 
@@ -34,7 +35,7 @@ def test_a_full_request() -> None:
         "user": "me",
         "metadata": {"a": "b"},
     }
-    request = parse_chat_request(json.dumps(body).encode())
+    request = parse(ChatRequest, json.dumps(body).encode())
     assert request.conversation == [Message("system", "be brief"), Message("user", "ab")]
     assert (request.limit, request.stops, request.seed) == (5, ("x", "y"), -3)
     assert request.stream_options is not None
@@ -44,10 +45,6 @@ def test_a_full_request() -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("n", 2),
-        ("tools", [{"type": "function", "function": {"name": "f"}}]),
-        ("response_format", {"type": "json_object"}),
-        ("logprobs", True),
         ("logit_bias", {"1": 5}),
         ("presence_penalty", 0.5),
         ("functions", [{"name": "f"}]),
@@ -65,7 +62,7 @@ def test_unsupported_parameters_are_refused_by_name(name: str, value: object) ->
     [("n", 1), ("tools", []), ("response_format", {"type": "text"}), ("logprobs", False), ("logit_bias", None)],
 )
 def test_values_that_ask_for_nothing_are_taken(name: str, value: object) -> None:
-    parse_chat_request(json.dumps(GOOD | {name: value}).encode())
+    parse(ChatRequest, json.dumps(GOOD | {name: value}).encode())
 
 
 def test_unknown_parameters_are_refused_by_name() -> None:
@@ -85,9 +82,28 @@ def test_unknown_parameters_are_refused_by_name() -> None:
         ({"stop": ""}, "stop"),
         ({"seed": 2**63}, "seed"),
         ({"messages": []}, "messages"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
-        ({"messages": [{"role": "user"}]}, "messages[0].content"),
-        ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0]"),
+        ({"messages": [{"role": "wizard", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user"}]}, "messages[0]"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages[0]"),
+        ({"n": 0}, "n"),
+        ({"n": MAX_CHOICES + 1}, "n"),
+        ({"top_logprobs": 21}, "top_logprobs"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": [{"type": "function", "function": {"name": "../x"}}]}, "tools[0].function.name"),
+        ({"tools": [{"type": "code_interpreter"}]}, "tools[0].type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format"),
+        ({"response_format": {"type": "json_object", "json_schema": {"name": "x", "schema": {}}}}, "response_format"),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "x", "schema": {"title": "x" * MAX_SCHEMA}},
+                }
+            },
+            "response_format",
+        ),
+        ({"router_mode": "warp"}, "router_mode"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, "messages[0].content"),
         ({"stream_options": {"foo": 1}}, "stream_options.foo"),
         ({"router_threshold": 1.5}, "router_threshold"),
@@ -102,7 +118,7 @@ def test_bad_values_name_the_parameter(changes: dict[str, object], param: str) -
 
 def test_missing_parameters_are_named() -> None:
     with pytest.raises(ApiError) as caught:
-        parse_chat_request(b'{"model": "base"}')
+        parse(ChatRequest, b'{"model": "base"}')
     assert (caught.value.code, caught.value.param) == ("missing_required_parameter", "messages")
 
 
@@ -112,18 +128,57 @@ def test_missing_parameters_are_named() -> None:
 )
 def test_bodies_that_are_no_request(body: bytes) -> None:
     with pytest.raises(ApiError) as caught:
-        parse_chat_request(body)
+        parse(ChatRequest, body)
     assert caught.value.status == 400
 
 
 def test_lone_surrogates_are_refused() -> None:
     body = b'{"model": "base", "messages": [{"role": "user", "content": "\\ud800"}]}'
     with pytest.raises(ApiError) as caught:
-        parse_chat_request(body)
+        parse(ChatRequest, body)
     assert caught.value.status == 400
 
 
 def test_bodies_that_are_too_large() -> None:
     with pytest.raises(ApiError) as caught:
-        parse_chat_request(b" " * (MAX_BODY_BYTES + 1))
+        parse(ChatRequest, b" " * (MAX_BODY_BYTES + 1))
     assert caught.value.status == 413
+
+
+def test_completions_take_one_text() -> None:
+    request = parse(CompletionRequest, b'{"model": "base", "prompt": ["Once upon"], "logprobs": 2}')
+    assert (request.text, request.limit, request.rivals) == ("Once upon", 16, 2)
+    for bad in (b'["a", "b"]', b"[]", b"[1, 2]", b"null"):
+        with pytest.raises(ApiError) as caught:
+            parse(CompletionRequest, b'{"model": "base", "prompt": ' + bad + b"}")
+        assert caught.value.param.startswith("prompt")
+
+
+def test_tools_are_described_in_front_and_calls_read_back() -> None:
+    tool = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}}}
+    call = {"id": "c1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Oslo"}'}}
+    body = GOOD | {
+        "tools": [tool],
+        "messages": [
+            {"role": "system", "content": "Be kind."},
+            {"role": "user", "content": "Weather?"},
+            {"role": "assistant", "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "c1", "content": "Rain."},
+        ],
+    }
+    request = parse(ChatRequest, json.dumps(body).encode())
+    system, *rest = request.conversation
+    assert system.content.endswith("Be kind.")
+    assert '"name": "get_weather"' in system.content
+    assert rest == [
+        Message("user", "Weather?"),
+        Message("assistant", "[get_weather(city='Oslo')]"),
+        Message("user", "Rain."),
+    ]
+    (made,) = read_calls("[get_weather(city='Oslo', days=2)]", request.usable_tools)
+    assert json.loads(made.function.arguments) == {"city": "Oslo", "days": 2}
+    for text in ("It rains.", "[get_time()]", "[get_weather(city=__import__('os'))]", "[]", "["):
+        calls = read_calls(text, request.usable_tools)
+        assert all(json.loads(c.function.arguments) == {"city": "__import__('os')"} for c in calls)
+    off = parse(ChatRequest, json.dumps(body | {"tool_choice": "none"}).encode())
+    assert off.conversation[0] == Message("system", "Be kind.")

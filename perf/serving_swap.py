@@ -1,0 +1,108 @@
+"""Swapping and memory, in a process of its own, for perf/serving.py.
+
+python perf/serving_swap.py ours|peft FOLDER MODEL DTYPE ROUNDS    prints one JSON object
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from serving_setup import DOMAINS, Setup, percentile, prepare, rss_bytes
+
+from cascade import modifiers
+from cascade.compression.apply import LoraSlot
+from cascade.models.base import load_base
+from serve.forms import Forms
+
+GROWTH_SWAPS = 1000
+
+
+def main() -> None:
+    who, folder, model, dtype, rounds = sys.argv[1:]
+    torch.set_num_threads(2)
+    setup = prepare(Path(folder), model, dtype)
+    print(json.dumps({"ours": ours, "peft": peft}[who](setup, int(rounds))))
+
+
+def timed(action: Callable[[], object]) -> float:
+    """Milliseconds, the GPU's work included."""
+    start = time.perf_counter()
+    action()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) * 1e3
+
+
+def figures(times: list[float]) -> dict[str, float]:
+    return {"p50": statistics.median(times), "p95": percentile(times, 0.95), "n": len(times)}
+
+
+def ours(setup: Setup, rounds: int) -> dict[str, object]:
+    """Fills from the open flat files; cold: with the file's pages dropped from the system's cache before each."""
+    gc.collect()
+    before = rss_bytes()
+    loaded = load_base(setup.base)
+    slot = LoraSlot(loaded.model)
+    cuda = loaded.device.type == "cuda"
+    cache = Path(setup.store.path()).parent / "forms"
+    forms = Forms(setup.store, cache, base_sha256=loaded.sha256, dtype=slot.dtype, check=slot.check, pin=cuda)
+    opened = [forms.open(current) for d in DOMAINS if (current := modifiers.current(setup.store, d))]
+    for form in opened:
+        slot.fill(form)
+    base = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
+    gc.collect()
+    resident = rss_bytes() - before
+    warm = [timed(lambda form=opened[i % 3]: slot.fill(form)) for i in range(rounds)]
+    cold = []
+    for i in range(0 if cuda else min(rounds, 30)):
+        form = opened[i % 3]
+        os.fsync(form.file.fileno())
+        os.posix_fadvise(form.file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        cold.append(timed(lambda form=form: slot.fill(form)))
+    settled = rss_bytes()
+    for i in range(GROWTH_SWAPS):
+        slot.fill(opened[i % 3])
+    gc.collect()
+    return {
+        "base_bytes": base,
+        "slot_bytes": slot.resident_bytes,
+        "resident_bytes": resident,
+        "growth_bytes": rss_bytes() - settled,
+        "warm": figures(warm),
+        "cold": figures(cold) if cold else None,
+    }
+
+
+def peft(setup: Setup, rounds: int) -> dict[str, object]:
+    """PEFT's three ways with the same adapters."""
+    from peft import PeftModel
+    from peft.utils.hotswap import hotswap_adapter
+
+    loaded = load_base(setup.base)
+    folders = [str(setup.peft[d]) for d in DOMAINS]
+    model = PeftModel.from_pretrained(loaded.model, folders[0], adapter_name="slot")
+    device = str(loaded.device)
+
+    def load_and_set(i: int) -> None:
+        model.load_adapter(folders[i % 3], adapter_name=f"new{i}")
+        model.set_adapter(f"new{i}")
+        model.delete_adapter("slot" if i == 0 else f"new{i - 1}")
+
+    few = max(rounds // 10, 6)
+    hot = [timed(lambda i=i: hotswap_adapter(model, folders[i % 3], "slot", torch_device=device)) for i in range(few)]
+    loads = [timed(lambda i=i: load_and_set(i)) for i in range(few)]
+    for i, name in enumerate("abc"):
+        model.load_adapter(folders[i], adapter_name=name)
+    sets = [timed(lambda i=i: model.set_adapter("abc"[i % 3])) for i in range(rounds)]
+    return {"load_set_delete": figures(loads), "hotswap": figures(hot), "set_adapter": figures(sets)}
+
+
+main()

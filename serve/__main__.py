@@ -1,0 +1,54 @@
+"""`python -m serve CONFIG [--host HOST] [--port PORT] [name=value …]`: serve, until told to stop, cutting no answer.
+
+Starts a Ray of its own, or joins the one that RAY_ADDRESS names. On SIGTERM or Ctrl-C no new request is let in, the
+answers that have begun are finished, and then everything ends. The values are the fields of `serve.app.Arguments`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import threading
+
+import ray
+from ray import serve as ray_serve
+
+from cascade.errors import CascadeError
+from serve.app import build
+
+_NAME = "cascade"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m serve", description=__doc__)
+    parser.add_argument("config", help="YAML file of a domain; its storage and base are served")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("values", nargs="*", metavar="name=value")
+    options = parser.parse_args()
+    try:
+        values = dict(value.split("=", 1) for value in options.values)
+        application = build({"config": options.config} | values)
+    except (CascadeError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    stop = threading.Event()
+    cluster = os.environ.get("RAY_ADDRESS")
+    ray.init(address=cluster) if cluster else ray.init(address="local", include_dashboard=False)
+    for number in (signal.SIGTERM, signal.SIGINT):  # after Ray has set its own
+        signal.signal(number, lambda *_: stop.set())
+    try:
+        ray_serve.start(http_options={"host": options.host, "port": options.port})
+        ray_serve.run(application, name=_NAME, blocking=False)
+        stop.wait()
+        ray_serve.delete(_NAME)  # waits for the answers that have begun
+    finally:
+        ray_serve.shutdown()
+        ray.shutdown()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

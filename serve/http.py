@@ -1,0 +1,157 @@
+"""The FastAPI application around a `Gateway`: paths, errors in OpenAI's shape, request ids, API keys."""
+
+from __future__ import annotations
+
+import re
+import uuid
+from importlib import resources
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+from pydantic import BaseModel
+from pydantic.json_schema import JsonSchemaMode, models_json_schema
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Message as ASGIMessage
+
+from serve.gateway import Gateway
+from serve.keys import KeyRing, RequireKey
+from serve.protocol import MAX_BODY_BYTES, ApiError, ChatRequest, CompletionRequest, Feedback
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+
+async def _read_body(request: Request) -> bytes:
+    """The body, read no further than allowed."""
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > MAX_BODY_BYTES:
+            raise ApiError(413, f"the request body has more than {MAX_BODY_BYTES} bytes", code="request_too_large")
+    return bytes(body)
+
+
+def build_api(gateway: Gateway, *, keys: KeyRing | None = None, proxied: bool = False) -> FastAPI:
+    """The FastAPI application.
+
+    Args:
+        keys: who is let in; None lets everybody in.
+        proxied: whether it runs behind Ray Serve's proxy; see `RequestIds`.
+    """
+    api = FastAPI(title="Cascade", description="OpenAI-compatible chat with routed modifiers", version="1")
+    page = resources.files("serve").joinpath("static/index.html").read_text(encoding="utf-8")
+
+    @api.get("/", response_class=HTMLResponse, include_in_schema=False)
+    async def chat_page() -> str:
+        return page
+
+    @api.get("/health")
+    async def health() -> JSONResponse:
+        healthy = await gateway.healthy()
+        return JSONResponse({"status": "ok" if healthy else "unavailable"}, 200 if healthy else 503)
+
+    @api.get("/ready")
+    async def ready() -> JSONResponse:
+        is_ready = await gateway.ready()
+        return JSONResponse({"status": "ok" if is_ready else "unavailable"}, 200 if is_ready else 503)
+
+    @api.get("/v1/models")
+    async def models() -> JSONResponse:
+        return JSONResponse(await gateway.models())
+
+    @api.get("/v1/models/{name}")
+    async def model(name: str) -> JSONResponse:
+        listed = await gateway.models()
+        entries = listed["data"]
+        assert isinstance(entries, list)
+        found = next((e for e in entries if e["id"] == name), None)
+        if found is None:
+            raise ApiError(404, f"The model {name[:80]!r} does not exist.", code="model_not_found", param="model")
+        return JSONResponse(found)
+
+    @api.post("/v1/chat/completions", openapi_extra=_body_of(ChatRequest))
+    async def chat(request: Request) -> Response:
+        return await gateway.chat(await _read_body(request), request.scope["state"]["request_id"])
+
+    @api.post("/v1/completions", openapi_extra=_body_of(CompletionRequest))
+    async def complete(request: Request) -> Response:
+        return await gateway.complete(await _read_body(request), request.scope["state"]["request_id"])
+
+    @api.post("/v1/feedback", openapi_extra=_body_of(Feedback))
+    async def feedback(request: Request) -> JSONResponse:
+        return JSONResponse(await gateway.judge(await _read_body(request)))
+
+    _describe_bodies(api)
+    _shape_errors(api)
+    if keys is not None:
+        api.add_middleware(RequireKey, ring=keys)
+    api.add_middleware(RequestIds, proxied=proxied)
+    return api
+
+
+_BODIES = (ChatRequest, CompletionRequest, Feedback)
+
+
+def _body_of(kind: type[BaseModel]) -> dict[str, object]:
+    """OpenAPI's description of a body that the gateway reads itself."""
+    schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
+    return {"requestBody": {"content": {"application/json": {"schema": schema}}, "required": True}}
+
+
+def _describe_bodies(api: FastAPI) -> None:
+    """Put the schemas that `_body_of` refers to into the OpenAPI document."""
+    kinds: list[tuple[type[BaseModel], JsonSchemaMode]] = [(kind, "validation") for kind in _BODIES]
+    _, found = models_json_schema(kinds, ref_template="#/components/schemas/{model}")
+    plain = api.openapi
+
+    def described() -> dict[str, Any]:
+        document = plain()
+        document.setdefault("components", {}).setdefault("schemas", {}).update(found["$defs"])
+        return document
+
+    api.openapi = described  # type: ignore[method-assign]
+
+
+def _shape_errors(api: FastAPI) -> None:
+    """Give every error OpenAI's shape."""
+
+    @api.exception_handler(ApiError)
+    async def refused(request: Request, error: ApiError) -> JSONResponse:
+        return JSONResponse(error.body(), error.status, headers={**error.known_headers, **error.headers()})
+
+    @api.exception_handler(HTTPException)
+    async def not_there(request: Request, error: HTTPException) -> JSONResponse:
+        message = f"{request.method} {request.url.path[:200]}: {error.detail}"
+        return JSONResponse(ApiError(error.status_code, message).body(), error.status_code, headers=error.headers)
+
+    @api.exception_handler(Exception)
+    async def broken(request: Request, error: Exception) -> JSONResponse:
+        message = "the server could not answer; its log says why"
+        return JSONResponse(ApiError(500, message, code="internal_error").body(), 500)
+
+
+class RequestIds:
+    """ASGI middleware: gives every request an id, and every response the header `x-request-id`.
+
+    Ray Serve's proxy does both itself: behind it (`proxied`) its id is taken over and no second header added.
+    """
+
+    def __init__(self, app: ASGIApp, proxied: bool) -> None:
+        self._app, self._proxied = app, proxied
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get("x-request-id", "") if self._proxied else ""
+        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = request_id
+
+        async def send_with_id(message: ASGIMessage) -> None:
+            if message["type"] == "http.response.start" and not self._proxied:
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        await self._app(scope, receive, send_with_id)

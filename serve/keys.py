@@ -1,0 +1,201 @@
+"""API keys: made, listed and revoked here, hashed at rest, each with limits of its own.
+
+    python -m serve.keys STORAGE add NAME [--requests-per-minute N]     prints the key, once
+    python -m serve.keys STORAGE list
+    python -m serve.keys STORAGE revoke NAME
+
+As long as a storage has no key, its server asks for none. A key is 32 random bytes, so that its SHA-256 tells nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import hmac
+import re
+import secrets
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from cascade.artifacts import Store
+from cascade.errors import CascadeError, DataError, FormatError
+from serve.protocol import ApiError
+
+FILE = "keys.json"
+OPEN_PATHS = frozenset({"/", "/health", "/ready"})
+"""Paths that need no key; everything else does."""
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_REFRESH_S = 2.0
+
+
+class Key(BaseModel):
+    """What is stored of a key."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: str = Field(pattern=rf"^{_NAME.pattern}$")
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    requests_per_minute: int = Field(600, ge=1)
+    created: float
+
+
+_KEYS = TypeAdapter(list[Key])
+
+
+def read_keys(store: Store) -> list[Key]:
+    """
+    Raises:
+        FormatError: the file is damaged.
+    """
+    try:
+        return _KEYS.validate_json(store.read_bytes(FILE))
+    except FileNotFoundError:
+        return []
+    except ValidationError as error:
+        raise FormatError(f"{store.uri}/{FILE} is damaged: {error.errors()[0]['msg']}") from None
+
+
+def add_key(store: Store, name: str, requests_per_minute: int = 600) -> str:
+    """Make a key.
+
+    Returns:
+        The key itself, which is stored nowhere.
+
+    Raises:
+        DataError: the name is taken or not allowed.
+    """
+    keys = read_keys(store)
+    if not _NAME.fullmatch(name) or any(k.name == name for k in keys):
+        raise DataError(f"{name[:80]!r} is taken, or no name for a key: allowed is {_NAME.pattern}")
+    key = f"ck-{secrets.token_urlsafe(32)}"
+    made = Key(name=name, sha256=_digest(key), requests_per_minute=requests_per_minute, created=time.time())
+    store.write_bytes(FILE, _KEYS.dump_json([*keys, made], indent=2))
+    return key
+
+
+def revoke_key(store: Store, name: str) -> None:
+    """
+    Raises:
+        DataError: there is no such key.
+    """
+    keys = read_keys(store)
+    if all(k.name != name for k in keys):
+        raise DataError(f"there is no key {name[:80]!r}; there are {', '.join(k.name for k in keys) or 'none'}")
+    store.write_bytes(FILE, _KEYS.dump_json([k for k in keys if k.name != name], indent=2))
+
+
+@dataclass
+class _Bucket:
+    """What a key has left: filled evenly, at most a minute's worth."""
+
+    left: float
+    filled: float = field(default_factory=time.monotonic)
+
+    def take(self, per_minute: int) -> float:
+        """Take one request; returns 0, or the seconds until there is one to take."""
+        now = time.monotonic()
+        self.left = min(per_minute, self.left + (now - self.filled) * per_minute / 60)
+        self.filled = now
+        if self.left < 1:
+            return (1 - self.left) * 60 / per_minute
+        self.left -= 1
+        return 0.0
+
+
+class KeyRing:
+    """The keys of a storage, read again every few seconds. Safe for threads."""
+
+    def __init__(self, store: Store) -> None:
+        self._store, self._lock = store, threading.Lock()
+        self._keys = read_keys(store)
+        self._read_at = time.monotonic()
+        self._buckets: dict[str, _Bucket] = {}
+
+    def admit(self, authorization: str | None) -> None:
+        """Let a request in.
+
+        Args:
+            authorization: the header of that name.
+
+        Raises:
+            ApiError: 401 without a key that is known, 429 beyond its limit.
+        """
+        keys = self._current()
+        if not keys:
+            return
+        given = (authorization or "").removeprefix("Bearer ").strip()
+        digest = _digest(given)
+        key = next((k for k in keys if hmac.compare_digest(k.sha256, digest)), None)
+        if key is None:
+            said = "Incorrect API key provided." if given else "You didn't provide an API key."
+            raise ApiError(401, f"{said} Send it as 'Authorization: Bearer KEY'.", code="invalid_api_key")
+        with self._lock:
+            bucket = self._buckets.setdefault(key.sha256, _Bucket(key.requests_per_minute))
+            wait = bucket.take(key.requests_per_minute)
+        if wait:
+            message = f"This key may ask {key.requests_per_minute} times a minute."
+            raise ApiError(429, message, code="rate_limit_exceeded", retry_after_s=int(wait) + 1)
+
+    def _current(self) -> list[Key]:
+        with self._lock:
+            if time.monotonic() - self._read_at > _REFRESH_S:
+                self._read_at = time.monotonic()
+                # A file that cannot be read opens nothing: the keys known before go on being asked for.
+                with contextlib.suppress(CascadeError, OSError):
+                    self._keys = read_keys(self._store)
+            return self._keys
+
+
+class RequireKey:
+    """ASGI middleware: lets in who has a key. Looks at the path as the application does, never at the Host header."""
+
+    def __init__(self, app: ASGIApp, ring: KeyRing) -> None:
+        self._app, self._ring = app, ring
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
+            try:
+                self._ring.admit(Headers(scope=scope).get("authorization"))
+            except ApiError as error:
+                await JSONResponse(error.body(), error.status, headers=error.headers())(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+def _digest(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m serve.keys", description=__doc__)
+    parser.add_argument("storage", help="folder or URI, as in the config")
+    commands = parser.add_subparsers(dest="command", required=True)
+    add = commands.add_parser("add")
+    add.add_argument("name")
+    add.add_argument("--requests-per-minute", type=int, default=600)
+    commands.add_parser("revoke").add_argument("name")
+    commands.add_parser("list")
+    options = parser.parse_args()
+    store = Store(options.storage)
+    try:
+        if options.command == "add":
+            print(add_key(store, options.name, options.requests_per_minute))
+        elif options.command == "revoke":
+            revoke_key(store, options.name)
+        for key in read_keys(store) if options.command == "list" else []:
+            print(f"{key.name}  {key.requests_per_minute} requests a minute")
+    except CascadeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
