@@ -217,10 +217,12 @@ async def test_the_batches_stay_within_their_bounds(make_engine, work, reference
     assert engine.load == (0, 0)
 
 
-async def test_a_long_answer_is_parked_and_goes_on_where_it_was(engine, work, reference):
-    long, short = work("letters", "a long one", 300), work("sums", "a short one", 3)
+async def test_a_long_answer_is_parked_and_goes_on_where_it_was(make_engine, work, reference):
+    engine = make_engine(patience_s=0.0)
+    long, short = work("letters", "a long one", 450), work("sums", "a short one", 3)
     task = asyncio.create_task(collect(engine, long))
-    await asyncio.sleep(0.1)
+    while engine.load == (0, 0):
+        await asyncio.sleep(0.001)
     events = await collect(engine, short)
     assert isinstance(events[-1], Finished)
     assert not task.done()
