@@ -220,14 +220,13 @@ async def test_the_batches_stay_within_their_bounds(make_engine, work, reference
 async def test_a_long_answer_is_parked_and_goes_on_where_it_was(make_engine, work, reference):
     engine = make_engine(patience_s=0.0)
     long, short = work("letters", "a long one", 450), work("sums", "a short one", 3)
-    task = asyncio.create_task(collect(engine, long))
-    while engine.load == (0, 0):
-        await asyncio.sleep(0.001)
-    events = await collect(engine, short)
-    assert isinstance(events[-1], Finished)
-    assert not task.done()
-    assert text_of(events) == reference(short)
-    assert text_of(await task) == reference(long)
+    stream = engine.stream(long)
+    events = [await anext(stream)]
+    others = await collect(engine, short)
+    assert engine.load == (1, 0)
+    assert text_of(others) == reference(short)
+    events += [event async for event in stream]
+    assert text_of(events) == reference(long)
 
 
 async def test_whoever_leaves_a_parked_group_is_forgotten(make_engine, work):
