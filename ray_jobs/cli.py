@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from cascade.artifacts import Store
+from cascade.benchmarks.sources import cache_dir
 from cascade.config import load_config
 from cascade.dataset import check_dataset as check
 from cascade.errors import ConfigError, DataError
 from cascade.reports import scoreboard
+from cascade.routing.model import current_report, set_threshold
+from cascade.system import bill
+from cascade.system import bundle as pack
 from cascade.teachers.economics import plan as plan_tiers
 from cascade.teachers.ledger import Ledger
 from ray_jobs._context import exit_with_message, run_one
@@ -131,6 +137,68 @@ def _check(folder: str) -> None:
     if found.problems:
         raise DataError("\n".join([f"{len(found.problems)} problems:", *found.problems[:20]]))
     print("all as the card says")
+
+
+@app.command()
+def system(config: ConfigFile) -> None:
+    """Show what base, modifiers and router weigh on disk and in memory, with versions and hashes."""
+    exit_with_message(lambda: _print_bill(config))
+
+
+@app.command()
+def bundle(config: ConfigFile, folder: Annotated[str, typer.Argument(metavar="FOLDER", help="new folder")]) -> None:
+    """Pack base, modifiers and router into one folder; `python -m serve FOLDER` serves it."""
+    exit_with_message(lambda: print(pack(load_config(config), Path(folder), cache_dir() / "router")))
+
+
+@app.command()
+def tune_router(
+    config: ConfigFile,
+    threshold: Annotated[float | None, typer.Option(help="set it; without, the curve is shown alone")] = None,
+) -> None:
+    """Show what each threshold of the router gives on held-out queries, and set it."""
+    exit_with_message(lambda: _tune_router(config, threshold))
+
+
+def _print_bill(path: str) -> None:
+    found = bill(load_config(path), cache_dir() / "router")
+    table = Table(title="The system", title_justify="left")
+    for heading in ("part", "version", "sha256", "disk MB", "resident MB"):
+        table.add_column(heading, justify="right" if heading.endswith("MB") else "left")
+    for item in found.items:
+        figures = (f"{item.disk_bytes / 1e6:.2f}", f"{item.resident_bytes / 1e6:.2f}")
+        table.add_row(f"{item.kind} {item.name}", item.version, item.sha256[:12], *figures)
+    table.add_section()
+    table.add_row("together", "", "", f"{found.disk_bytes / 1e6:.2f}", f"{found.resident_bytes / 1e6:.2f}")
+    table.caption = "resident: base, router, and the largest modifier, in the type that the base computes in"
+    Console().print(table)
+
+
+def _tune_router(path: str, threshold: float | None) -> None:
+    store = Store(load_config(path).storage)
+    report = current_report(store)
+    if not report.get("curve"):
+        raise ConfigError(
+            f"there is no router with a curve in {store.uri}: train one with `cascade train-router {path}`"
+        )
+    table = Table(title="The router on held-out queries", title_justify="left")
+    for heading in ("threshold", "decided", "to a modifier", "right answers", "interval", "other to base"):
+        table.add_column(heading, justify="right")
+    for point in report["curve"]:
+        quality = point["quality"]
+        shares = [f"{x:.1%}" for x in (point["coverage"], point["modifier_share"], quality["value"])]
+        table.add_row(
+            f"{point['threshold']:.2f}",
+            *shares,
+            f"[{quality['low']:.1%}, {quality['high']:.1%}]",
+            f"{point['other_to_base']:.1%}",
+        )
+    beside = ", ".join(f"{name} {report['quality'][name]['value']:.1%}" for name in ("base", "best_single", "random"))
+    table.caption = f"beside it: {beside}, oracle {report['quality']['oracle']['value']:.1%} (n = {report['held_out']})"
+    Console().print(table)
+    if threshold is not None:
+        version = set_threshold(store, cache_dir() / "router", threshold)
+        print(f"the threshold is {threshold}, in version {version}")
 
 
 def _job_command(name: str) -> Callable[[str], None]:

@@ -20,6 +20,7 @@ from cascade import modifiers
 from cascade.artifacts import Store
 from cascade.config import Base, load_config
 from cascade.errors import ConfigError
+from cascade.system import open_bundle
 from serve.engine import Limits
 from serve.ingress import EngineReplica, Ingress, Served
 
@@ -31,7 +32,7 @@ class Arguments(BaseModel):
     """Arguments of `build`, as `serve run serve.app:build name=value` or `args:` in a Serve config give them.
 
     Attributes:
-        config: YAML file.
+        config: YAML file, or the folder of a bundle that `cascade bundle` packed.
         replicas: engines, each with a base and a slot of its own.
         threads: of an engine's computing; null: execution.threads, else as many as help.
         rows: sequences an engine computes together.
@@ -73,7 +74,7 @@ def _checked(args: Mapping[str, Any]) -> Arguments:
 
 
 def _application(args: Arguments) -> Application:
-    config = load_config(args.config)
+    config = open_bundle(Path(args.config)) if Path(args.config).is_dir() else load_config(args.config)
     storage = Store(config.storage)
     if not any(modifiers.current(storage, domain) for domain in modifiers.list_domains(storage)):
         raise ConfigError(

@@ -12,7 +12,7 @@ import json
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from cascade.artifacts import Store, sha256_of_file
-from cascade.errors import FormatError
+from cascade.errors import DataError, FormatError
 from cascade.routing.calibration import Calibrator
 from cascade.routing.features import featurize
 from cascade.routing.network import RouterNetwork
@@ -200,6 +200,28 @@ def current_version(store: Store) -> str | None:
     return store.read_bytes(f"{_FOLDER}/CURRENT").decode().strip() or None
 
 
+def set_threshold(store: Store, cache: str | os.PathLike[str], threshold: float) -> str:
+    """Give the current router another threshold, as a new version.
+
+    Returns:
+        Its version.
+
+    Raises:
+        DataError: there is no router, or the threshold is not between 0 and 1.
+        FormatError: see `RouterModel.load`.
+    """
+    found = load_current(store, cache)
+    if found is None or not 0 <= threshold <= 1:
+        raise DataError("train a router first, with `cascade train-router`; a threshold lies between 0 and 1")
+    return publish(store, replace(found[1], threshold=threshold), current_report(store))
+
+
+def current_report(store: Store) -> dict[str, Any]:
+    """The report of the current router's training; empty if there is no router."""
+    version = current_version(store)
+    return store.read_json(f"{_FOLDER}/{version}/{_MANIFEST}")["report"] if version else {}
+
+
 def load_current(store: Store, cache: str | os.PathLike[str]) -> tuple[str, RouterModel] | None:
     """The current router with its version, None if none was trained.
 
@@ -212,4 +234,9 @@ def load_current(store: Store, cache: str | os.PathLike[str]) -> tuple[str, Rout
     version = current_version(store)
     if version is None:
         return None
-    return version, RouterModel.load(store.local_copy(f"{_FOLDER}/{version}", cache))
+    return version, RouterModel.load(local_folder(store, version, cache))
+
+
+def local_folder(store: Store, version: str, cache: str | os.PathLike[str]) -> Path:
+    """A local folder with the files of a router; see `load_current`."""
+    return store.local_copy(f"{_FOLDER}/{version}", cache)

@@ -25,6 +25,7 @@ from cascade.routing.network import target_matrix, train_network
 from cascade.scoring.statistics import paired_bootstrap, wilson
 
 MIN_QUERIES = 10
+_THRESHOLDS = np.linspace(0, 1, 21)
 Bools = NDArray[np.bool_]
 
 
@@ -69,6 +70,24 @@ class OutputReport:
 
 
 @dataclass(frozen=True)
+class CurvePoint:
+    """What a threshold would give on the held-out queries.
+
+    Attributes:
+        coverage: share of measured kinds' queries that the router decides itself.
+        modifier_share: share of them that a modifier answers, which is what routing costs: swaps and smaller batches.
+        quality: share of right answers.
+        other_to_base: share of queries of no measured kind that go to the base.
+    """
+
+    threshold: float
+    coverage: float
+    modifier_share: float
+    quality: Figure
+    other_to_base: float
+
+
+@dataclass(frozen=True)
 class RouterReport:
     """How good a router is. Every figure is of held-out queries.
 
@@ -85,6 +104,7 @@ class RouterReport:
         best_single: name of that candidate.
         gain: routed minus "base", "best_single" and "random", paired.
         other_to_base: share of queries of no measured kind that went to the base.
+        curve: the same under other thresholds.
     """
 
     seed: int
@@ -103,6 +123,7 @@ class RouterReport:
     best_single: str
     gain: dict[str, Figure]
     other_to_base: Figure
+    curve: list[CurvePoint]
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON."""
@@ -216,7 +237,7 @@ class _Measurement:
     def report(self, *, trained_on: int, other_trained_on: int, other_source: str) -> RouterReport:
         inside = self.targets[:, -1] > 0.5
         right = self.targets[inside, :-1] == 1
-        chosen, decided = self._routes()
+        chosen, decided = self._routes(self.model.threshold)
         routed = right[np.arange(len(right)), chosen[inside]]
         best = int(right.mean(axis=0).argmax())
         draw = np.random.default_rng(self.seed).integers(0, right.shape[1], len(right))
@@ -248,13 +269,24 @@ class _Measurement:
                 for name in ("base", "best_single", "random")
             },
             other_to_base=Figure.share(chosen[~inside] == 0),
+            curve=[self._point(float(t), inside, right) for t in _THRESHOLDS],
         )
 
-    def _routes(self) -> tuple[NDArray[np.int64], Bools]:
+    def _point(self, threshold: float, inside: Bools, right: Bools) -> CurvePoint:
+        chosen, decided = self._routes(threshold)
+        return CurvePoint(
+            threshold=round(threshold, 2),
+            coverage=float(decided[inside].mean()),
+            modifier_share=float((chosen[inside] > 0).mean()),
+            quality=Figure.share(right[np.arange(len(right)), chosen[inside]]),
+            other_to_base=float((chosen[~inside] == 0).mean()) if (~inside).any() else 1.0,
+        )
+
+    def _routes(self, threshold: float) -> tuple[NDArray[np.int64], Bools]:
         """Index of the candidate chosen for every held-out row, and whether the router decided itself."""
         right = np.stack([self.calibrations[c].held_out for c in self.model.candidates], axis=1)
         known = self.calibrations[KNOWN].held_out
-        routes = [self.model.decide(float(k), r, self.model.threshold) for k, r in zip(known, right, strict=True)]
+        routes = [self.model.decide(float(k), r, threshold) for k, r in zip(known, right, strict=True)]
         chosen = np.array([self.model.candidates.index(r.choice) for r in routes], dtype=np.int64)
         return chosen, np.array([r.reason == "router" for r in routes], dtype=bool)
 

@@ -1,0 +1,158 @@
+"""The bill of a whole system: what base, modifiers and router weigh on disk, and what serving holds of them.
+
+Disk is what the files weigh. Resident is the weights that one serving process holds: the base, the largest modifier
+in its serving form, and the router; both in the type that the base computes in.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from safetensors import safe_open
+
+from cascade import modifiers
+from cascade.artifacts import Store, sha256_of_file
+from cascade.config import Base, Config, load_config
+from cascade.errors import ConfigError, DataError
+from cascade.models.base import base_folder, base_sha256, default_device, resolve_dtype
+from cascade.routing.model import current_version, local_folder
+
+BUNDLE_MANIFEST = "bundle.json"
+BUNDLE_CONFIG = "serve.yaml"
+
+
+@dataclass(frozen=True)
+class Item:
+    """One part of the system.
+
+    Attributes:
+        kind: "base", "modifier" or "router".
+        resident_bytes: in the type that the base computes in.
+    """
+
+    kind: str
+    name: str
+    version: str
+    sha256: str
+    disk_bytes: int
+    resident_bytes: int
+
+
+@dataclass(frozen=True)
+class Bill:
+    """All parts, and what they come to."""
+
+    items: tuple[Item, ...]
+
+    @property
+    def disk_bytes(self) -> int:
+        return sum(item.disk_bytes for item in self.items)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Base, router, and the largest modifier: one at a time is in memory."""
+        one = max((i.resident_bytes for i in self.items if i.kind == "modifier"), default=0)
+        return sum(i.resident_bytes for i in self.items if i.kind != "modifier") + one
+
+
+def bill(config: Config, cache: Path) -> Bill:
+    """Measure the system that a config's storage holds.
+
+    Args:
+        cache: local folder for copies of files from an object store.
+
+    Raises:
+        ConfigError: there is nothing to serve yet, or the base cannot be had.
+    """
+    store, number = Store(config.storage), resolve_dtype(config.base.dtype, default_device()).itemsize
+    items = [_base(config.base, number)]
+    for domain in modifiers.list_domains(store):
+        found = modifiers.current(store, domain)
+        if found is not None:
+            # The manifest's figure is at 2 bytes per number.
+            resident = found.resident_bytes * number // 2
+            items.append(Item("modifier", domain, found.version, found.sha256, found.disk_bytes, resident))
+    if len(items) == 1:
+        raise ConfigError(f"there is no modifier in {store.uri} yet: run the pipeline first")
+    version = current_version(store)
+    if version is not None:
+        folder = local_folder(store, version, cache)
+        size = sum(f.stat().st_size for f in folder.iterdir() if f.is_file())
+        weights = folder / "router.safetensors"
+        items.append(Item("router", "router", version, sha256_of_file(weights), size, weights.stat().st_size))
+    return Bill(tuple(items))
+
+
+def bundle(config: Config, target: Path, cache: Path) -> Path:
+    """Pack base, current modifiers and router into one folder that serving runs from.
+
+    The folder holds `base/`, `storage/`, a manifest with every file's hash, and a config for `python -m serve`.
+
+    Raises:
+        DataError: the target exists and is not empty.
+        ConfigError: see `bill`.
+    """
+    if target.exists() and any(target.iterdir()):
+        raise DataError(f"{target} exists and is not empty: give a new folder")
+    found, store = bill(config, cache), Store(config.storage)
+    shutil.copytree(base_folder(config.base), target / "base", dirs_exist_ok=True)
+    packed = Store(str(target / "storage"))
+    for item in found.items:
+        if item.kind == "modifier":
+            folder = f"{modifiers.FOLDER}/{item.name}/{item.version}"
+            for name in store.list(folder):
+                packed.write_bytes(f"{folder}/{name}", store.read_bytes(f"{folder}/{name}"))
+            modifiers.set_current(packed, item.name, item.version)
+        elif item.kind == "router":
+            shutil.copytree(local_folder(store, item.version, cache), target / "storage" / "router" / item.version)
+            packed.write_bytes("router/CURRENT", f"{item.version}\n".encode())
+    settings = config.model_dump(mode="json")
+    settings |= {"base": {"model": "base", "dtype": config.base.dtype}, "storage": "storage"}
+    (target / BUNDLE_CONFIG).write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+    files = sorted(f for f in target.rglob("*") if f.is_file())
+    manifest = {
+        "items": [item.__dict__ for item in found.items],
+        "disk_bytes": found.disk_bytes,
+        "resident_bytes": found.resident_bytes,
+        "files": {str(f.relative_to(target)): sha256_of_file(f) for f in files},
+    }
+    (target / BUNDLE_MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    return target
+
+
+def open_bundle(folder: Path) -> Config:
+    """The config of a bundle, every file checked against its hash.
+
+    Raises:
+        DataError: it is no bundle, or files are missing, changed or added.
+        ConfigError: its config is damaged.
+    """
+    try:
+        said = json.loads((folder / BUNDLE_MANIFEST).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{folder} is no bundle: {error}") from None
+    files = {str(f.relative_to(folder)): f for f in folder.rglob("*") if f.is_file() and f.name != BUNDLE_MANIFEST}
+    wrong = sorted(set(said) ^ set(files)) or [n for n, f in files.items() if sha256_of_file(f) != said[n]]
+    if wrong:
+        raise DataError(f"{folder} is not the bundle that was packed: {', '.join(wrong[:5])}")
+    config = load_config(folder / BUNDLE_CONFIG)
+    base = config.base.model_copy(update={"model": str((folder / "base").absolute())})
+    return config.model_copy(update={"base": base, "storage": str((folder / "storage").absolute())})
+
+
+def _base(base: Base, number: int) -> Item:
+    folder = base_folder(base)
+    numbers = 0
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            for key in opened.keys():  # noqa: SIM118 (not a mapping)
+                size = 1
+                for width in opened.get_slice(key).get_shape():
+                    size *= width
+                numbers += size
+    disk = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+    return Item("base", base.model, base.revision or "", base_sha256(base), disk, numbers * number)

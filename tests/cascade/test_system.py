@@ -1,0 +1,95 @@
+"""The bill of a system, and the folder that it is packed into."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from stand_in import StandIn, build_stand_in
+from typer.testing import CliRunner
+
+from cascade import modifiers
+from cascade.artifacts import Store
+from cascade.errors import ConfigError, DataError
+from cascade.models.base import base_sha256
+from cascade.routing.model import RouterModel, current_report, load_current
+from cascade.system import bill, bundle, open_bundle
+from ray_jobs.cli import app
+
+
+@pytest.fixture(scope="module")
+def stand_in(tmp_path_factory: pytest.TempPathFactory) -> StandIn:
+    return build_stand_in(tmp_path_factory.mktemp("system"))
+
+
+def test_the_bill_is_that_of_the_files(stand_in: StandIn, tmp_path: Path) -> None:
+    found = bill(stand_in.config, tmp_path)
+    assert [(i.kind, i.name) for i in found.items] == [
+        ("base", stand_in.config.base.model),
+        ("modifier", "letters"),
+        ("modifier", "sums"),
+        ("router", "router"),
+    ]
+    base, letters, sums, router = found.items
+    weights = Path(stand_in.config.base.model) / "model.safetensors"
+    assert base.disk_bytes == weights.stat().st_size
+    assert base.disk_bytes - 20_000 < base.resident_bytes < base.disk_bytes  # the header is not resident
+    current = modifiers.current(stand_in.store, "letters")
+    assert (letters.disk_bytes, letters.sha256) == (current.disk_bytes, current.sha256)
+    assert letters.resident_bytes == 2 * current.resident_bytes  # float32, as the config says
+    assert found.disk_bytes == sum(i.disk_bytes for i in found.items)
+    assert found.resident_bytes == base.resident_bytes + sums.resident_bytes + router.resident_bytes
+
+
+def test_without_modifiers_there_is_no_bill(stand_in: StandIn, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="run the pipeline first"):
+        bill(stand_in.config.model_copy(update={"storage": str(tmp_path)}), tmp_path)
+
+
+def test_a_bundle_is_the_whole_system(stand_in: StandIn, tmp_path: Path) -> None:
+    folder = bundle(stand_in.config, tmp_path / "packed", tmp_path)
+    moved = folder.rename(tmp_path / "moved")
+    config = open_bundle(moved)
+    assert base_sha256(config.base) == base_sha256(stand_in.config.base)
+    for domain in ("letters", "sums"):
+        packed, content = modifiers.load_current(Store(config.storage), domain)
+        assert packed == modifiers.current(stand_in.store, domain)
+        assert content.parameters > 0
+    assert load_current(Store(config.storage), tmp_path)[0] == load_current(stand_in.store, tmp_path)[0]
+    manifest = json.loads((moved / "bundle.json").read_text())
+    assert manifest["disk_bytes"] == bill(stand_in.config, tmp_path).disk_bytes
+    with pytest.raises(DataError, match="not empty"):
+        bundle(stand_in.config, moved, tmp_path)
+    (moved / "base" / "config.json").write_text("{}")
+    with pytest.raises(DataError, match=r"not the bundle that was packed: base/config\.json"):
+        open_bundle(moved)
+    with pytest.raises(DataError, match="no bundle"):
+        open_bundle(tmp_path)
+
+
+def test_the_threshold_is_shown_and_set(tmp_path: Path) -> None:
+    mine = build_stand_in(tmp_path)
+    shown = CliRunner().invoke(app, ["tune-router", str(mine.config_path)])
+    assert shown.exit_code == 0, shown.output
+    assert "oracle" in shown.output
+    curve = current_report(mine.store)["curve"]
+    assert [p["threshold"] for p in curve][:3] == [0.0, 0.05, 0.1]
+    shares = [p["modifier_share"] for p in curve]
+    assert shares == sorted(shares, reverse=True)
+    assert shares[0] > 0.8 > 0.1 > shares[-1]
+    before = load_current(mine.store, tmp_path)
+    done = CliRunner().invoke(app, ["tune-router", str(mine.config_path), "--threshold", "0.9"])
+    assert done.exit_code == 0, done.output
+    version, model = load_current(mine.store, tmp_path)
+    assert version != before[0]
+    assert isinstance(model, RouterModel)
+    assert (before[1].threshold, model.threshold) == (0.5, 0.9)
+    assert CliRunner().invoke(app, ["tune-router", str(mine.config_path), "--threshold", "2"]).exit_code != 0
+
+
+def test_the_bill_is_printed(stand_in: StandIn) -> None:
+    shown = CliRunner().invoke(app, ["system", str(stand_in.config_path)])
+    assert shown.exit_code == 0, shown.output
+    assert "letters" in shown.output
+    assert "resident" in shown.output
