@@ -16,6 +16,7 @@ from safetensors import safe_open
 
 from cascade import modifiers
 from cascade.artifacts import Store, sha256_of_file
+from cascade.compression.packed import resident_bytes
 from cascade.config import Base, Config, load_config
 from cascade.errors import ConfigError, DataError
 from cascade.models.base import base_folder, base_sha256, default_device, resolve_dtype
@@ -73,8 +74,8 @@ def bill(config: Config, cache: Path) -> Bill:
     for domain in modifiers.list_domains(store):
         found = modifiers.current(store, domain)
         if found is not None:
-            # The manifest's figure is at 2 bytes per number.
-            resident = found.resident_bytes * number // 2
+            content = modifiers.load(store, found, verify=False)
+            resident = resident_bytes(content, bytes_per_number=number)
             items.append(Item("modifier", domain, found.version, found.sha256, found.disk_bytes, resident))
     if len(items) == 1:
         raise ConfigError(f"there is no modifier in {store.uri} yet: run the pipeline first")
