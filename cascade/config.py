@@ -165,6 +165,22 @@ class Teacher(Section):
         return self
 
 
+class Judge(Section):
+    """A model that judges answers to tasks without an exact scorer. Its verdict is an opinion, and marked as one."""
+
+    model: Teacher = Field(description="the model to ask, as for a tier; its requests count to the tier that it judges")
+    rubric: str = Field(
+        "The better answer is correct, complete and does exactly what was asked, in as few words as that takes.",
+        description="what makes an answer good, where the task has no rubric of its own",
+    )
+
+    @model_validator(mode="after")
+    def _is_a_model(self) -> Judge:
+        if self.model.is_answer_key or self.model.mode == "batch":
+            raise ValueError("a judge is a model that answers at once: no answer key, no batch mode")
+        return self
+
+
 class Lora(Section):
     """Shape and optimisation of a LoRA adapter."""
 
@@ -287,6 +303,7 @@ class Config(Section):
     student: Student = Student()
     tiers: list[Teacher] = Field(min_length=3, max_length=3, description="tier 1, 2 and 3, in rising order of price")
     budget_usd: Usd = Field(description="hard limit for all teachers of this domain together")
+    judge: Judge | None = Field(None, description="off by default; needed for jsonl tasks of the kind open")
     clusters: Clusters = Clusters()
     probe: Probe = Probe()
     training: Training = Training()

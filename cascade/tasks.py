@@ -248,6 +248,7 @@ KEYS = {
     "Completion": ("task_id", "model", "modifier"),
     "Verdict": ("task_id", "model", "modifier"),
     "Example": ("task_id", "tier"),
+    "Judgement": ("task_id", "attempt", "round"),
     "DatasetRow": ("task_id", "tier"),
     "Answer": ("task_id", "attempt", "round"),
     "StepReport": ("step",),

@@ -53,6 +53,19 @@ class Settled:
     usd: float
 
 
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A task that has its verdict, for the display: see `TierMeter.add`."""
+
+    passed: bool
+    cost_usd: float
+    paid_usd: float
+    requests: int
+
+
+News = Returned | Settled | Done
+
+
 class Desk:
     """The actor itself. `holder` is the name of a teacher actor."""
 
@@ -63,6 +76,12 @@ class Desk:
         self.metrics = TierMetrics(config, tier)
         self.seen: dict[str, float] = {}
         self.watch: asyncio.Task[None] | None = None
+        self.done: list[Done] = []
+
+    async def take_done(self) -> list[Done]:
+        """Tasks that have had their verdicts since this was last asked. Ray Data tells of whole blocks alone."""
+        done, self.done = self.done, []
+        return done
 
     async def acquire(self, holder: str, endpoint: Endpoint, tokens: list[int]) -> list[str]:
         """See `RateLimiter.acquire_some`."""
@@ -74,11 +93,13 @@ class Desk:
         self._hear(holder)
         return await self.budget.reserve_some(self.tier, usd, holder)
 
-    async def note(self, holder: str, news: list[Returned | Settled]) -> None:
+    async def note(self, holder: str, news: list[News]) -> None:
         """Take back places and book costs; without any news, a sign of life."""
         self._hear(holder)
         for item in news:
-            if isinstance(item, Settled):
+            if isinstance(item, Done):
+                self.done.append(item)
+            elif isinstance(item, Settled):
                 await self.budget.settle(item.lease, item.usd)
             else:
                 limiter = self._limiter(item.endpoint)
@@ -116,7 +137,7 @@ class DeskClient:
 
     def __init__(self, desk: Any) -> None:
         self.desk, self.holder = desk, uuid.uuid4().hex
-        self._news: list[Returned | Settled] = []
+        self._news: list[News] = []
         self._telling: asyncio.Task[None] | None = None
         self._reservations = _Line(lambda usd: desk.reserve.remote(self.holder, usd), self._give_back_money)
         self._has_news = asyncio.Event()
@@ -133,7 +154,7 @@ class DeskClient:
         """See `cascade.teachers.budget.Budget.settle`. The desk hears of it a moment later."""
         self.tell(Settled(lease, usd))
 
-    def tell(self, item: Returned | Settled) -> None:
+    def tell(self, item: News) -> None:
         """Send the desk news, together with what else there is by then."""
         self._news.append(item)
         self._has_news.set()

@@ -7,8 +7,9 @@ which live in an actor of their own; every response is in the ledger before anyt
 from __future__ import annotations
 
 import asyncio
+from collections import defaultdict
 from collections.abc import AsyncIterator, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from typing import Any, cast
 
@@ -16,23 +17,27 @@ import pyarrow as pa
 import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext
+from ray.exceptions import RayError
 
 from cascade.artifacts import Run
-from cascade.config import ANSWER_KEY, Config
-from cascade.errors import BudgetExceeded, CascadeError, TeacherError
-from cascade.tasks import Message, Task, Verdict, from_table, to_table
+from cascade.benchmarks import needs_judge
+from cascade.config import ANSWER_KEY, Config, Teacher
+from cascade.errors import BudgetExceeded, TeacherError
+from cascade.tasks import Completion, Example, Message, Task, Verdict, from_table, to_table
 from cascade.teachers.budget import budget_state
 from cascade.teachers.client import Answer, TeacherClient
+from cascade.teachers.judge import Judgement, judge
 from cascade.teachers.ledger import Ledger
 from cascade.teachers.offline import answer_key_server
 from cascade.teachers.solve import Solved, solve
 from ray_jobs._context import Job, Metrics
-from ray_jobs._desk import DeskClient, open_desk, own_error
+from ray_jobs._desk import DeskClient, Done, open_desk, own_error
 from ray_jobs._evaluate import score
 from ray_jobs._meter import TierGauges, TierMeter
+from ray_jobs._progress import polling
 from ray_jobs._test import unsolved_before
 
-ANSWERS, VERDICTS, EXAMPLES = "answers", "verdicts", "examples"
+ANSWERS, VERDICTS, EXAMPLES, JUDGEMENTS = "answers", "verdicts", "examples", "judgements"
 _STOPPED = {"budget": BudgetExceeded, "teacher": TeacherError}
 
 
@@ -62,20 +67,23 @@ def _ask_all(job: Job, tier: int, pending: list[Task], resolve: dict[str, str], 
     if not pending:
         return
     desk = open_desk(job.config, tier)
+    meter, gauges = _meter(job, tier, total, total - len(pending)), TierGauges(job.config.domain)
+
+    def look() -> None:
+        with suppress(RayError):  # the desk is gone: the job is over
+            for news in ray.get(desk.take_done.remote()):
+                meter.add(news.passed, news.cost_usd, news.paid_usd, news.requests)
+            gauges.show(meter.state())
+            job.progress.tier(job.run.job, meter.state())
+
     try:
-        meter, gauges = _meter(job, tier, total, total - len(pending)), TierGauges(job.config.domain)
-        stopped: CascadeError | None = None
-        for row in _answers(job, tier, pending, resolve, desk):
-            if row["stopped"]:
-                stopped = stopped or _STOPPED[row["stopped"]](row["note"])
-                continue
-            state = meter.add(**{name: row[name] for name in ("passed", "cost_usd", "paid_usd", "requests")})
-            gauges.show(state)
-            job.progress.tier(job.run.job, state)
+        with polling(look):
+            stopped = [row for row in _answers(job, tier, pending, resolve, desk) if row["stopped"]]
+        look()
     finally:
         ray.kill(desk)
-    if stopped is not None:
-        raise stopped
+    if stopped:
+        raise _STOPPED[stopped[0]["stopped"]](stopped[0]["note"])
 
 
 def _meter(job: Job, tier: int, total: int, done: int) -> TierMeter:
@@ -85,11 +93,12 @@ def _meter(job: Job, tier: int, total: int, done: int) -> TierMeter:
     left = [budget.domain_usd - budget.total_spent()]
     left += [budget.tier_usd[tier] - budget.total_spent(tier)] if tier in budget.tier_usd else []
     spent = sum(a.cost_usd for a in job.run.read(ANSWERS, Answer))
+    spent += sum(j.cost_usd for j in job.run.read(JUDGEMENTS, Judgement))
     passed = sum(v.passed for v in before)
     return TierMeter(tier, config.tier(tier).name, total, done, passed, min(left), spent_usd=spent)
 
 
-def _answers(job: Job, tier: int, tasks: list[Task], resolve: dict[str, str], desk: Any) -> Iterator[dict[str, Any]]:
+def _answers(job: Job, tier: int, tasks: list[Task], resolve: dict[str, str], desk: Any) -> Iterator[dict[str, str]]:
     """What `TeacherActor` says of each task, as it is known."""
     execution = job.config.execution
     block = execution.task_block
@@ -109,35 +118,60 @@ def _answers(job: Job, tier: int, tasks: list[Task], resolve: dict[str, str], de
             "tier": tier,
             "resolve": resolve,
             "desk": desk,
+            "base_answers": _base_answers(job, tasks),
         },
     )
     for batch in rows.iter_batches(batch_size=None, batch_format="pyarrow"):
         yield from cast(pa.Table, batch).to_pylist()
 
 
-class TeacherActor:
-    """Asks one tier's teacher, many tasks at once, and verifies the answers."""
+def _base_answers(job: Job, tasks: list[Task]) -> dict[str, str]:
+    """What the base said to the tasks that need a judge: their answers are compared with it."""
+    judged = {t.id for t in tasks if needs_judge(t)}
+    said = job.runs.test_domain.read("base_completions", Completion) if judged else []
+    return {c.task_id: c.text for c in said if c.task_id in judged}
 
-    def __init__(self, config: Config, run: Run, tier: int, resolve: dict[str, str], desk: Any) -> None:
-        self.run, self.tier = run, tier
+
+class TeacherActor:
+    """Asks one tier's teacher, many tasks at once, and verifies the answers.
+
+    Attributes:
+        base_answers: task id -> what the base said, of the tasks that a judge decides on.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        run: Run,
+        tier: int,
+        resolve: dict[str, str],
+        desk: Any,
+        base_answers: dict[str, str],
+    ) -> None:
+        self.run, self.tier, self.judge = run, tier, config.judge
+        self.base_answers = base_answers
+        self.judgements: dict[str, list[Judgement]] = defaultdict(list)
         self.teacher = config.tier(tier)
         self.client: TeacherClient | None = None
+        self.desk = shared = DeskClient(desk)
 
-        def make_client() -> TeacherClient:
-            shared = DeskClient(desk)
+        def make_client(teacher: Teacher, judge: bool = False) -> TeacherClient:
             ledger = Ledger(run.store, config.domain)
             return TeacherClient(
-                self.teacher, tier, config.domain, ledger, shared, limiter=shared.limiter, resolve=resolve
+                teacher, tier, config.domain, ledger, shared, limiter=shared.limiter, resolve=resolve, judge=judge
             )
 
         self.make_client = make_client
+        self.judge_client: TeacherClient | None = None
 
     async def __call__(self, block: pa.Table) -> AsyncIterator[pa.Table]:
         """One output row per task, as its verdict is known; the run's tables are written when all are.
 
         What a kill in between loses is only verdicts: the answers are in the ledger and are verified again.
         """
-        self.client = self.client or self.make_client()
+        self.client = self.client or self.make_client(self.teacher)
+        if self.judge is not None and self.judge_client is None:
+            self.judge_client = self.make_client(self.judge.model, judge=True)
         await asyncio.to_thread(self.client.refresh)  # an actor that was killed may have bought some of this block
         solved: list[Solved] = []
         asking = [asyncio.ensure_future(self._solve(task, solved)) for task in from_table(Task, block)]
@@ -145,7 +179,7 @@ class TeacherActor:
             yield pa.Table.from_pylist([await next_done])
         await asyncio.to_thread(self._keep, solved)
 
-    async def _solve(self, task: Task, solved: list[Solved]) -> dict[str, Any]:
+    async def _solve(self, task: Task, solved: list[Solved]) -> dict[str, str]:
         """What came of one task, also as a row for the driver."""
         try:
             outcome = await solve(task, self.teacher, self._client, self._verdict)
@@ -155,9 +189,13 @@ class TeacherActor:
             return _row(stopped="teacher", note=_message(error))
         solved.append(outcome)
         bought = [a.cost_usd for a in outcome.answers if not a.from_ledger]
-        return _row(
-            passed=outcome.verdict.passed, cost_usd=outcome.cost_usd, paid_usd=sum(bought), requests=len(bought)
+        opinions = self.judgements[task.id]
+        cost = outcome.cost_usd + sum(j.cost_usd for j in opinions)
+        paid = sum(bought) + sum(j.paid_usd for j in opinions)
+        self.desk.tell(
+            Done(outcome.verdict.passed, cost, paid, len(bought) + 2 * sum(j.paid_usd > 0 for j in opinions))
         )
+        return _row()
 
     @property
     def _client(self) -> TeacherClient:
@@ -167,33 +205,34 @@ class TeacherActor:
     async def _verdict(self, task: Task, answer: Answer, said: tuple[Message, ...] = ()) -> Verdict:
         if not answer.ok:
             return Verdict(task.id, answer.teacher, "", "error", evidence=answer.error)
+        if needs_judge(task):
+            return await self._opinion(task, answer)
         return await asyncio.to_thread(score, task, replace(answer.completion(), turns=said))
+
+    async def _opinion(self, task: Task, answer: Answer) -> Verdict:
+        assert self.judge is not None
+        assert self.judge_client is not None
+        opinion = await judge(task, answer, self.base_answers.get(task.id, ""), self.judge_client, self.judge)
+        self.judgements[task.id].append(opinion)
+        return opinion.verdict(task, answer)
+
+    def _example(self, solved: Solved) -> Example:
+        opinions = self.judgements[solved.task.id]
+        return solved.example(
+            self.tier, opinions[0].judge if opinions else "", judging_usd=sum(j.cost_usd for j in opinions)
+        )
 
     def _keep(self, solved: list[Solved]) -> None:
         """Write what came of a block; verdicts last, since they mark their tasks as decided."""
-        self.run.write_part(EXAMPLES, [s.example(self.tier) for s in solved if s.verdict.passed])
+        self.run.write_part(EXAMPLES, [self._example(s) for s in solved if s.verdict.passed])
+        self.run.write_part(JUDGEMENTS, [j for s in solved for j in self.judgements.pop(s.task.id, [])])
         self.run.write_part(ANSWERS, [a for s in solved for a in s.answers])
         self.run.write_part(VERDICTS, [s.verdict for s in solved])
 
 
-def _row(
-    *,
-    stopped: str = "",
-    note: str = "",
-    passed: bool = False,
-    cost_usd: float = 0.0,
-    paid_usd: float = 0.0,
-    requests: int = 0,
-) -> dict[str, Any]:
-    """What the driver learns of one task; `stopped` names why none more is asked."""
-    return {
-        "stopped": stopped,
-        "note": note,
-        "passed": passed,
-        "cost_usd": cost_usd,
-        "paid_usd": paid_usd,
-        "requests": requests,
-    }
+def _row(*, stopped: str = "", note: str = "") -> dict[str, str]:
+    """What the driver learns of one task in the end; `stopped` names why none more is asked."""
+    return {"stopped": stopped, "note": note}
 
 
 def _message(error: Exception) -> str:
@@ -202,7 +241,7 @@ def _message(error: Exception) -> str:
 
 
 def _metrics(run: Run, tier: int, teacher: str, verdicts: list[Verdict]) -> Metrics:
-    answers = run.read(ANSWERS, Answer)
+    answers, opinions = run.read(ANSWERS, Answer), run.read(JUDGEMENTS, Judgement)
     return {
         "tier": tier,
         "teacher": teacher,
@@ -212,5 +251,6 @@ def _metrics(run: Run, tier: int, teacher: str, verdicts: list[Verdict]) -> Metr
         "errors": sum(v.outcome == "error" for v in verdicts),
         "requests": len(answers),
         "repairs": sum(a.round > 0 for a in answers),
-        "cost_usd": sum(a.cost_usd for a in answers),
+        "judged": len(opinions),
+        "cost_usd": sum(a.cost_usd for a in answers) + sum(j.cost_usd for j in opinions),
     }

@@ -87,7 +87,7 @@ class TierMeter:
     def __post_init__(self) -> None:
         self._began = self.clock()
 
-    def add(self, *, passed: bool, cost_usd: float, paid_usd: float, requests: int) -> TierState:
+    def add(self, passed: bool, cost_usd: float, paid_usd: float, requests: int) -> TierState:
         """One more task has its verdict.
 
         Args:
@@ -95,7 +95,7 @@ class TierMeter:
             paid_usd: of that, what was paid now.
             requests: sent now; answers from the ledger are none.
         """
-        self.done, self.verified = self.done + 1, self.verified + passed
+        self.done, self.verified = min(self.total, self.done + 1), self.verified + passed
         self.spent_usd, self.paid_usd = self.spent_usd + cost_usd, self.paid_usd + paid_usd
         self._recent.append((self.clock(), requests))
         return self.state()

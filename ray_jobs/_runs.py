@@ -151,7 +151,11 @@ class Runs:
     def _generate(self, tier: int, failures: Run) -> Run:
         teacher = self.config.tier(tier)
         return self._open(
-            f"generate_tier{tier}", failures=failures.fingerprint, teacher=_what_decides_answers(teacher), tier=tier
+            f"generate_tier{tier}",
+            failures=failures.fingerprint,
+            teacher=_what_decides_answers(teacher),
+            tier=tier,
+            **({"judge": self.config.judge} if self.config.judge else {}),
         )
 
     def _test(self, tier: int, answers: Run) -> Run:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from cascade.benchmarks import needs_judge, require_judge
 from cascade.config import PromptStyle
 from cascade.scoring.statistics import Score
 from cascade.tasks import Example, Task, Verdict
@@ -62,6 +63,7 @@ def _test_base(job: Job) -> tuple[list[Verdict], list[Task], Metrics]:
     scores = _score_styles(job) if len(student.prompts) > 1 else {}
     best = max(student.prompts, key=lambda s: scores[s.name].passed) if scores else student.prompts[0]
     tasks = runs.train_tasks
+    require_judge(job.config, tasks)
     verdicts = evaluate(job, [Assignment("base", tasks, best)], tasks)["base"]
     job.run.write_table("tasks", Task, tasks)
     job.run.write_table("validation_tasks", Task, runs.validation_tasks)
@@ -86,8 +88,9 @@ def _test_probes(job: Job, tier: int) -> tuple[list[Verdict], list[Task], Metric
     taught = [t for t in asked if t.id in solved]
     if not job.config.probe.enabled:
         return [], wrong, {"teacher_wrong": len(wrong)}
-    verdicts = cross_fitted_probes(job, taught, examples_up_to(job.runs, tier), training_style(job.runs))
-    failed = [t for t, v in zip(taught, verdicts, strict=True) if not v.passed]
+    probed = [t for t in taught if not needs_judge(t)]  # what cannot be scored is settled by the judge's opinion
+    verdicts = cross_fitted_probes(job, probed, examples_up_to(job.runs, tier), training_style(job.runs))
+    failed = [t for t, v in zip(probed, verdicts, strict=True) if not v.passed]
     unsolved = sorted([*wrong, *failed], key=lambda t: t.id)
     return verdicts, unsolved, {"teacher_wrong": len(wrong), "probe_failed": len(failed)}
 

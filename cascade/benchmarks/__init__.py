@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import cache
 from typing import Any, Protocol
 
+from cascade.config import Config
 from cascade.errors import ConfigError
 from cascade.tasks import Completion, Message, Split, Task, Verdict
 
@@ -104,3 +105,21 @@ def get(name: str) -> Benchmark:
         raise ConfigError(f"unknown benchmark {name!r}; there are {', '.join(_MODULES)}")
     benchmark: Benchmark = importlib.import_module(f"cascade.benchmarks.{name}").BENCHMARK
     return benchmark
+
+
+def needs_judge(task: Task) -> bool:
+    """Whether a task has no exact scorer, so that only a judge model's opinion can be had of an answer."""
+    return isinstance(task.reference, dict) and task.reference.get("kind") == "open"
+
+
+def require_judge(config: Config, tasks: Sequence[Task]) -> None:
+    """
+    Raises:
+        ConfigError: there are tasks without an exact scorer, and no judge to ask.
+    """
+    unjudged = [t.id for t in tasks if needs_judge(t)]
+    if unjudged and config.judge is None:
+        raise ConfigError(
+            f"{len(unjudged)} training tasks have no exact scorer ({unjudged[0]}, …): name a model under judge: in the "
+            "config, whose opinion then decides, or take them out of the task file"
+        )

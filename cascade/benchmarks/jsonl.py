@@ -18,6 +18,8 @@ category, difficulty (1 is easiest), max_tokens. By kind:
     calls            functions: list of descriptions (name, parameters.properties, parameters.required);
                      expected: list of {function: {parameter: [accepted values]}}, "" among them marks an optional one;
                      an empty list means that no function must be called.
+    open             no exact scorer: a model judges the answer (config section `judge`); optional rubric, what makes an
+                     answer good, and answer, a good one. For training alone: what is measured must be exact.
 
 Options:
     path: file or folder; in a folder, files whose name holds the split's
@@ -156,8 +158,14 @@ class Calls(_Line):
         return self
 
 
+class Open(_Line):
+    kind: Literal["open"]
+    rubric: str = ""
+    answer: str = ""
+
+
 _LINES: TypeAdapter[Any] = TypeAdapter(
-    Annotated[Exact | MultipleChoice | UnitTests | Function | Calls, Field(discriminator="kind")]
+    Annotated[Exact | MultipleChoice | UnitTests | Function | Calls | Open, Field(discriminator="kind")]
 )
 
 
@@ -192,7 +200,7 @@ class Jsonl:
     def score(self, task: Task, completion: Completion) -> Verdict:
         """By the task's kind."""
         judge = {"exact": _exact, "multiple_choice": _choice, "unit_tests": _unit_tests, "calls": _calls}
-        judge["function"] = _function
+        judge |= {"function": _function, "open": _open}
         outcome, answer, evidence = judge[task.reference["kind"]](task.reference, completion.text)
         return Verdict(task.id, completion.model, completion.modifier, outcome, answer, evidence)
 
@@ -205,6 +213,8 @@ class Jsonl:
         reference = task.reference
         if reference["kind"] == "exact":
             return str(reference["answers"][0])
+        if reference["kind"] == "open":
+            return str(reference["answer"])
         if reference["kind"] == "multiple_choice":
             return f"({chr(65 + reference['answer'])})"
         if reference["kind"] in {"unit_tests", "function"}:
@@ -270,6 +280,10 @@ def _task(line: Any, file: Path, split: Split, domain: str) -> Task:
         lettered = "\n".join(f"({chr(65 + i)}) {c}" for i, c in enumerate(line.choices))
         messages[-1] = Message("user", f"{messages[-1].content}\n{lettered}")
         reference |= {"choices": line.choices, "answer": line.index()}
+    elif isinstance(line, Open):
+        if split != "train":
+            raise DataError(f"{file}: {line.id} is of the kind open, which can only be trained on, not in {split}")
+        reference |= {"rubric": line.rubric, "answer": line.answer}
     elif isinstance(line, UnitTests):
         reference |= {"tests": line.tests, "setup": line.setup, "solution": line.solution}
     elif isinstance(line, Function):
@@ -356,6 +370,11 @@ def _function(reference: Any, text: str) -> Judged:
 
 def _calls(reference: Any, text: str) -> Judged:
     return judge_calls(text, reference["expected"], reference["functions"])
+
+
+def _open(reference: Any, text: str) -> Judged:
+    """No scorer: says nothing of the answer."""
+    return "error", "", "this task has no exact scorer"
 
 
 def judge_calls(text: str, expected: Any, functions: Any, *, lenient: bool = True) -> Judged:

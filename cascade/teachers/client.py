@@ -116,6 +116,7 @@ class TeacherClient:
         *,
         limiter: Callable[[Endpoint], Limiter] = RateLimiter.of,
         resolve: Mapping[str, str] | None = None,
+        judge: bool = False,
     ) -> None:
         """
         Args:
@@ -125,6 +126,7 @@ class TeacherClient:
             ledger: where answers are looked up and stored.
             budget: shared by all who spend from it.
             limiter: makes or finds the limiter of an endpoint; share one per `limits.limiter_key`.
+            judge: the requests ask for an opinion of an answer; the ledger marks them.
             resolve: base_url of the config -> real URL; the offline teacher needs {"answer-key": its URL}.
 
         Raises:
@@ -136,6 +138,7 @@ class TeacherClient:
             raise TeacherError(
                 f"tier {tier} ({teacher.name}) needs its API key in the environment: set {' and '.join(missing)}"
             )
+        self._judge = judge
         urls = {e.base_url: (resolve or {}).get(e.base_url, e.base_url) for e in teacher.endpoints}
         if ANSWER_KEY in urls.values():
             raise TeacherError(
@@ -337,6 +340,7 @@ class TeacherClient:
             "task_id": request.task.id,
             "attempt": request.attempt,
             "round": request.round,
+            "judge": self._judge,
             "teacher": self.teacher.name,
             "endpoint": endpoint.endpoint.base_url,
             "created": time.time(),

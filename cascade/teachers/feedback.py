@@ -42,6 +42,8 @@ def feedback(task: Task, verdict: Verdict) -> str | None:
     Args:
         verdict: on the teacher's answer; not a pass.
     """
+    if benchmarks.needs_judge(task):
+        return None  # mended until a judge likes it, an answer would be fitted to the judge
     if verdict.outcome == "unparsed":
         return "No answer could be read out of what you wrote. Answer again, in the form that the task asks for."
     if verdict.outcome == "timeout":

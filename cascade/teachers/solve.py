@@ -74,11 +74,12 @@ class Solved:
         """Of all answers."""
         return sum(answer.cost_usd for answer in self.answers)
 
-    def example(self, tier: int, judge: str = "") -> Example:
+    def example(self, tier: int, judge: str = "", judging_usd: float = 0.0) -> Example:
         """The kept answer as an example.
 
         Args:
             judge: the model that accepted it, if no exact scorer verified it.
+            judging_usd: what its opinions of the answers to this task have cost.
 
         Raises:
             DataError: it has no passing verdict, or the task is not of the training split.
@@ -89,7 +90,7 @@ class Solved:
             self.verdict,
             teacher=self.kept.answer.teacher,
             tier=tier,
-            cost_usd=self.cost_usd,
+            cost_usd=self.cost_usd + judging_usd,
             prompt_hash=self.kept.answer.prompt_hash,
             repairs=self.kept.answer.round,
             judge=judge,
