@@ -165,6 +165,16 @@ class Teacher(Section):
         return self
 
 
+class Predictor(Section):
+    """Sends obviously hard tasks past a tier where that is expected to be cheaper."""
+
+    enabled: bool = False
+    learn_share: Fraction = Field(0.25, description="tasks that are asked before anything is predicted")
+    control_share: Fraction = Field(
+        0.1, description="of the tasks to be sent past a tier those that are asked all the same, to measure the saving"
+    )
+
+
 class Judge(Section):
     """A model that judges answers to tasks without an exact scorer. Its verdict is an opinion, and marked as one."""
 
@@ -305,6 +315,7 @@ class Config(Section):
     budget_usd: Usd = Field(description="hard limit for all teachers of this domain together")
     judge: Judge | None = Field(None, description="off by default; needed for jsonl tasks of the kind open")
     clusters: Clusters = Clusters()
+    predictor: Predictor = Predictor()
     probe: Probe = Probe()
     training: Training = Training()
     compression: Compression = Compression()

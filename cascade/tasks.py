@@ -249,6 +249,7 @@ KEYS = {
     "Verdict": ("task_id", "model", "modifier"),
     "Example": ("task_id", "tier"),
     "Judgement": ("task_id", "attempt", "round"),
+    "Sent": ("task_id",),
     "DatasetRow": ("task_id", "tier"),
     "Answer": ("task_id", "attempt", "round"),
     "StepReport": ("step",),

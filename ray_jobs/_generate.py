@@ -29,15 +29,17 @@ from cascade.teachers.client import Answer, TeacherClient
 from cascade.teachers.judge import Judgement, judge
 from cascade.teachers.ledger import Ledger
 from cascade.teachers.offline import answer_key_server
+from cascade.teachers.predictor import first_wave
 from cascade.teachers.solve import Solved, solve
 from ray_jobs._context import Job, Metrics
 from ray_jobs._desk import DeskClient, Done, open_desk, own_error
 from ray_jobs._evaluate import score
 from ray_jobs._meter import TierGauges, TierMeter
 from ray_jobs._progress import polling
+from ray_jobs._shortcut import ANSWERS, VERDICTS, without_sent_past
 from ray_jobs._test import unsolved_before
 
-ANSWERS, VERDICTS, EXAMPLES, JUDGEMENTS = "answers", "verdicts", "examples", "judgements"
+EXAMPLES, JUDGEMENTS = "examples", "judgements"
 _STOPPED = {"budget": BudgetExceeded, "teacher": TeacherError}
 
 
@@ -50,24 +52,31 @@ def generate_answers(job: Job, tier: int) -> Metrics:
     """
     teacher = job.config.tier(tier)
     tasks = unsolved_before(job.runs, tier)
-    decided = {v.task_id for v in job.run.read(VERDICTS, Verdict)}
-    pending = [t for t in tasks if t.id not in decided]
     with ExitStack() as stack:
         resolve: dict[str, str] = {}
-        if teacher.is_answer_key and pending:
+        if teacher.is_answer_key and _pending(job, tasks):
             server = answer_key_server(job.runs.train_tasks, job.config.tiers, job.config.seed)
             resolve[ANSWER_KEY] = stack.enter_context(server)
-        _ask_all(job, tier, pending, resolve, total=len(tasks))
+        if job.config.predictor.enabled and tier < len(job.config.tiers):
+            _ask_all(job, tier, first_wave(tasks, job.config.predictor, job.config.seed), resolve, total=len(tasks))
+            tasks = without_sent_past(job, tier, tasks)
+        _ask_all(job, tier, tasks, resolve, total=len(tasks))
     verdicts = job.run.read(VERDICTS, Verdict)
     return _metrics(job.run, tier, teacher.name, verdicts)
 
 
-def _ask_all(job: Job, tier: int, pending: list[Task], resolve: dict[str, str], *, total: int) -> None:
-    """Fan the tasks out; raises only after all that was in flight has come back."""
-    if not pending:
+def _pending(job: Job, tasks: list[Task]) -> list[Task]:
+    """The tasks without a verdict."""
+    decided = {v.task_id for v in job.run.read(VERDICTS, Verdict)}
+    return [t for t in tasks if t.id not in decided]
+
+
+def _ask_all(job: Job, tier: int, tasks: list[Task], resolve: dict[str, str], *, total: int) -> None:
+    """Fan out the tasks that have no verdict; raises only after all that was in flight has come back."""
+    if not (pending := _pending(job, tasks)):
         return
     desk = open_desk(job.config, tier)
-    meter, gauges = _meter(job, tier, total, total - len(pending)), TierGauges(job.config.domain)
+    meter, gauges = _meter(job, tier, total), TierGauges(job.config.domain)
 
     def look() -> None:
         with suppress(RayError):  # the desk is gone: the job is over
@@ -86,7 +95,7 @@ def _ask_all(job: Job, tier: int, pending: list[Task], resolve: dict[str, str], 
         raise _STOPPED[stopped[0]["stopped"]](stopped[0]["note"])
 
 
-def _meter(job: Job, tier: int, total: int, done: int) -> TierMeter:
+def _meter(job: Job, tier: int, total: int) -> TierMeter:
     """A meter that goes on where an earlier start of the job stopped."""
     config, before = job.config, job.run.read(VERDICTS, Verdict)
     budget = budget_state(config, Ledger(job.runs.store, config.domain))
@@ -95,7 +104,7 @@ def _meter(job: Job, tier: int, total: int, done: int) -> TierMeter:
     spent = sum(a.cost_usd for a in job.run.read(ANSWERS, Answer))
     spent += sum(j.cost_usd for j in job.run.read(JUDGEMENTS, Judgement))
     passed = sum(v.passed for v in before)
-    return TierMeter(tier, config.tier(tier).name, total, done, passed, min(left), spent_usd=spent)
+    return TierMeter(tier, config.tier(tier).name, total, len(before), passed, min(left), spent_usd=spent)
 
 
 def _answers(job: Job, tier: int, tasks: list[Task], resolve: dict[str, str], desk: Any) -> Iterator[dict[str, str]]:

@@ -16,6 +16,7 @@ from cascade.training.loop import StepReport
 from ray_jobs._kinds import kinds_of_failures, probe_seconds, with_provenance
 from ray_jobs._runs import Runs
 from ray_jobs._search import TRIALS, Trial
+from ray_jobs._shortcut import shortcuts
 from ray_jobs._test import by_id
 
 SAMPLES = 12
@@ -41,6 +42,7 @@ def report_data(runs: Runs, config_path: str, *, wall_seconds: float, peak_rss_b
         references=_references(runs, by_id(tasks), verdicts["compressed"]),
         kinds=kinds,
         kind_samples=kind_samples,
+        shortcuts=shortcuts(runs),
     )
 
 

@@ -156,6 +156,7 @@ class Runs:
             teacher=_what_decides_answers(teacher),
             tier=tier,
             **({"judge": self.config.judge} if self.config.judge else {}),
+            **({"predictor": self.config.predictor} if self.config.predictor.enabled and tier < 3 else {}),
         )
 
     def _test(self, tier: int, answers: Run) -> Run:

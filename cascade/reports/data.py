@@ -100,6 +100,26 @@ class KindRow:
 
 
 @dataclass(frozen=True, slots=True)
+class Shortcut:
+    """What sending tasks past a tier has saved against the plain cascade, measured on the controls.
+
+    Attributes:
+        sent: tasks sent past the tier.
+        controls: tasks that would have been, and were asked; `control_settled` of them the tier settled.
+        saving_usd: estimated for the tasks sent: their number times the mean of the controls.
+        low, high: 95 % bootstrap over the controls.
+    """
+
+    tier: int
+    sent: int
+    controls: int
+    control_settled: int
+    saving_usd: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
 class KindSample:
     """A failed task of a kind with the base's answer and what repaired it.
 
@@ -140,6 +160,7 @@ class ReportData:
         tasks: the test tasks.
         verdicts: of "base", "modifier" and "compressed" on them.
         router: `cascade.routing.train.RouterReport.as_dict()`, or nothing.
+        shortcuts: what sending tasks past a tier has saved, per tier.
         kinds: of the tasks that the base failed, the largest first; nothing if they were not clustered.
     """
 
@@ -155,6 +176,7 @@ class ReportData:
     references: Sequence[ReferenceRow] = ()
     kinds: Sequence[KindRow] = ()
     kind_samples: Sequence[KindSample] = ()
+    shortcuts: Sequence[Shortcut] = ()
 
     def __post_init__(self) -> None:
         if set(self.verdicts) != set(MODELS):
@@ -170,6 +192,7 @@ _ROWS: dict[str, type] = {
     "failures": FailureRow,
     "references": ReferenceRow,
     "kinds": KindRow,
+    "shortcuts": Shortcut,
     "kind_samples": KindSample,
 }
 

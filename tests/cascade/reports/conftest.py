@@ -15,6 +15,7 @@ from cascade.reports.data import (
     ReferenceRow,
     ReportData,
     Sample,
+    Shortcut,
     TrialRow,
 )
 from cascade.reports.summary import MODELS, Summary, TierRow
@@ -149,6 +150,7 @@ def report_data() -> ReportData:
             KindRow(0, "chain_sum: add, minus, plus <&>", 500, (380, 80, 35), 5, 0.012, 0.05, 480),
             KindRow(1, "62% gcd: divisor, greatest", 340, (190, 101, 45), 4, 0.0087, 0.0341, 330),
         ],
+        shortcuts=[Shortcut(1, 40, 10, 1, 0.0011, -0.0002, 0.002)],
         kind_samples=[
             KindSample(0, "reasoning_gym/a-1", "What is 3 + 4?", "It is 8, <b>I think</b>", 1, "answer-key-small", "7"),
             KindSample(0, "reasoning_gym/a-2", "What is 3 + 9?", "13", 0, "answer-key-large", "refused one"),

@@ -118,6 +118,12 @@ def test_every_number_of_the_kinds_is_recomputed_from_parquet(report, page):
         assert sum(row["settled"]) + row["unsolved"] == row["failures"]
 
 
+def test_what_a_shortcut_saved_comes_with_its_interval(report, page):
+    for row in tables(report)["shortcuts"]:
+        assert page.figures[f"shortcut/{row['tier']}"] == f"${row['saving_usd']:.4f}"
+    assert "[$-0.0002, $0.0020]" in report.read_text()
+
+
 def test_tasks_of_every_kind_can_be_read(report):
     html = report.read_text()
     assert "It is 8, &lt;b&gt;I think&lt;/b&gt;" in html
@@ -134,7 +140,7 @@ def test_every_marked_number_is_covered_by_these_tests(report, page):
     others = {
         n
         for n in page.figures
-        if n not in covered and not n.startswith(("tier_shares/", "policy/", "reference/", "kind/"))
+        if n not in covered and not n.startswith(("tier_shares/", "policy/", "reference/", "kind/", "shortcut/"))
     }
     assert others == set()
 

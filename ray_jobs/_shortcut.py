@@ -1,0 +1,49 @@
+"""The predictor inside a `generate_*` job: which tasks go past its tier, and what that has saved."""
+
+from __future__ import annotations
+
+from cascade.reports.data import Shortcut
+from cascade.tasks import Task, Verdict
+from cascade.teachers.client import Answer
+from cascade.teachers.predictor import Sent, measure, send_past, task_features, tier_costs
+from ray_jobs._context import Job
+from ray_jobs._failures import embed_failures, failure_vectors
+from ray_jobs._runs import Runs
+
+ANSWERS, VERDICTS, SENT = "answers", "verdicts", "sent_past"
+
+
+def without_sent_past(job: Job, tier: int, tasks: list[Task]) -> list[Task]:
+    """The tasks that the tier is asked, once its first wave has been: those sent past it are left out.
+
+    What was decided is kept in the run, so that a job that resumes decides nothing anew.
+    """
+    if SENT not in job.run.tables():
+        job.run.write_table(SENT, Sent, _decide(job, tier, tasks))
+    past = {s.task_id for s in job.run.read(SENT, Sent) if not s.control}
+    return [t for t in tasks if t.id not in past]
+
+
+def _decide(job: Job, tier: int, tasks: list[Task]) -> list[Sent]:
+    config = job.config
+    known = {v.task_id: v.passed for v in job.run.read(VERDICTS, Verdict)}
+    embed_failures(job)
+    found = failure_vectors(job.runs)
+    if found is None or not known:
+        return []
+    costs = tier_costs(job.run.read(ANSWERS, Answer), known, config.tiers, tier)
+    others = [t.id for t in tasks if t.id not in known]
+    return send_past(known, others, task_features(*found), costs, config.predictor, config.seed)
+
+
+def shortcuts(runs: Runs) -> list[Shortcut]:
+    """What the predictor has saved at each tier that it sent tasks past."""
+    found = []
+    for tier in range(1, len(runs.config.tiers)):
+        run = runs.generate(tier)
+        sent = run.read(SENT, Sent)
+        if sent:
+            known = {v.task_id: v.passed for v in run.read(VERDICTS, Verdict)}
+            costs = tier_costs(run.read(ANSWERS, Answer), known, runs.config.tiers, tier)
+            found.append(measure(tier, sent, known, costs, runs.config.seed))
+    return found
