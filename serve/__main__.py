@@ -27,7 +27,7 @@ def main() -> int:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("values", nargs="*", metavar="name=value")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     try:
         values = dict(value.split("=", 1) for value in options.values)
         application = build({"config": options.config} | values)
