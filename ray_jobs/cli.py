@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast, get_args
 
 import typer
 from rich.console import Console
@@ -12,7 +12,11 @@ from rich.table import Table
 
 from cascade.artifacts import Store
 from cascade.benchmarks.sources import cache_dir
-from cascade.config import load_config
+from cascade.compression.adapter import fp16_bytes
+from cascade.compression.convert import Values, compress_folder, export_modifier
+from cascade.compression.format import disk_bytes
+from cascade.compression.packed import resident_bytes
+from cascade.config import Compression, load_config
 from cascade.dataset import check_dataset as check
 from cascade.errors import ConfigError, DataError
 from cascade.reports import scoreboard
@@ -22,7 +26,7 @@ from cascade.system import bundle as pack
 from cascade.teachers.economics import plan as plan_tiers
 from cascade.teachers.ledger import Ledger
 from ray_jobs._context import exit_with_message, run_one
-from ray_jobs._export import export_dataset as export
+from ray_jobs._export import export_dataset as write_dataset
 from ray_jobs._runs import JOBS, Runs
 from ray_jobs.pipeline import WORK, run_pipeline
 
@@ -118,7 +122,7 @@ def export_dataset(
 
 
 def _export(path: str, to: str | None) -> None:
-    where, rows = export(Runs(load_config(path)), to)
+    where, rows = write_dataset(Runs(load_config(path)), to)
     Console().print(f"{rows} examples in {where}", soft_wrap=True)
 
 
@@ -199,6 +203,36 @@ def _tune_router(path: str, threshold: float | None) -> None:
     if threshold is not None:
         version = set_threshold(store, cache_dir() / "router", threshold)
         print(f"the threshold is {threshold}, in version {version}")
+
+
+@app.command("compress")
+def compress_adapter(
+    folder: Annotated[str, typer.Argument(metavar="PEFT_FOLDER", help="a LoRA made by PEFT, here or elsewhere")],
+    file: Annotated[str, typer.Argument(metavar="FILE", help="modifier file to write, e.g. modifier.safetensors")],
+    share: Annotated[float, typer.Option(help="largest size, on disk and in memory, as a share of fp16")] = 48 / 260,
+    values: Annotated[str | None, typer.Option(help="fp16, int8, int4 or ternary; by default what suits")] = None,
+) -> None:
+    """Compress a LoRA without a search and without data; `compress-modifier` is the job that measures."""
+    exit_with_message(lambda: _compress(folder, file, share, values))
+
+
+def _compress(folder: str, file: str, share: float, values: str | None) -> None:
+    if not 0 < share <= 1 or values not in (None, *get_args(Values)):
+        raise ConfigError(f"--share must be in (0, 1] and --values one of {', '.join(get_args(Values))}")
+    wanted = Compression(max_ratio=share, max_resident_ratio=share)
+    adapter, compressed = compress_folder(folder, file, wanted=wanted, values=cast(Values | None, values))
+    full, disk, held = fp16_bytes(adapter), disk_bytes(compressed), resident_bytes(compressed)
+    print(f"{file}: {disk} bytes ({disk / full:.1%} of {full} in fp16), {held} in memory ({held / full:.1%})")
+
+
+@app.command()
+def export(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="modifier file")],
+    folder: Annotated[str, typer.Argument(metavar="PEFT_FOLDER", help="new folder to write")],
+    dtype: Annotated[str, typer.Option(help="float32 keeps every bit, float16 is half the size")] = "float32",
+) -> None:
+    """Expand a modifier file into an ordinary PEFT folder, which stock PEFT loads."""
+    exit_with_message(lambda: print(f"{folder}: {len(export_modifier(file, folder, dtype=dtype).layers)} layers"))
 
 
 def _job_command(name: str) -> Callable[[str], None]:
