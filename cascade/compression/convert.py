@@ -57,7 +57,7 @@ def _within(adapter: AdapterWeights, wanted: Compression, values: Values | None)
     share = bounds.disk / full
     resident = bounds.resident / full
     for step in range(_STEPS):
-        size = share * _STEP**step
+        size = 0.97 * share * _STEP**step  # the header is not in it
         point = {"method": "low-rank", "size": size, "allocation": "global", "values": values or _format(share)}
         compressed = compress(adapter, recipe_from(point, resident=resident * _STEP**step))
         if _fits(compressed, bounds):
