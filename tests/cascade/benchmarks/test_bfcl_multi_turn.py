@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import ast
 from dataclasses import replace
-from typing import Any
 
 import pytest
 
@@ -88,30 +88,32 @@ def test_replies_are_results_then_questions_then_nothing(tasks: dict[str, Task])
     assert benchmarks.reply(replace(task, max_turns=1), said(["[pwd()]"])) == ()
 
 
-@pytest.mark.parametrize(
-    "attack",
-    [
-        "[print(end='')]",
-        "[__import__(name='os')]",
-        "[open(file='/tmp/x', mode='w')]",
-        "[open(file=5, mode='w')]",
-        "[print(end='{}', file=open(file=1, mode='w'))]",
-        "[exit()]",
-        "[breakpoint()]",
-        "[help()]",
-        "[globals()]",
-        "[GorillaFileSystem.__init__()]",
-        "[pwd.__globals__()]",
-        "[ls(a=print(end='x'))]",
-        "[vars(), exec(source='x')]",
-    ],
-)
-def test_only_the_tools_can_be_called(tasks: dict[str, Task], attack: str) -> None:
-    task: Any = tasks["bfcl/multi_turn_base_1"]
-    assert calls_in(attack)
-    (reply,) = benchmarks.reply(task, said([attack]))
-    assert "Error during execution" in reply.content, reply
-    assert verdict(task, [attack, "a", "b", "c", "d"]).outcome == "fail"
+ATTACKS = [
+    "print(end='')",
+    "__import__(name='os')",
+    "open(file='/tmp/x', mode='w')",
+    "open(file=5, mode='w')",
+    "print(end='{}', file=open(file=1, mode='w'))",
+    "exit()",
+    "breakpoint()",
+    "help()",
+    "globals()",
+    "GorillaFileSystem.__init__()",
+    "pwd.__globals__()",
+    "ls(a=print(end='x'))",
+    "vars()",
+    "exec(source='x')",
+]
+
+
+def test_only_the_tools_can_be_called(tasks: dict[str, Task]) -> None:
+    task = tasks["bfcl/multi_turn_base_1"]
+    answer = f"[{', '.join(ATTACKS)}]"
+    assert len(calls_in(answer)) == len(ATTACKS)
+    (reply,) = benchmarks.reply(task, said([answer]))
+    results = [result["content"] for result in ast.literal_eval(reply.content)]
+    assert [r for r in results if not r.startswith("Error during execution")] == []
+    assert verdict(task, [answer, "a", "b", "c", "d"]).outcome == "fail"
 
 
 def test_tools_that_are_used_up_are_a_timeout(tasks: dict[str, Task], monkeypatch: pytest.MonkeyPatch) -> None:
