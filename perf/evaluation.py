@@ -30,7 +30,7 @@ from cascade import benchmarks
 from cascade.benchmarks.mbpp import SHOT_IDS
 from cascade.benchmarks.sources import local_rows
 from cascade.config import Base, PromptStyle
-from cascade.models.base import default_device, load_base
+from cascade.models.base import LoadedBase, default_device, load_base
 from cascade.models.student import Student
 from cascade.tasks import Completion, Task
 
@@ -104,15 +104,14 @@ SETS = [
 def main() -> None:
     arguments = _arguments()
     torch.set_num_threads(arguments.threads)
-    sets = [s for s in SETS if s.benchmark in arguments.sets.split(",")]
-    tasks = {s.name: _tasks(s, arguments) for s in sets}
-    with tempfile.TemporaryDirectory() as folder:
-        theirs = _theirs(sets, tasks, arguments, Path(folder))
-    ours = _ours(sets, tasks, arguments)
+    loaded = load_base(Base(model=arguments.model, dtype=arguments.dtype), torch.device(arguments.device))
+    print(f"{'':16}{'n':>5}{'lm-eval':>10}{'ours':>10}{'ratio':>8}{'cpu ratio':>11}{'score: lm-eval':>16}{'ours':>8}")
     figures: dict[str, Any] = {}
-    print(f"\n{'':16}{'n':>5}{'lm-eval':>10}{'ours':>10}{'ratio':>8}{'cpu ratio':>11}{'score: lm-eval':>16}{'ours':>8}")
-    for s in sets:
-        figures |= _compare(s, tasks[s.name], ours[s.name], theirs[s.name])
+    for s in [s for s in SETS if s.benchmark in arguments.sets.split(",")]:
+        tasks = _tasks(s, arguments)
+        with tempfile.TemporaryDirectory() as folder:
+            theirs = _theirs(s, tasks, arguments, Path(folder))
+        figures |= _compare(s, tasks, _ours(s, tasks, loaded), theirs)
     print(f"tasks/s; {arguments.dtype}, {arguments.device}, {arguments.threads} threads, load {os.getloadavg()[0]:.0f}")
     print(json.dumps(figures))
 
@@ -137,34 +136,30 @@ def _tasks(s: Set, arguments: argparse.Namespace) -> list[Task]:
     return [replace(t, max_tokens=s.max_tokens) for t in found]
 
 
-def _ours(sets: list[Set], tasks: dict[str, list[Task]], arguments: argparse.Namespace) -> dict[str, Any]:
-    """Completions, wall and CPU seconds by set."""
-    loaded = load_base(Base(model=arguments.model, dtype=arguments.dtype), torch.device(arguments.device))
-    student = Student(loaded, max_tokens=max(s.max_tokens for s in sets))
-    student.answer(tasks[sets[0].name][:1], PromptStyle(name="warm-up"))
-    found = {}
-    for s in sets:
-        wall, cpu = time.perf_counter(), time.process_time()
-        completions = student.answer(tasks[s.name], PromptStyle(name="plain"))
-        found[s.name] = (completions, time.perf_counter() - wall, time.process_time() - cpu)
-    return found
+def _ours(s: Set, tasks: list[Task], loaded: LoadedBase) -> tuple[list[Completion], float, float]:
+    """Completions, wall and CPU seconds, after a first task that does not count."""
+    student = Student(loaded, max_tokens=s.max_tokens)
+    student.answer([replace(tasks[0], max_tokens=2)], PromptStyle(name="warm-up"))
+    wall, cpu = time.perf_counter(), time.process_time()
+    completions = student.answer(tasks, PromptStyle(name="plain"))
+    return completions, time.perf_counter() - wall, time.process_time() - cpu
 
 
-def _theirs(
-    sets: list[Set], tasks: dict[str, list[Task]], arguments: argparse.Namespace, folder: Path
-) -> dict[str, dict[str, Any]]:
-    """What lm-eval's side wrote, by set."""
+def _theirs(s: Set, tasks: list[Task], arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """What lm-eval's side wrote."""
     python = python_with("lm-eval", PACKAGES)
     found = subprocess.run([python, "-c", "import lm_eval; print(lm_eval.__path__[0])"], capture_output=True, text=True)
     installed = Path(found.stdout.strip().splitlines()[-1]) / "tasks"
-    named = {s.name: _write_tasks(s, tasks[s.name], arguments.data, installed, folder) for s in sets}
+    named = _write_tasks(s, tasks, arguments.data.absolute(), installed, folder)
     settings = {key: getattr(arguments, key) for key in ("model", "dtype", "device", "threads")}
     settings |= {"batch": int(arguments.batch), "include": str(folder), "tasks": named, "out": str(folder / "out.json")}
     (folder / "settings.json").write_text(json.dumps(settings))
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "home"), "PYTHONPATH": ""}
     command = [str(python), str(Path(__file__).with_name("evaluation_lm_eval.py")), str(folder / "settings.json")]
-    subprocess.run(command, env=environment, check=True)
-    answer: dict[str, dict[str, Any]] = json.loads((folder / "out.json").read_text())
+    with (folder / "log").open("wb") as log:
+        if subprocess.run(command, env=environment, stdout=log, stderr=log).returncode:
+            raise SystemExit(f"lm-eval failed:\n{(folder / 'log').read_text()[-3000:]}")
+    answer: dict[str, Any] = json.loads((folder / "out.json").read_text())
     return answer
 
 

@@ -48,12 +48,10 @@ def main() -> None:
         batch_size=settings["batch"],
     )
     manager = TaskManager(include_path=settings["include"], include_defaults=False)
-    results: dict[str, Any] = {}
-    for name, tasks in settings["tasks"].items():
-        done = simple_evaluate(model, tasks=tasks, task_manager=manager, bootstrap_iters=0, log_samples=True)
-        samples = [sample for task in tasks for sample in done["samples"][task]]
-        results[name] = {"wall": model.wall, "cpu": model.cpu, "samples": [_plain(s) for s in samples]}
-        Path(settings["out"]).write_text(json.dumps(results))
+    tasks = settings["tasks"]
+    done = simple_evaluate(model, tasks=tasks, task_manager=manager, bootstrap_iters=0, log_samples=True)
+    samples = [_plain(sample) for task in tasks for sample in done["samples"][task]]
+    Path(settings["out"]).write_text(json.dumps({"wall": model.wall, "cpu": model.cpu, "samples": samples}))
 
 
 def _plain(sample: dict[str, Any]) -> dict[str, Any]:
