@@ -202,9 +202,20 @@ class Lora(Section):
     weight_decay: float = Field(0.0, ge=0)
     gradient_clip: float = Field(1.0, gt=0)
     tokens_per_step: Positive = Field(1024, description="packed tokens of one optimiser step, over all workers")
-    max_length: Positive = Field(
-        512, description="longest packed row in tokens; longer examples are refused, never cut"
+    max_length: Positive = Field(512, description="longest example in tokens; longer ones are refused, never cut")
+    rslora: bool = Field(False, description="scale by alpha / sqrt(rank) instead of alpha / rank")
+    lora_plus: float | None = Field(
+        None, ge=1, description="LoRA+: how many times A's learning rate B learns at; null: as fast as A"
     )
+    freeze_a: bool = Field(
+        False, description="train B alone; A stays at its seeded start, which a modifier file stores as one number"
+    )
+
+    @model_validator(mode="after")
+    def _options_go_together(self) -> Lora:
+        if self.freeze_a and self.lora_plus is not None:
+            raise ValueError("lora_plus sets the rates of A and B apart, but freeze_a leaves B alone: choose one")
+        return self
 
 
 class Probe(Section):
@@ -223,17 +234,53 @@ class Clusters(Section):
     cap: Positive | None = Field(None, description="most training examples of one kind; null: no limit")
 
 
+class Validation(Section):
+    """Looks at held-out tasks while the modifier is trained."""
+
+    tasks: int = Field(64, ge=0, description="validation tasks on whose reference answers loss is measured; 0: no look")
+    answered: int = Field(0, ge=0, description="validation tasks that the student also answers; costs generation")
+    every_epochs: float = Field(1.0, gt=0, description="epochs between two looks; the last step is always looked at")
+    keep: Literal["last", "best_loss", "best_accuracy"] = Field(
+        "last", description="which weights become the modifier: those of the last step, or of the best look"
+    )
+    patience: Positive | None = Field(
+        None, description="looks in a row, none better than the best before, that end training; null: never"
+    )
+
+    @model_validator(mode="after")
+    def _has_what_it_judges_by(self) -> Validation:
+        if not self.tasks and (self.keep == "best_loss" or (self.patience is not None and not self.answered)):
+            raise ValueError("keep: best_loss and patience need validation tasks: set tasks above 0")
+        if not self.answered and self.keep == "best_accuracy":
+            raise ValueError("keep: best_accuracy needs answers: set answered above 0")
+        return self
+
+
 class Training(Section):
     """The modifier's training (Ray Train + DeepSpeed)."""
 
     lora: Lora = Lora()
+    validation: Validation = Validation()
     replay_share: Fraction = Field(0.0, description="passed tasks mixed in with the student's own answers, per example")
     zero_stage: Literal[0, 1, 2, 3] = 0
     offload: bool = Field(False, description="optimiser state (and with stage 3, parameters) in CPU memory")
     checkpoint_steps: Positive = Field(20, description="optimiser steps between checkpoints")
+    gradient_checkpointing: bool = Field(
+        False, description="compute activations again instead of keeping them: less memory, a third more time"
+    )
+    trackers: list[Literal["mlflow", "wandb"]] = Field(
+        [], description="where figures go beside TensorBoard; each has its usual environment variables"
+    )
+
     near_duplicates: Fraction = Field(
         0.8, description="Jaccard similarity of word 5-grams from which on an example repeats an earlier one and goes"
     )
+
+    @model_validator(mode="after")
+    def _stage_allows_it(self) -> Training:
+        if self.zero_stage == 3 and self.validation.answered:
+            raise ValueError("validation.answered needs the whole base on every worker: set zero_stage below 3")
+        return self
 
 
 class Compression(Section):
@@ -289,9 +336,15 @@ class Execution(Section):
     task_block: Positive = Field(64, description="tasks per Ray Data batch: what a killed actor may have to repeat")
     teacher_actors: Positive = 1
     train_workers: Positive = 1
+    train_workers_min: Positive | None = Field(
+        None, description="elastic training: goes on with so many workers while there are no more; needs zero_stage 0"
+    )
     use_gpu: bool = False
     cpus_per_actor: float = Field(1.0, gt=0)
     cpus_per_worker: float = Field(1.0, gt=0)
+    compile: bool = Field(
+        False, description="compile the layers for training (torch.compile): pays on a GPU, for more than some minutes"
+    )
     row_tokens: Positive | None = Field(
         None, description="most tokens of one forward pass in training; null: 1,024 on a CPU, 16,384 on a GPU"
     )
@@ -322,6 +375,20 @@ class Config(Section):
     router: Router = Router()
     reference: Reference | None = None
     execution: Execution = Execution()
+
+    @model_validator(mode="after")
+    def _execution_and_training_go_together(self) -> Config:
+        least, most = self.execution.train_workers_min, self.execution.train_workers
+        if least is not None and least > most:
+            raise ValueError(f"execution.train_workers_min {least} is more than execution.train_workers {most}")
+        if self.execution.compile and self.training.zero_stage == 3:
+            raise ValueError("execution.compile does not go together with training.zero_stage 3: set one of them lower")
+        if least is not None and self.training.zero_stage:
+            raise ValueError(
+                "execution.train_workers_min needs training.zero_stage 0: checkpoints of higher stages fit no other "
+                "number of workers"
+            )
+        return self
 
     def tier(self, number: int) -> Teacher:
         """The teacher of tier 1, 2 or 3."""

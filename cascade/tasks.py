@@ -253,6 +253,7 @@ KEYS = {
     "DatasetRow": ("task_id", "tier"),
     "Answer": ("task_id", "attempt", "round"),
     "StepReport": ("step",),
+    "Look": ("step",),
     "Trial": ("recipe",),
 }
 """What a row is about, per record: rows that a killed job wrote twice are known by it (see `cascade.artifacts`)."""

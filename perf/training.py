@@ -6,9 +6,10 @@
 
 All contenders get the same tokenised examples, base, LoRA (all linear layers), learning rate, examples per step and
 threads, each in a process of its own, in turn, `--rounds` times. Counted are *target* tokens (those that are learned)
-per second of training, without warm-up and validation. TRL runs in an environment of its own (perf/.env-trl, made at
-first use, versions below) with each of its settings below; its fastest counts. Without Ray or DeepSpeed installed
-those parts are left out, and the table says so.
+per second of training, without warm-up and validation; where others use the machine, and with --threads 1, look at
+those per second of this process's CPU time. TRL runs in an environment of its own (made at first use,
+versions below) with each of its settings below; its fastest counts. Without Ray or DeepSpeed installed those parts
+are left out, and the log says so.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import os
 import random
 import statistics
@@ -29,7 +31,6 @@ from typing import Any
 import torch
 
 HERE = Path(__file__).parent
-TRL_ENV = HERE / ".env-trl"
 TRL_PINS = ["trl==1.16.0", "transformers==5.23.0", "peft==0.21.2", "torch==2.13.0"]
 TRL_SETTINGS = {
     "cpu": [{"packing": False}, {"packing": True}],
@@ -62,6 +63,9 @@ def main() -> None:
             outcome = run(command, job | changes, folder)
             if outcome is not None:
                 results[name].append(outcome)
+                print(
+                    f"  {json.dumps({k: v for k, v in outcome.items() if k != 'steps'})}", file=sys.stderr, flush=True
+                )
     report(job, {name: found for name, found in results.items() if found}, options)
 
 
@@ -77,6 +81,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=0, help="longest training of a contender and round")
     parser.add_argument("--steps", type=int, default=0)
     parser.add_argument("--rank", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=0)
     return parser.parse_args()
 
 
@@ -139,12 +144,12 @@ def make_job(options: argparse.Namespace, data: Path) -> dict[str, Any]:
         "tokens_per_step": round(max(1, round(tokens / mean)) * mean) + 1,
         "row_tokens": tokens * 2,
         "longest": max(len(e["ids"]) for e in train),
-        "epochs": 1000,
+        "epochs": 1.0 * math.ceil((options.steps or (200 if gpu else 48)) * tokens * 1.5 / (mean * len(train)) + 1),
         "steps": options.steps or (200 if gpu else 48),
         "most_seconds": options.seconds or (30 if gpu else 90),
         "warmup_steps": 5 if gpu else 2,
         "validate_every": 10 if gpu else 8,
-        "threads": max(1, len(os.sched_getaffinity(0))),
+        "threads": options.threads or max(1, len(os.sched_getaffinity(0))),
         "zero_stage": 0,
         "way": "torch",
         "compile": gpu,
@@ -183,19 +188,16 @@ def available(package: str) -> bool:
 
 
 def trl_python() -> str | None:
-    """The interpreter of TRL's own environment, made at first use; this one where it has TRL and nothing can be had."""
-    python = TRL_ENV / "bin" / "python"
-    if not python.exists():
-        if importlib.util.find_spec("trl"):
-            return sys.executable
-        print(f"installing {' '.join(TRL_PINS)} into {TRL_ENV} …", file=sys.stderr)
-        subprocess.run([sys.executable, "-m", "venv", str(TRL_ENV)], check=True)
-        install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *TRL_PINS]
-        if subprocess.run(install, check=False).returncode:
-            subprocess.run(["rm", "-rf", str(TRL_ENV)], check=True)
-            print("TRL cannot be installed here: left out", file=sys.stderr)
-            return None
-    return str(python)
+    """The interpreter of TRL's own environment; this one where it has TRL and no package registry is in reach."""
+    if importlib.util.find_spec("trl"):
+        return sys.executable
+    from own_environment import python_with
+
+    try:
+        return str(python_with("trl", TRL_PINS))
+    except (subprocess.CalledProcessError, OSError) as error:
+        print(f"TRL cannot be installed here: left out ({error})", file=sys.stderr)
+        return None
 
 
 def run(command: list[str], job: dict[str, Any], folder: Path) -> dict[str, Any] | None:
@@ -218,6 +220,7 @@ def run(command: list[str], job: dict[str, Any], folder: Path) -> dict[str, Any]
 def report(job: dict[str, Any], results: dict[str, list[dict[str, Any]]], options: argparse.Namespace) -> None:
     """The table and, as the last line, the figures with their targets."""
     speed = {name: statistics.median(rate(r, "targets") for r in found) for name, found in results.items()}
+    cpu = {name: statistics.median(r["targets"] / r["cpu_seconds"] for r in found) for name, found in results.items()}
     tokens = {name: statistics.median(rate(r, "tokens") for r in found) for name, found in results.items()}
     goal = loss_to_reach(results)
     until: dict[str, float | None] = {}
@@ -226,13 +229,13 @@ def report(job: dict[str, Any], results: dict[str, list[dict[str, Any]]], option
         until[name] = statistics.median(reached) if reached else None
     print(f"\n{job['device']}, {job['dtype']}, rank {job['rank']}, {job['batch']} examples a step, ", end="")
     print(f"{job['threads']} threads, {options.rounds} rounds, data: {options.data or options.kind}\n")
-    head = ("", "targets/s", "(rounds)", "tokens/s", "peak GB", f"s to loss {goal:.3f}")
-    print(f"{head[0]:34}{head[1]:>11}{head[2]:>22}{head[3]:>11}{head[4]:>9}{head[5]:>18}")
+    head = ("", "targets/s", "(rounds)", "/CPU s", "tokens/s", "peak GB", f"s to loss {goal:.3f}")
+    print(f"{head[0]:34}{head[1]:>11}{head[2]:>22}{head[3]:>9}{head[4]:>11}{head[5]:>9}{head[6]:>18}")
     for name, found in results.items():
         rounds = " ".join(f"{rate(r, 'targets'):.0f}" for r in found)
         peak = max(r["peak_bytes"] for r in found) / 1e9
         seconds = f"{until[name]:.1f}" if until[name] is not None else "-"
-        print(f"{name:34}{speed[name]:11.0f}{rounds:>22}{tokens[name]:11.0f}{peak:9.2f}{seconds:>18}")
+        print(f"{name:34}{speed[name]:11.0f}{rounds:>22}{cpu[name]:9.1f}{tokens[name]:11.0f}{peak:9.2f}{seconds:>18}")
     found_figures = figures(job, results, speed, tokens, until)
     if "ours" in results:
         achieved, most = flops_per_second(job, results["ours"]), matmul_rate(job)
@@ -251,6 +254,8 @@ def figures(
     """Ratios with their targets; what was left out is not there."""
     found: dict[str, Any] = {}
 
+    processor = {n: statistics.median(r["targets"] / r["cpu_seconds"] for r in found) for n, found in results.items()}
+
     def add(name: str, value: float, target: float, met: bool) -> None:
         found[name] = {"value": round(value, 4), "target": target, "met": met}
 
@@ -258,6 +263,9 @@ def figures(
     trl = max((v for n, v in speed.items() if n.startswith("TRL")), default=None)
     if ours and plain:
         add("targets_per_second_over_plain", ours / plain, 2.0, ours / plain >= 2)
+        if job["device"] == "cpu":
+            ratio = processor["ours"] / processor["plain padded PEFT loop"]
+            add("targets_per_cpu_second_over_plain", ratio, 2.0, ratio >= 2)
         seconds = until["ours"], until["plain padded PEFT loop"]
         if seconds[0] and seconds[1]:
             add("time_to_loss_over_plain", seconds[1] / seconds[0], 2.0, seconds[1] / seconds[0] >= 2)
@@ -284,7 +292,8 @@ def step_seconds(found: list[dict[str, Any]]) -> float:
 
 def loss_to_reach(results: dict[str, list[dict[str, Any]]]) -> float:
     """The validation loss that every contender reached."""
-    return max(min(loss for _, loss in r["curve"]) for found in results.values() for r in found)
+    reached = [min(loss for _, loss in r["curve"]) for found in results.values() for r in found if r["curve"]]
+    return max(reached, default=math.nan)
 
 
 def seconds_to(result: dict[str, Any], goal: float) -> float | None:

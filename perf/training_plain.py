@@ -24,10 +24,11 @@ class Stopwatch:
 
     def __init__(self, job: dict[str, Any]) -> None:
         self.job, self.seconds, self.targets, self.tokens = job, 0.0, 0, 0
+        self.cpu_seconds = 0.0
         self.steps: list[list[float]] = []
         self.curve: list[list[float]] = []
         self.warmup = job["warmup_steps"]
-        self.began = time.perf_counter()
+        self.began, self.cpu_began = time.perf_counter(), time.process_time()
 
     def step(self, examples: list[dict[str, Any]], validate: Any) -> bool:
         """Note a step that just ended; returns whether to go on."""
@@ -37,6 +38,7 @@ class Stopwatch:
             self.warmup -= 1
         else:
             self.seconds += now - self.began
+            self.cpu_seconds += time.process_time() - self.cpu_began
             targets = sum(sum(e["mask"]) for e in examples)
             self.steps.append([now - self.began, targets])
             self.targets += targets
@@ -45,7 +47,7 @@ class Stopwatch:
         if number and number % self.job["validate_every"] == 0:
             self.curve.append([self.seconds, validate()])
         self.wait()
-        self.began = time.perf_counter()
+        self.began, self.cpu_began = time.perf_counter(), time.process_time()
         return number < self.job["steps"] and self.seconds < self.job["most_seconds"]
 
     def wait(self) -> None:
@@ -57,7 +59,7 @@ class Stopwatch:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         if self.job["device"] == "cuda":
             peak = torch.cuda.max_memory_allocated()
-        fields = ("seconds", "targets", "tokens", "steps", "curve")
+        fields = ("seconds", "cpu_seconds", "targets", "tokens", "steps", "curve")
         print(json.dumps({name: getattr(self, name) for name in fields} | {"peak_bytes": peak}), flush=True)
 
 

@@ -19,12 +19,9 @@ class Watch(TrainerCallback):
         self.watch, self.validation = Stopwatch(job), validation
         self.seen: list[dict[str, Any]] = []
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        self.seen.clear()
-
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
         validate = lambda: validation_loss(model, self.validation, self.watch.job["device"])  # noqa: E731
-        if not self.watch.step(list(self.seen), validate):
+        if not self.watch.step([self.seen.pop(0)], validate):  # batches are collated ahead of their step
             control.should_training_stop = True
 
 

@@ -12,12 +12,14 @@ from cascade.scoring.statistics import Score
 from cascade.tasks import Completion, Task, Verdict
 from cascade.teachers.economics import CascadeReport, tier_report
 from cascade.teachers.ledger import Ledger
+from cascade.training.looks import Look
 from cascade.training.loop import StepReport
 from ray_jobs._kinds import kinds_of_failures, probe_seconds, with_provenance
 from ray_jobs._runs import Runs
 from ray_jobs._search import TRIALS, Trial
 from ray_jobs._shortcut import shortcuts
 from ray_jobs._test import by_id
+from ray_jobs._train_worker import LOOKS
 
 SAMPLES = 12
 
@@ -86,7 +88,8 @@ def _summary(
 
 def _curve(runs: Runs) -> list[CurvePoint]:
     points = runs.train_modifier.read("curve", StepReport)
-    return [CurvePoint(p.step, p.loss, p.learning_rate, p.tokens / p.seconds) for p in points]
+    seen = {look.step - 1: look.loss for look in runs.train_modifier.read(LOOKS, Look)}
+    return [CurvePoint(p.step, p.loss, p.learning_rate, p.tokens / p.seconds, seen.get(p.step)) for p in points]
 
 
 def _trials(runs: Runs) -> list[TrialRow]:

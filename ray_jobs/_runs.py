@@ -19,6 +19,9 @@ from cascade.tasks import Split, Task, message_hash
 RESULT_VERSION = 1
 """Raised when a change of the code changes results, so that runs made before are not taken for new ones."""
 
+NOT_DECISIVE = {"zero_stage", "offload", "checkpoint_steps", "gradient_checkpointing", "trackers"}
+"""Settings of the training that decide how, and not what, is computed."""
+
 JOBS = (
     "test_domain",
     "generate_tier1",
@@ -103,7 +106,7 @@ class Runs:
 
     @cached_property
     def train_modifier(self) -> Run:
-        training = self.config.training.model_dump(mode="json", exclude={"zero_stage", "offload", "checkpoint_steps"})
+        training = self.config.training.model_dump(mode="json", exclude=NOT_DECISIVE)
         return self._open(
             "train_modifier",
             examples=self.generate_tier3.fingerprint,

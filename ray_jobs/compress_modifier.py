@@ -14,7 +14,7 @@ from ray_jobs._context import Job, Metrics, main
 from ray_jobs._evaluate import Assignment, evaluate, read_adapter
 from ray_jobs._search import Groundwork, Trial, lay_groundwork, pareto_front, search
 from ray_jobs._test import training_style
-from ray_jobs._train import ADAPTER
+from ray_jobs._train_worker import ADAPTER
 
 FILE = "modifier.safetensors"
 

@@ -15,7 +15,8 @@ from cascade.tasks import Example, Task, Verdict
 from ray_jobs._context import Job, Metrics, main
 from ray_jobs._evaluate import Assignment, evaluate
 from ray_jobs._test import base_style, training_style
-from ray_jobs._train import ADAPTER
+from ray_jobs._train import write_card
+from ray_jobs._train_worker import ADAPTER
 from ray_jobs.compress_modifier import FILE
 
 
@@ -34,6 +35,7 @@ def work(job: Job) -> Metrics:
     version = _publish(job, file, verdicts)
     base, final = ([v.passed for v in verdicts[name]] for name in ("base", "compressed"))
     scores = {name: Score.of(verdicts[name]) for name in MODELS}
+    write_card(runs, trained.metrics, {name: scores[name] for name in ("base", "modifier")})
     return {
         "n": len(tasks),
         **{f"{name}_accuracy": score.accuracy for name, score in scores.items()},

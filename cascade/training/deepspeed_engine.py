@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from cascade.config import Training
-from cascade.training.loop import TargetLoss, adamw
+from cascade.training.loop import TargetLoss, adamw, set_rate
 from cascade.training.packing import Row
 
 
@@ -17,6 +17,8 @@ def deepspeed_config(training: Training, dtype: torch.dtype) -> dict[str, Any]:
     """DeepSpeed's own configuration for our settings.
 
     Gradient accumulation is the loop's (`managed_gradient_accumulation` off): a step has as many rows as it has.
+    Stage 0 trains the adapter in float32 beside a base of any dtype, so it needs no master weights, and its
+    checkpoints fit any number of workers; it clips in the engine below, which DeepSpeed does not tell the norm of.
     """
     offload = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     zero: dict[str, Any] = {"stage": training.zero_stage}
@@ -28,11 +30,11 @@ def deepspeed_config(training: Training, dtype: torch.dtype) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
-        "gradient_clipping": training.lora.gradient_clip,
+        "gradient_clipping": training.lora.gradient_clip if training.zero_stage else 0.0,
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": dtype == torch.bfloat16},
+        "bf16": {"enabled": dtype == torch.bfloat16 and training.zero_stage > 0},
         "steps_per_print": 10**9,
     }
 
@@ -49,14 +51,17 @@ class DeepSpeedEngine:
         # which the machine may not have, and a process killed meanwhile leaves a lock on which all later ones wait for
         # ever. Without it gloo does the same work.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        self.device, self.module = device, module
-        parameters = [p for p in module.parameters() if p.requires_grad]
-        optimizer = adamw(parameters, training.lora)
+        self.device, self.module, self.stage = device, module, training.zero_stage
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        self.norm: torch.Tensor | None = None
+        optimizer = adamw(module, training.lora)
+        if not self.stage:
+            optimizer.register_step_pre_hook(lambda *_: self._clip(training.lora.gradient_clip))
         deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=module,
             optimizer=optimizer,
-            model_parameters=parameters,
+            model_parameters=self.parameters,
             config=deepspeed_config(training, dtype),
         )
 
@@ -68,11 +73,14 @@ class DeepSpeedEngine:
         self.engine.backward(loss)
 
     def step(self, learning_rate: float) -> float:
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_rate(self.optimizer, learning_rate)
         self.engine.step()
-        norm = self.engine.get_global_grad_norm()
+        norm = self.engine.get_global_grad_norm() if self.stage else self.norm
         return float(norm) if norm is not None else float("nan")
+
+    def _clip(self, most: float) -> None:
+        """Clip gradients that were just averaged over the workers, before the optimiser takes its step."""
+        self.norm = torch.nn.utils.clip_grad_norm_(self.parameters, most)
 
     def save(self, folder: str | Path, step: int) -> None:
         """This worker's part of a checkpoint: trainable weights, optimiser, next step. Every worker calls it."""
@@ -87,11 +95,14 @@ class DeepSpeedEngine:
             raise FileNotFoundError(f"no DeepSpeed checkpoint in {folder}")
         return int(state["next_step"])
 
-    def gather_master_weights(self, parameters: list[torch.nn.Parameter]) -> None:
-        """Write the float32 master weights back into the module's parameters (as float32). Every worker calls it."""
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Trainable parameters by name in the model, whole and in float32, on the CPU. Every worker calls it."""
         from deepspeed.utils import safe_get_full_fp32_param
 
-        for parameter in parameters:
-            full = safe_get_full_fp32_param(parameter)
-            if full is not None:
-                parameter.data = full.detach().to(torch.float32).reshape(parameter.shape).clone()
+        found: dict[str, torch.Tensor] = {}
+        for name, parameter in self.module.model.named_parameters():
+            if parameter.requires_grad:
+                full = safe_get_full_fp32_param(parameter) if self.stage else None
+                whole = parameter if full is None else full.reshape(getattr(parameter, "ds_shape", parameter.shape))
+                found[name] = whole.detach().to("cpu", torch.float32, copy=True)
+        return found

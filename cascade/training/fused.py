@@ -14,6 +14,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 class LoraProduct(torch.autograd.Function):
@@ -62,6 +63,17 @@ def fuse_lora(model: nn.Module) -> None:
     for layer in model.modules():
         if type(layer) is LoraLinear and not layer.fan_in_fan_out and _is_plain(layer):
             layer.forward = partial(_forward, layer)  # type: ignore[method-assign]
+
+
+def compile_layers(model: nn.Module) -> None:
+    """Let torch.compile join a model's decoder layers into fewer kernels: once, for all layers and lengths of rows.
+
+    Worth its minute of compiling on a GPU. Around generation, whose calls differ, use
+    `torch.compiler.set_stance("force_eager")`.
+    """
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.compile(dynamic=True)
 
 
 def _is_plain(layer: LoraLinear) -> bool:

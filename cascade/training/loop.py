@@ -77,6 +77,7 @@ class StepReport:
     Attributes:
         loss: mean over the step's target tokens (nats), over all workers.
         tokens: packed tokens of the step, over all workers; targets: learned ones among them.
+        sample_ids: the examples that were learned from, over all workers: the ledger of what was seen.
     """
 
     step: int
@@ -86,6 +87,8 @@ class StepReport:
     tokens: int
     targets: int
     seconds: float
+    sample_ids: tuple[str, ...] = ()
+    workers: int = 1
 
 
 class TorchEngine:
@@ -96,7 +99,7 @@ class TorchEngine:
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         self.device = self.parameters[0].device
         self.clip = settings.gradient_clip
-        self.optimizer = adamw(self.parameters, settings)
+        self.optimizer = adamw(module, settings)
 
     def loss(self, row: Row) -> torch.Tensor:
         loss: torch.Tensor = self.module(**self.module.inputs(row, self.device))
@@ -106,18 +109,30 @@ class TorchEngine:
         loss.backward()
 
     def step(self, learning_rate: float) -> float:
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_rate(self.optimizer, learning_rate)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return float(norm)
 
 
-def adamw(parameters: Sequence[nn.Parameter], settings: Lora) -> torch.optim.AdamW:
+def adamw(module: nn.Module, settings: Lora) -> torch.optim.AdamW:
+    """Fused AdamW on the trainable parameters; LoRA+ has B in a group whose rate is so many times A's."""
+    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    if settings.lora_plus is None:
+        groups: list[dict[str, Any]] = [{"params": [p for _, p in named], "rate_factor": 1.0}]
+    else:
+        a, b = ([p for name, p in named if ("lora_B" in name) == is_b] for is_b in (False, True))
+        groups = [{"params": a, "rate_factor": 1.0}, {"params": b, "rate_factor": settings.lora_plus}]
     return torch.optim.AdamW(
-        parameters, lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=settings.weight_decay
+        groups, lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=settings.weight_decay, fused=True
     )
+
+
+def set_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Set every group's learning rate to its multiple of this one."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group.get("rate_factor", 1.0)
 
 
 def learning_rate_at(step: int, total: int, settings: Lora) -> float:
@@ -161,7 +176,16 @@ def run_steps(
         norm = engine.step(rate)
         loss_mean = reduce_sum(float(summed)) / step.targets
         seconds = time.perf_counter() - began
-        yield StepReport(number, loss_mean, rate, norm, step.tokens, step.targets, seconds)
+        yield StepReport(number, loss_mean, rate, norm, step.tokens, step.targets, seconds, step.sample_ids, world)
+
+
+def summed_loss(engine: Engine, step: Step, rank: int, world: int) -> float:
+    """This worker's part of the loss (nats) summed over a step's targets; all workers do equally many rows."""
+    total = 0.0
+    for row in step.share(rank, world):
+        loss = engine.loss(row or step.rows[0])
+        total += float(loss) if row is not None else 0.0
+    return total
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ def add_lora(loaded: LoadedBase, settings: Lora, seed: int) -> PeftModel:
         lora_alpha=settings.alpha if settings.alpha is not None else 2 * settings.rank,  # type: ignore[arg-type]
         target_modules="all-linear",
         lora_dropout=0.0,
+        use_rslora=settings.rslora,
         task_type="CAUSAL_LM",
     )
     model = get_peft_model(loaded.model, config)
@@ -31,6 +33,7 @@ def add_lora(loaded: LoadedBase, settings: Lora, seed: int) -> PeftModel:
         weight: torch.Tensor = layer.lora_A["default"].weight  # type: ignore[assignment]
         rank, fan_in = weight.shape
         weight.data.copy_(torch.from_numpy(initial_lora_a(seed, name, rank, fan_in)))
+        weight.requires_grad_(not settings.freeze_a)
     return model
 
 
@@ -46,17 +49,28 @@ def trainable(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def save_adapter(model: PeftModel, loaded: LoadedBase, seed: int, folder: str | Path) -> None:
+def save_adapter(
+    model: PeftModel,
+    loaded: LoadedBase,
+    seed: int,
+    folder: str | Path,
+    weights: Mapping[str, torch.Tensor] | None = None,
+) -> None:
     """An ordinary PEFT folder in fp16 with our sidecar, which stock PEFT ignores.
 
     fp16 rather than fp32, so that the sizes that we compare with are not flattered.
+
+    Args:
+        weights: of trainable parameters, by name in the model, where they are more exact than the model's own.
     """
     from peft.utils import get_peft_model_state_dict
     from safetensors.torch import save_file
 
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
-    state = {k: v.detach().to("cpu", torch.float16).contiguous() for k, v in get_peft_model_state_dict(model).items()}
+    own = {name: p for name, p in model.named_parameters() if "lora_" in name}
+    found = get_peft_model_state_dict(model, state_dict={**own, **(weights or {})})
+    state = {k: v.detach().to("cpu", torch.float16).contiguous() for k, v in found.items()}
     save_file(state, path / "adapter_model.safetensors", metadata={"format": "pt"})
     config = model.peft_config["default"]
     config.base_model_name_or_path = loaded.name

@@ -73,6 +73,10 @@ class Step:
     def tokens(self) -> int:
         return sum(r.tokens for r in self.rows)
 
+    @property
+    def sample_ids(self) -> tuple[str, ...]:
+        return tuple(sorted(e.sample_id for r in self.rows for e in r.examples))
+
     def share(self, rank: int, world: int) -> list[Row | None]:
         """The rows of one worker; None where others still have a row and this one has not (all do equally many)."""
         mine: list[Row | None] = list(self.rows[rank::world])

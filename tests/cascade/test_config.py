@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import yaml
@@ -195,3 +196,26 @@ def test_runs_of_the_pipeline_do_not_depend_on_execution(monkeypatch):
         changed_jobs = [job for job in _runs.JOBS if other[job] != plain[job]]
         assert changed_jobs == list(_runs.JOBS[_runs.JOBS.index(first) :]), key
     assert fingerprints(check_config(changed("tiers.0.input_usd_per_million", 9))) == plain, "a price decides no answer"
+
+
+@pytest.mark.parametrize(
+    ("training", "execution", "said"),
+    [
+        ({"lora": {"freeze_a": True, "lora_plus": 4}}, {}, "training.lora: lora_plus sets the rates of A and B apart"),
+        ({"validation": {"keep": "best_accuracy"}}, {}, "training.validation: keep: best_accuracy needs answers"),
+        ({"validation": {"tasks": 0, "keep": "best_loss"}}, {}, "keep: best_loss and patience need validation tasks"),
+        ({"validation": {"tasks": 0, "patience": 2}}, {}, "keep: best_loss and patience need validation tasks"),
+        ({"zero_stage": 3, "validation": {"answered": 8}}, {}, "set zero_stage below 3"),
+        ({"zero_stage": 2}, {"train_workers": 2, "train_workers_min": 1}, "needs training.zero_stage 0"),
+        (
+            {},
+            {"train_workers": 2, "train_workers_min": 3},
+            "train_workers_min 3 is more than execution.train_workers 2",
+        ),
+        ({"zero_stage": 3}, {"compile": True}, "execution.compile does not go together with training.zero_stage 3"),
+        ({"trackers": ["comet"]}, {}, "training.trackers.0: Input should be 'mlflow' or 'wandb'"),
+    ],
+)
+def test_training_options_that_do_not_go_together_are_refused(training, execution, said):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        check_config(MINIMAL | {"training": training, "execution": execution})

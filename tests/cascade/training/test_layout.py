@@ -182,6 +182,18 @@ def test_packed_attention_shares_keys_between_groups_of_heads():
     torch.testing.assert_close(out, (scores.softmax(-1) @ v).transpose(1, 2))
 
 
+def test_compiled_layers_compute_the_same_in_one_graph(module):
+    row = ROWS["a shared prefix"]
+    expected = module(**shared(row, CPU))
+    gradients = torch.autograd.grad(expected, trainable(module))
+    for layer in module.model.get_base_model().model.layers:
+        layer.compile(dynamic=True, backend="aot_eager", fullgraph=True)
+    ours = module(**shared(row, CPU))
+    assert ours.item() == pytest.approx(expected.item(), rel=1e-6)
+    for x, y in zip(torch.autograd.grad(ours, trainable(module)), gradients, strict=True):
+        torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_fused_layer_has_the_gradients_of_its_definition(bias):
     torch.manual_seed(0)

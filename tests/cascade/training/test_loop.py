@@ -250,3 +250,30 @@ def test_mean_loss_weighs_targets_alike(module):
     assert mean_loss(module, rows, CPU) == pytest.approx(sum(sums) / 18, rel=1e-5)
     assert math.isnan(mean_loss(module, [], CPU))
     assert all(torch.equal(x, y) for x, y in zip(weights(module), before, strict=True))
+
+
+def test_lora_plus_learns_b_at_a_multiple_of_the_rate(module):
+    settings = SETTINGS.model_copy(update={"lora_plus": 8.0})
+    engine = TorchEngine(module, settings)
+    a, b = engine.optimizer.param_groups
+    names = {p: n for n, p in module.named_parameters()}
+    assert all("lora_A" in names[p] for p in a["params"])
+    assert all("lora_B" in names[p] for p in b["params"])
+    reports = list(run_steps(engine, PLAN, settings))
+    assert (a["lr"], b["lr"]) == (reports[-1].learning_rate, 8 * reports[-1].learning_rate)
+
+
+def test_a_step_reports_what_it_learned_from(module):
+    reports = train(module)
+    for report, step in zip(reports, PLAN, strict=True):
+        assert report.sample_ids == tuple(sorted(e.sample_id for row in step.rows for e in row.examples))
+    seen = [i for r in reports for i in r.sample_ids]
+    assert sorted(seen) == sorted([f"e{i}" for i in range(10)] * 2)
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(module):
+    other = copy.deepcopy(module)
+    other.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    other.model.train()
+    one, two = train(module), train(other)
+    assert [r.loss for r in one] == pytest.approx([r.loss for r in two], rel=1e-5)

@@ -13,6 +13,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 
+from cascade.compression.adapter import load_peft_folder
 from cascade.config import Base, Lora
 from cascade.models.base import load_base
 from cascade.training.lora import SIDECAR, add_lora, lora_layers, remove_lora, save_adapter, trainable
@@ -142,3 +143,30 @@ def test_the_base_is_as_it_was_once_the_adapter_is_off(base):
         assert torch.equal(logits(base.model), plain)
         assert not trainable(base.model)
         assert not base.model.training
+
+
+def test_rslora_scales_by_the_root_of_the_rank(base, tmp_path):
+    model = add_lora(base, Lora(rank=4, rslora=True), seed=9)
+    assert {layer.scaling["default"] for layer in lora_layers(model).values()} == {4.0}
+    save_adapter(model, base, 9, tmp_path)
+    assert load_peft_folder(tmp_path).scaling == 4.0
+
+
+def test_a_frozen_a_stays_at_its_seeded_start(base, tmp_path):
+    model = add_lora(base, Lora(rank=4, freeze_a=True), seed=9)
+    assert all("lora_B" in n for n, p in model.named_parameters() if p.requires_grad)
+    train_a_little(model)
+    save_adapter(model, base, 9, tmp_path)
+    adapter = load_peft_folder(tmp_path)
+    for name, pair in adapter.layers.items():
+        assert (pair.a == adapter.start(name).astype(np.float16)).all()
+        assert pair.b.any()
+
+
+def test_weights_that_are_more_exact_are_saved_instead(base, tmp_path):
+    model = add_lora(base, SETTINGS, seed=9)
+    exact = {n: torch.full_like(p, 0.25) for n, p in model.named_parameters() if "lora_B" in n}
+    save_adapter(model, base, 9, tmp_path, exact)
+    adapter = load_peft_folder(tmp_path)
+    assert all((pair.b == 0.25).all() for pair in adapter.layers.values())
+    assert all((pair.a == adapter.start(name).astype(np.float16)).all() for name, pair in adapter.layers.items())

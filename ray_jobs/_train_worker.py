@@ -1,0 +1,313 @@
+"""What each training worker runs: DeepSpeed steps, looks at held-out tasks, checkpoints that lose nothing.
+
+A checkpoint holds adapter and optimiser (DeepSpeed's files), the data position with what the looks found, and the best
+adapter so far. Whoever continues from it takes the same steps as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import torch
+from ray.train import Checkpoint
+from ray.train.torch import get_device
+
+from cascade.artifacts import Run
+from cascade.config import Config, PromptStyle
+from cascade.errors import DataError
+from cascade.models.base import LoadedBase, end_token_ids, load_base
+from cascade.models.student import Student
+from cascade.tasks import Example, Message, Task
+from cascade.training.deepspeed_engine import DeepSpeedEngine
+from cascade.training.examples import EncodedSet, encode_example, encode_examples
+from cascade.training.fused import compile_layers
+from cascade.training.layout import most_tokens
+from cascade.training.looks import Look, is_better, is_enough, look_steps
+from cascade.training.loop import StepReport, TargetLoss, run_steps, summed_loss
+from cascade.training.lora import add_lora, save_adapter
+from cascade.training.packing import Step, pack, plan_steps
+from cascade.training.trackers import Trackers
+from ray_jobs._evaluate import limit_threads, score
+
+ADAPTER = "adapter"
+"""Folder of the finished PEFT adapter, in the last checkpoint and in the run."""
+BEST = "best"
+"""Folder of the best adapter so far, in every checkpoint."""
+POSITION = "position.json"
+"""How far a checkpoint is, and what the looks found until then."""
+PROGRESS = "progress.json"
+"""What the workers note for people while they train, in the run."""
+LOOKS = "looks"
+PREEMPTION_STEPS = 10
+"""Steps between two questions whether this node is about to be taken away."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Assigned:
+    """What a worker is given.
+
+    Attributes:
+        held_out: validation tasks with their reference answers; answered: those that the student answers too.
+    """
+
+    config: Config
+    run: Run
+    style: PromptStyle
+    held_out: tuple[tuple[str, tuple[Message, ...]], ...]
+    answered: tuple[Task, ...]
+
+
+def train_worker(settings: dict[str, Any]) -> None:
+    """Train from the last checkpoint, or the beginning, to the end; every worker runs this."""
+    assigned: Assigned = settings["assigned"]
+    limit_threads(assigned.config.execution, assigned.config.execution.cpus_per_worker)
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is not None and _had_ended(checkpoint):  # only the hand-over to the driver was missing
+        with checkpoint.as_directory() as folder:
+            metrics = json.loads((Path(folder) / POSITION).read_text())["metrics"]
+            first = ray.train.get_context().get_world_rank() == 0
+            ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder) if first else None)
+        return
+    with ExitStack() as stack:
+        _Session(assigned, checkpoint, stack).train()
+
+
+def _had_ended(checkpoint: Checkpoint) -> bool:
+    with checkpoint.as_directory() as folder:
+        return (Path(folder) / ADAPTER).exists()
+
+
+class _Session:
+    """One worker's part of one attempt at the training."""
+
+    def __init__(self, assigned: Assigned, checkpoint: Checkpoint | None, stack: ExitStack) -> None:
+        self.assigned, config = assigned, assigned.config
+        context = ray.train.get_context()
+        self.rank, self.world = context.get_world_rank(), context.get_world_size()
+        self.first = self.rank == 0
+        self.loaded = load_base(config.base, get_device())
+        self.encoded = _encode(assigned, self.loaded)
+        self.model = add_lora(self.loaded, config.training.lora, config.seed)
+        if config.training.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            self.model.train()  # transformers checkpoints in training mode alone; the base has no dropout that matters
+        # ZeRO 3 gathers weights in the hooks of the modules that fused layers go past.
+        module = TargetLoss(self.model, fused=config.training.zero_stage < 3)
+        if config.execution.compile:
+            compile_layers(self.model)
+        self.row_tokens = config.execution.row_tokens or most_tokens(module.inputs)
+        lora = config.training.lora
+        self.plan = plan_steps(self.encoded.examples, lora, config.seed, row_tokens=self.row_tokens, workers=self.world)
+        self.held_out = self._held_out()
+        self.engine = DeepSpeedEngine(module, config.training, self.loaded.device, self.loaded.model.dtype)
+        self.best = Path(stack.enter_context(tempfile.TemporaryDirectory())) / BEST
+        self.looks: list[Look] = []
+        self.start = self._restore(checkpoint)
+        self.recorder = _Recorder(assigned.run, len(self.plan), self.first)
+        self.trackers = Trackers.open(config, assigned.run) if self.first else Trackers([])
+        stack.callback(self.trackers.close)
+
+    def train(self) -> None:
+        config = self.assigned.config
+        steps = run_steps(
+            self.engine,
+            self.plan,
+            config.training.lora,
+            start=self.start,
+            rank=self.rank,
+            world=self.world,
+            reduce_sum=_sum_over_workers,
+        )
+        due = look_steps(len(self.plan), config.training)
+        for report in [] if self._has_enough() else steps:
+            self.recorder.add(report)
+            self.trackers.step(report)
+            done = report.step + 1
+            if done in due:
+                self._look(done)
+            if done == len(self.plan) or self._has_enough():
+                break
+            if done % config.training.checkpoint_steps == 0 or self._is_preempted(done):
+                self._checkpoint(done)
+        self._finish()
+
+    def _has_enough(self) -> bool:
+        return is_enough(self.looks, self.assigned.config.training)
+
+    def _is_preempted(self, done: int) -> bool:
+        return done % PREEMPTION_STEPS == 0 and ray.train.get_preemption_info() is not None
+
+    def _look(self, done: int) -> None:
+        """Measure the held-out tasks; keep the adapter if it is the best so far."""
+        loss, count = _sum_over_workers(self._held_out_loss()), sum(step.targets for step in self.held_out)
+        answered = self.assigned.answered
+        passed = round(_sum_over_workers(self._passed(answered[self.rank :: self.world])))
+        look = Look(done, loss / count if count else float("nan"), len(answered), passed)
+        best = next((found for found in reversed(self.looks) if found.best), None)
+        look = dataclasses.replace(look, best=is_better(look, best, self.assigned.config.training))
+        self.looks.append(look)
+        self.trackers.look(look)
+        if look.best and self.assigned.config.training.validation.keep != "last":
+            self._save_adapter(self.best)
+
+    def _held_out(self) -> list[Step]:
+        """The validation tasks that fit, as steps of one row for each worker."""
+        config, tokenizer = self.assigned.config, self.loaded.tokenizer
+        ends, longest = end_token_ids(self.loaded), config.training.lora.max_length
+        system = self.assigned.style.system
+        encoded = [
+            encode_example(task_id, messages, tokenizer, system=system, end_ids=ends)
+            for task_id, messages in self.assigned.held_out
+        ]
+        kept = [e for e in encoded if e.targets and len(e) <= longest]
+        rows = pack(kept, max(self.row_tokens or 0, longest), self.world) if kept else []
+        return [Step(tuple(rows[i : i + self.world])) for i in range(0, len(rows), self.world)]
+
+    @torch.no_grad()
+    def _held_out_loss(self) -> float:
+        """This worker's part of the summed loss."""
+        return sum(summed_loss(self.engine, step, self.rank, self.world) for step in self.held_out)
+
+    @torch.no_grad()
+    def _passed(self, tasks: Sequence[Task]) -> int:
+        if not tasks:
+            return 0
+        config = self.assigned.config
+        student = Student(
+            self.loaded,
+            modifier="training",
+            batch_size=config.execution.student_batch,
+            max_tokens=config.student.max_tokens,
+            seed=config.seed,
+        )
+        was_training = self.model.training
+        self.model.eval()
+        with torch.compiler.set_stance("force_eager"):
+            answers = student.answer(tasks, self.assigned.style)
+        self.model.train(was_training)
+        return sum(score(t, a).passed for t, a in zip(tasks, answers, strict=True))
+
+    def _save_adapter(self, folder: Path) -> None:
+        """Write the adapter as it is now. Every worker calls it, the first writes."""
+        weights = self.engine.weights()
+        if self.first:
+            shutil.rmtree(folder, ignore_errors=True)
+            save_adapter(self.model, self.loaded, self.assigned.config.seed, folder, weights)
+
+    def _checkpoint(self, done: int) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            self.engine.save(folder, done)
+            if self.first:
+                self._write_position(Path(folder), {})
+                if self.best.exists():
+                    shutil.copytree(self.best, Path(folder) / BEST)
+            self._flush()
+            ray.train.report({"step": done}, checkpoint=Checkpoint.from_directory(folder))
+
+    def _finish(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            if self.assigned.config.training.validation.keep == "last":
+                self._save_adapter(Path(folder) / ADAPTER)
+            elif self.first:
+                shutil.copytree(self.best, Path(folder) / ADAPTER)
+            self._flush()
+            metrics = self._metrics()
+            if self.first:
+                self._write_position(Path(folder), metrics)
+            ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder) if self.first else None)
+
+    def _write_position(self, folder: Path, metrics: dict[str, Any]) -> None:
+        looks = [dataclasses.asdict(look) for look in self.looks]
+        (folder / POSITION).write_text(json.dumps({"looks": looks, "metrics": metrics}))
+
+    def _flush(self) -> None:
+        self.recorder.flush()
+        if self.first:
+            self.assigned.run.write_part(LOOKS, self.looks)
+            self.trackers.flush()
+
+    def _restore(self, checkpoint: Checkpoint | None) -> int:
+        """The step to go on with: 0, or where the last checkpoint was taken."""
+        if checkpoint is None:
+            return 0
+        with checkpoint.as_directory() as folder:
+            position = json.loads((Path(folder) / POSITION).read_text())
+            self.looks = [Look(**look) for look in position["looks"]]
+            if self.first and (Path(folder) / BEST).exists():
+                shutil.copytree(Path(folder) / BEST, self.best)
+            return self.engine.load(folder)
+
+    def _metrics(self) -> dict[str, Any]:
+        """What the training was; the same on every worker."""
+        steps = self.looks[-1].step if self._has_enough() else len(self.plan)
+        best = next((look for look in reversed(self.looks) if look.best), None)
+        done = self.plan[:steps]
+        found: dict[str, Any] = {
+            "steps": steps,
+            "examples": len(self.encoded.examples),
+            "tokens": sum(s.tokens for s in done),
+            "targets": sum(s.targets for s in done),
+            "refused_too_long": len(self.encoded.too_long),
+            "refused_without_target": len(self.encoded.without_target),
+        }
+        if best is not None:
+            kept_last = self.assigned.config.training.validation.keep == "last"
+            shown = self.looks[-1] if kept_last else best
+            found |= {"kept_step": shown.step, "validation_loss": shown.loss}
+            found |= {"validation_passed": shown.passed} if shown.answered else {}
+        return found
+
+
+def _encode(assigned: Assigned, loaded: LoadedBase) -> EncodedSet:
+    longest = assigned.config.training.lora.max_length
+    encoded = encode_examples(
+        assigned.run.read("examples", Example),
+        loaded.tokenizer,
+        max_length=longest,
+        system=assigned.style.system,
+        end_ids=end_token_ids(loaded),
+    )
+    if not encoded.examples:
+        raise DataError(
+            f"none of the examples can be trained on: {len(encoded.too_long)} are longer than "
+            f"training.lora.max_length = {longest} tokens, {len(encoded.without_target)} have no assistant text"
+        )
+    return encoded
+
+
+class _Recorder:
+    """Keeps the curve: every step in memory, in the run at each checkpoint, and a note for people each second."""
+
+    def __init__(self, run: Run, steps: int, first: bool) -> None:
+        self.run, self.steps, self.first = run, steps, first
+        self.pending: list[StepReport] = []
+        self.noted = 0.0
+
+    def add(self, report: StepReport) -> None:
+        self.pending.append(report)
+        if self.first and time.monotonic() - self.noted > 1:
+            self.noted = time.monotonic()
+            note = {"step": report.step + 1, "steps": self.steps, "loss": report.loss}
+            self.run.store.write_json(f"{self.run.folder}/{PROGRESS}", note)
+
+    def flush(self) -> None:
+        if self.first:
+            self.run.write_part("curve", self.pending)
+        self.pending = []
+
+
+def _sum_over_workers(value: float) -> float:
+    if ray.train.get_context().get_world_size() == 1:
+        return value
+    total = torch.tensor([value], dtype=torch.float64, device=get_device())
+    torch.distributed.all_reduce(total)
+    return float(total)
