@@ -8,7 +8,7 @@ while there are no more, and takes more when they come.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,17 @@ from ray.train import CheckpointConfig, FailureConfig, RunConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.config import ScalingConfig
 
+from cascade import benchmarks
 from cascade.config import Execution, PromptStyle
 from cascade.errors import DataError
 from cascade.scoring.statistics import Score
-from cascade.tasks import Example
+from cascade.tasks import Example, Message, Task
 from cascade.training.card import adapter_card
 from cascade.training.looks import Look
 from cascade.training.loop import StepReport
 from ray_jobs._context import Job, Metrics
 from ray_jobs._progress import polling
 from ray_jobs._runs import Runs
-from ray_jobs._search import held_out
 from ray_jobs._train_worker import ADAPTER, LOOKS, PROGRESS, Assigned, train_worker
 
 RESIZE_S = 30.0
@@ -53,7 +53,7 @@ def train_modifier(job: Job, examples: list[Example], style: PromptStyle) -> Met
         scaling_config=scaling(job.config.execution),
         run_config=RunConfig(
             name="train",
-            storage_path=f"{job.run.store.uri}/{job.run.folder}",
+            **job.ray_storage(),
             failure_config=FailureConfig(max_failures=3),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
         ),
@@ -92,6 +92,15 @@ def scaling(execution: Execution) -> ScalingConfig:
         resources_per_worker=resources,
         elastic_resize_monitor_interval_s=RESIZE_S,
     )
+
+
+def held_out(tasks: Sequence[Task]) -> list[tuple[str, tuple[Message, ...]]]:
+    """Chat tasks with their reference answers: what loss is measured on."""
+    return [
+        (t.id, (*t.messages, Message("assistant", benchmarks.get(t.benchmark).reference_answer(t))))
+        for t in tasks
+        if t.form == "chat"
+    ]
 
 
 def _show_progress(job: Job) -> None:

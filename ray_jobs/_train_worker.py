@@ -185,7 +185,7 @@ class _Session:
         student = Student(
             self.loaded,
             modifier="training",
-            batch_size=config.execution.student_batch,
+            tokens=config.execution.student_tokens,
             max_tokens=config.student.max_tokens,
             seed=config.seed,
         )

@@ -21,17 +21,13 @@ import numpy as np
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers import AttentionInterface, PreTrainedModel
 
+from cascade.models import attention
 from cascade.training.packing import Row
 
 Layout = Callable[[Row, torch.device], dict[str, Any]]
 """A row as keyword arguments of `cascade.training.loop.TargetLoss.forward`."""
-
-PACKED = "cascade_packed"
-"""Name of the attention function that is told the examples' boundaries, in transformers' registry."""
 
 SHORTEST_PREFIX = 8
 """Common tokens from which on a prefix is shared."""
@@ -40,21 +36,18 @@ SHORTEST_PREFIX = 8
 def layout_for(model: nn.Module) -> Layout:
     """The fastest layout that a causal LM can take, with or without an adapter around it.
 
-    May set the model's attention to `PACKED`, which is `sdpa` for everything that is no packed row.
+    May set the model's attention to ours, which is `sdpa` for everything that is neither a packed row nor behind a
+    shared prefix in generation.
     """
     inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    config: Any = getattr(inner, "config", None)
-    if config is None or getattr(config, "_attn_implementation", None) not in ("sdpa", PACKED):
-        return plain
-    full = set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
-    windowed = getattr(config, "sliding_window", None) or getattr(config, "attn_logit_softcapping", None)
-    if not full or windowed or not getattr(inner, "_supports_attention_backend", False):
+    if isinstance(inner, PreTrainedModel):
+        attention.enable_sharing(inner)
+    if not attention.can_share(inner):
         return plain
     first = next(inner.parameters())
-    if first.device.type == "cuda" and not _has_varlen(first, config):
-        return plain
-    inner.set_attn_implementation(PACKED)
-    return varlen if first.device.type == "cuda" else shared
+    if first.device.type != "cuda":
+        return shared
+    return varlen if _has_varlen(first, inner.config) else plain
 
 
 def most_tokens(layout: Layout) -> int | None:
@@ -168,10 +161,10 @@ def packed_attention(
 
     Returns:
         Shape (1, tokens, heads, head size), and None for the weights. Without boundaries, as when the model
-        generates, this is `sdpa`.
+        generates, it is `cascade.models.attention`.
     """
     if starts is None and cu_seq_lens_q is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **more)
+        return attention._attention(module, query, key, value, attention_mask, scaling=scaling, **more)
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -210,5 +203,5 @@ def _by_example(
     return torch.cat(parts, 2).transpose(1, 2).to(dtype)
 
 
-AttentionInterface.register(PACKED, packed_attention)
-AttentionMaskInterface.register(PACKED, sdpa_mask)
+# One name for both, so that a model trains and generates without being switched.
+AttentionInterface.register(attention.NAME, packed_attention)

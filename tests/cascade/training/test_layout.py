@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cascade.config import Base, Lora
+from cascade.models.attention import NAME
 from cascade.models.base import load_base
-from cascade.training import layout
 from cascade.training.examples import EncodedExample
 from cascade.training.fused import LoraProduct
 from cascade.training.layout import common_prefix, layout_for, packed_attention, plain, shared, varlen
@@ -142,13 +142,11 @@ def test_a_common_prefix_is_common_and_longest(tokens, learned):
 
 def test_a_model_that_attends_otherwise_keeps_its_own_way(module):
     inner = module.model.get_base_model()
-    for change in ({"sliding_window": 8}, {"layer_types": ["sliding_attention"] * 2}, {"attn_logit_softcapping": 5.0}):
-        kept = {name: getattr(inner.config, name, None) for name in change}
-        for name, value in change.items():
-            setattr(inner.config, name, value)
-        assert layout_for(module.model) is plain
-        for name, value in kept.items():
-            setattr(inner.config, name, value)
+    inner.set_attn_implementation("sdpa")
+    inner.config.sliding_window = 8
+    inner.config.layer_types = ["sliding_attention"] * len(inner.model.layers)
+    assert layout_for(module.model) is plain
+    inner.config.sliding_window, inner.config.layer_types = None, None
     assert layout_for(module.model) is shared
     inner.set_attn_implementation("eager")
     assert layout_for(module.model) is plain
@@ -157,12 +155,12 @@ def test_a_model_that_attends_otherwise_keeps_its_own_way(module):
 
 def test_generation_is_that_of_sdpa(module):
     inner = module.model.get_base_model()
-    assert inner.config._attn_implementation == layout.PACKED
+    assert inner.config._attn_implementation == NAME
     ids = torch.arange(5, 25)[None].repeat(2, 1)
     seen = torch.ones_like(ids)
     seen[1, :6] = 0
     answers = []
-    for implementation in (layout.PACKED, "sdpa"):
+    for implementation in (NAME, "sdpa"):
         inner.set_attn_implementation(implementation)
         answers.append(
             module.model.generate(
