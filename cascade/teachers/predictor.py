@@ -102,7 +102,7 @@ def send_past(
     x = np.stack([features[i] for i in ids])
     model = make_pipeline(
         StandardScaler(),
-        PCA(min(_COMPONENTS, *x.shape), random_state=seed),
+        PCA(min(_COMPONENTS, len(x) - len(x) // FOLDS - 2, x.shape[1]), random_state=seed),  # a fold is left out
         StandardScaler(),
         LogisticRegression(C=1.0, max_iter=2000),
     )

@@ -12,7 +12,10 @@ import yaml
 from stand_in import save_tiny_base
 
 from cascade import modifiers
+from cascade.dataset import check_dataset
 from cascade.tasks import Example, Task
+from ray_jobs._export import export_dataset
+from ray_jobs._failures import failure_kinds
 from ray_jobs._runs import JOBS, Runs
 
 ROOT = Path(__file__).parents[2]
@@ -113,3 +116,17 @@ def check_results(runs: Runs) -> None:
 
     asked = [{t.id for t in runs.test(tier).read("unsolved", Task)} for tier in (0, 1, 2)]
     assert asked[0] >= asked[1] >= asked[2], "a tier saw what the tier before had solved"
+    check_kinds_and_export(runs)
+
+
+def check_kinds_and_export(runs: Runs) -> None:
+    """Every failure has a kind, the report shows them, and what was trained on can be exported and checked."""
+    failed = {t.id for t in runs.test_domain.read("unsolved", Task)}
+    kinds = failure_kinds(runs)
+    assert set(kinds.of) == failed
+    assert set(kinds.of.values()) == {k.number for k in kinds.kinds}
+    assert "What the base fails, by kind" in runs.store.read_bytes("sums/report.html").decode()
+    where, rows = export_dataset(runs, None)
+    assert rows == len(runs.train_modifier.read("examples", Example))
+    if runs.store.is_local:
+        assert check_dataset(where).problems == []

@@ -68,6 +68,15 @@ def test_a_predictor_that_knows_nothing_sends_nothing() -> None:
     assert send_past({}, ["a"], {}, COSTS, SETTINGS, 1) == []
 
 
+@pytest.mark.parametrize("count", [17, 23, 29, 31])
+def test_it_learns_from_few_tasks(count: int) -> None:
+    all_tasks, vectors, _ = world(60, 0.0)
+    known = {t.id: i % 2 == 0 for i, t in enumerate(all_tasks[:count])}
+    others = [t.id for t in all_tasks[count:]]
+    sent = send_past(known, others, task_features(all_tasks, vectors), COSTS, SETTINGS, 1)
+    assert {s.task_id for s in sent} <= {t.id for i, t in enumerate(all_tasks) if i % 2}
+
+
 def test_the_first_wave_is_a_share_that_the_seed_draws() -> None:
     drawn = first_wave(tasks(2000), SETTINGS, seed=1)
     assert 0.2 < len(drawn) / 2000 < 0.3
