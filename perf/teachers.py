@@ -1,0 +1,108 @@
+"""Teachers: throughput, limits, faults, kills, bills, budgets, precision and memory, against a mock OpenAI server.
+
+    python perf/teachers.py                       # everything, with 12,000 and 100,000 tasks: an hour on two cores
+    python perf/teachers.py --tasks 2000 --memory-tasks 5000 --only throughput faults
+
+The server adds 200 ms to every answer and runs on this machine, as do the tools compared with (Bespoke curator and
+distilabel, pinned, in environments of their own that this script makes, and ray.data.llm). Rates are the server's own
+count from the first request to the last response, so that nobody's start counts. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+import ray
+import ray.data
+from rich.console import Console
+from rich.table import Table
+from teachers_lab import Lab, Server, config_for, mock_server, questions, storage
+from teachers_parts import Figures, budget, faults, kills, limits, memory, throughput
+from teachers_precision import precision
+
+from ray_jobs._generate import generate_answers
+
+PARTS = ("throughput", "limits", "faults", "kills", "budget", "precision", "memory")
+
+
+def measure(part: str, server: Server, options: argparse.Namespace) -> Figures:
+    """The figures of one part."""
+    if part == "throughput":
+        return throughput(server, options.requests)
+    if part == "limits":
+        return limits(server, options.limit_seconds)
+    if part == "faults":
+        return faults(server, options.tasks)
+    if part == "kills":
+        return kills(server, options.requests)
+    if part == "budget":
+        return budget(server, options.requests)
+    if part == "precision":
+        return precision(server, options.precision_tasks)
+    return memory(server, (1000, options.memory_tasks))
+
+
+def start_ray() -> None:
+    """Ray on this machine alone, with room for eight actors that mostly wait."""
+    ray.init(
+        address="local",
+        num_cpus=8,
+        object_store_memory=512 * 2**20,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="error",
+    )
+    ray.data.DataContext.get_current().enable_progress_bars = False
+
+
+def drive(url: str, count: int) -> None:
+    """A driver by itself, for its memory to be looked at."""
+    start_ray()
+    with storage() as folder:
+        generate_answers(Lab.of(config_for(url, folder, actors=2, max_concurrency=64), questions(count, "m")).job, 1)
+
+
+def show(figures: dict[str, dict[str, Any]]) -> None:
+    """A table for people, then the JSON line."""
+    table = Table(title="Teachers", title_justify="left")
+    for heading in ("figure", "value", "target", "met"):
+        table.add_column(heading)
+    for name, figure in figures.items():
+        target = figure["target"]
+        table.add_row(
+            name, str(figure["value"]), "" if target is None else str(target), "yes" if figure["met"] else "NO"
+        )
+    Console(width=100).print(table)
+    print(json.dumps(figures))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--requests", type=int, default=2000, help="of throughput, kills and budget")
+    parser.add_argument("--tasks", type=int, default=12_000, help="of the run with faults")
+    parser.add_argument("--limit-seconds", type=float, default=150, help="length of the run under limits")
+    parser.add_argument("--precision-tasks", type=int, default=300, help="of each kind")
+    parser.add_argument("--memory-tasks", type=int, default=100_000)
+    parser.add_argument("--driver", nargs=2, metavar=("URL", "COUNT"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.driver:
+        drive(options.driver[0], int(options.driver[1]))
+        return
+    figures: dict[str, dict[str, Any]] = {}
+    if set(options.only) - {"kills", "budget", "memory"}:
+        start_ray()
+    with mock_server() as server:
+        for part in options.only:
+            print(f"{part} …", file=sys.stderr, flush=True)
+            found = measure(part, server, options)
+            figures |= {name: {"value": v, "target": t, "met": met} for name, (v, t, met) in found.items()}
+            print(f"  {found}", file=sys.stderr, flush=True)
+    show(figures)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""What the parts of `teachers.py` share: a mock OpenAI server in a process of its own, tasks, and a job to ask them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cascade.artifacts import Store
+from cascade.config import Config, check_config
+from cascade.tasks import Message, Task
+from ray_jobs._context import Job
+from ray_jobs._runs import Runs
+from ray_jobs._test import UNSOLVED
+
+ROOT = Path(__file__).parents[1]
+PRICES = (1.0, 0.5, 4.0)
+"""US dollars per million prompt, cached and completion tokens, on both sides."""
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+class Server:
+    """The mock server (tests/helpers/mock_openai.py), with its settings and its counts."""
+
+    def __init__(self, port: int) -> None:
+        self.root = f"http://127.0.0.1:{port}"
+        self.url = f"{self.root}/v1"
+
+    def set(self, **settings: Any) -> None:
+        """Behave so from now on, and count anew."""
+        self._call("settings", settings)
+
+    def learn(self, book: dict[str, str]) -> None:
+        """Give these answers to these prompts."""
+        self._call("answers", book)
+
+    def stats(self, *, answered: bool = False) -> dict[str, Any]:
+        """What it has seen; `answered`: with how often it answered each prompt."""
+        found: dict[str, Any] = self._call("stats" + ("?answered=1" if answered else ""))
+        return found
+
+    def _call(self, path: str, body: Any = None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        with _OPENER.open(urllib.request.Request(f"{self.root}/{path}", data), timeout=60) as response:
+            return json.load(response)
+
+
+@contextmanager
+def mock_server() -> Iterator[Server]:
+    """Run the mock server for the time of the block."""
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "tests" / "helpers" / "mock_openai.py")], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    try:
+        server = Server(int(process.stdout.readline()))
+        while True:
+            try:
+                server.stats()
+                break
+            except OSError:
+                time.sleep(0.1)
+        yield server
+    finally:
+        process.kill()
+        process.wait()
+
+
+def questions(count: int, name: str = "q") -> list[Task]:
+    """Tasks that the server's standard answer solves. Their form has no scorer to wait for: exact text."""
+    return [
+        Task(
+            id=f"jsonl/{name}-{i}",
+            benchmark="jsonl",
+            domain="perf",
+            split="train",
+            messages=(Message("user", prompt := f"Question {name} {i}: what is {i} + {i}?"),),
+            reference={"kind": "exact", "answers": [f"answer to {prompt}"]},
+        )
+        for i in range(count)
+    ]
+
+
+def config_for(url: str, storage: str, *, actors: int = 1, budget_usd: float = 1000.0, **teacher: Any) -> Config:
+    """A config whose tiers all ask the mock server; `teacher` changes tier 1 (limits included)."""
+    limits = {"requests_per_minute": 10**9, "tokens_per_minute": 10**12, "max_concurrency": 32}
+    limits |= {name: teacher.pop(name) for name in limits if name in teacher}
+    tier = {
+        "name": "model-a",
+        "endpoints": [{"base_url": url, **limits}],
+        "input_usd_per_million": PRICES[0],
+        "cached_input_usd_per_million": PRICES[1],
+        "output_usd_per_million": PRICES[2],
+        "max_tokens": 64,
+        "timeout_s": 2.0,
+        **teacher,
+    }
+    sources = [{"benchmark": "reasoning_gym"}]
+    raw = {
+        "domain": "perf",
+        "storage": storage,
+        "base": {"model": "none"},
+        "tasks": {split: {"sources": sources} for split in ("train", "validation", "test")},
+        "tiers": [tier] * 3,
+        "budget_usd": budget_usd,
+        "execution": {"teacher_actors": actors, "task_block": 64},
+    }
+    return check_config(raw)
+
+
+@dataclass
+class Lab:
+    """One job of tier 1 over given tasks: what the base fails is taken as known."""
+
+    config: Config
+    job: Job
+    store: Store
+
+    @classmethod
+    def of(cls, config: Config, tasks: Sequence[Task]) -> Lab:
+        """Write what `test_domain` would have left, so that `generate_tier1` can begin."""
+        runs = Runs(config)
+        for name, value in {
+            "base_sha256": "none",
+            "train_tasks": list(tasks),
+            "validation_tasks": [],
+            "test_tasks": [],
+        }.items():
+            runs.__dict__[name] = value  # in place of what would be loaded from a base and from benchmarks
+        tested = runs.test_domain
+        tested.start(config)
+        tested.write_table(UNSOLVED, Task, tasks)
+        tested.finish({})
+        run = runs.generate_tier1
+        run.start(config)
+        return cls(config, Job(config, runs, run), runs.store)
+
+
+@contextmanager
+def storage() -> Iterator[str]:
+    """A folder for one measurement."""
+    with tempfile.TemporaryDirectory(prefix="teachers-", ignore_cleanup_errors=True) as folder:
+        yield folder
+
+
+def rate(spans: Sequence[Sequence[float]]) -> float:
+    """Requests per second over the time from the first arrival to the last response."""
+    return len(spans) / (max(end for _, end in spans) - min(start for start, _ in spans)) if spans else 0.0
+
+
+def mean_in_flight(spans: Sequence[Sequence[float]], skip: float = 0.1) -> float:
+    """Time-weighted mean of the requests that the server held, from the first tenth of the run to the last arrival."""
+    first, last = min(s for s, _ in spans), max(s for s, _ in spans)
+    first += skip * (last - first)
+    held = sum(max(0.0, min(end, last) - max(start, first)) for start, end in spans)
+    return held / (last - first)
