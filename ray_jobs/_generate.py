@@ -174,7 +174,7 @@ class TeacherActor:
         self.judge_client: TeacherClient | None = None
 
     async def __call__(self, block: pa.Table) -> AsyncIterator[pa.Table]:
-        """One output row per task, as its verdict is known; the run's tables are written when all are.
+        """One output row per task, when all of a block have their verdicts and the run's tables are written.
 
         What a kill in between loses is only verdicts: the answers are in the ledger and are verified again.
         """
@@ -183,10 +183,9 @@ class TeacherActor:
             self.judge_client = self.make_client(self.judge.model, judge=True)
         await asyncio.to_thread(self.client.refresh)  # an actor that was killed may have bought some of this block
         solved: list[Solved] = []
-        asking = [asyncio.ensure_future(self._solve(task, solved)) for task in from_table(Task, block)]
-        for next_done in asyncio.as_completed(asking):
-            yield pa.Table.from_pylist([await next_done])
+        rows = await asyncio.gather(*(self._solve(task, solved) for task in from_table(Task, block)))
         await asyncio.to_thread(self._keep, solved)
+        yield pa.Table.from_pylist(rows)
 
     async def _solve(self, task: Task, solved: list[Solved]) -> dict[str, str]:
         """What came of one task, also as a row for the driver."""
