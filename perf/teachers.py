@@ -21,11 +21,12 @@ from rich.console import Console
 from rich.table import Table
 from teachers_lab import Lab, Server, config_for, mock_server, questions, storage
 from teachers_parts import Figures, budget, faults, kills, limits, memory, throughput
+from teachers_plan import estimate
 from teachers_precision import precision
 
 from ray_jobs._generate import generate_answers
 
-PARTS = ("throughput", "limits", "faults", "kills", "budget", "precision", "memory")
+PARTS = ("throughput", "limits", "faults", "kills", "budget", "precision", "plan", "memory")
 
 
 def measure(part: str, server: Server, options: argparse.Namespace) -> Figures:
@@ -42,6 +43,8 @@ def measure(part: str, server: Server, options: argparse.Namespace) -> Figures:
         return budget(server, options.requests)
     if part == "precision":
         return precision(server, options.precision_tasks)
+    if part == "plan":
+        return estimate(server, options.requests)
     return memory(server, (1000, options.memory_tasks))
 
 
@@ -82,7 +85,7 @@ def show(figures: dict[str, dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--requests", type=int, default=2000, help="of throughput, kills and budget")
+    parser.add_argument("--requests", type=int, default=2000, help="of throughput, kills, budget and plan")
     parser.add_argument("--tasks", type=int, default=12_000, help="of the run with faults")
     parser.add_argument("--limit-seconds", type=float, default=150, help="length of the run under limits")
     parser.add_argument("--precision-tasks", type=int, default=300, help="of each kind")
@@ -93,7 +96,7 @@ def main() -> None:
         drive(options.driver[0], int(options.driver[1]))
         return
     figures: dict[str, dict[str, Any]] = {}
-    if set(options.only) - {"kills", "budget", "memory"}:
+    if set(options.only) - {"kills", "budget", "plan", "memory"}:
         start_ray()
     with mock_server() as server:
         for part in options.only:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, cast, get_args
 
@@ -16,18 +18,22 @@ from cascade.compression.adapter import fp16_bytes
 from cascade.compression.convert import Values, compress_folder, export_modifier
 from cascade.compression.format import disk_bytes
 from cascade.compression.packed import resident_bytes
-from cascade.config import Compression, load_config
+from cascade.config import ANSWER_KEY, Compression, load_config
 from cascade.dataset import check_dataset as check
 from cascade.errors import ConfigError, DataError
 from cascade.reports import scoreboard
 from cascade.routing.model import current_report, set_threshold
 from cascade.system import bill
 from cascade.system import bundle as pack
+from cascade.tasks import Task
 from cascade.teachers.economics import plan as plan_tiers
 from cascade.teachers.ledger import Ledger
+from cascade.teachers.offline import answer_key_server
+from cascade.teachers.sample import MOST_CALLS, buy_sample
 from ray_jobs._context import exit_with_message, run_one
 from ray_jobs._export import export_dataset as write_dataset
 from ray_jobs._runs import JOBS, Runs
+from ray_jobs._test import unsolved_before
 from ray_jobs.pipeline import WORK, run_pipeline
 
 ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file of a domain")]
@@ -48,28 +54,53 @@ def run(config: ConfigFile) -> None:
 
 
 @app.command()
-def plan(config: ConfigFile) -> None:
-    """Show the steps, the tasks, and what the teachers are expected to be asked and to cost. Spends nothing."""
-    exit_with_message(lambda: _print_plan(config))
+def plan(
+    config: ConfigFile,
+    sample: Annotated[
+        int,
+        typer.Option(
+            min=0, max=MOST_CALLS, help="calls to buy first, so that prices are measured; the run uses them again"
+        ),
+    ] = 0,
+) -> None:
+    """Show the steps, the tasks, and what the teachers should be asked and cost; spends only on --sample."""
+    exit_with_message(lambda: _print_plan(config, sample))
 
 
-def _print_plan(path: str) -> None:
+def _print_plan(path: str, sample: int) -> None:
     config = load_config(path)
     runs = Runs(config)
     console = Console()
     rate: float | None = None
     base_known = True
+    tasks = runs.train_tasks
     try:
         if runs.test_domain.done:
             tested = runs.test_domain.metrics
             rate = tested["unsolved"] / tested["tested"]
+            tasks = unsolved_before(runs, 1)
     except ConfigError as error:
         base_known = False
         console.print(f"note: {error}", style="yellow")
+    spent = _buy_sample(runs, tasks, sample) if sample else None
     console.print(_steps_table(runs, base_known=base_known))
     counts = {s: len(getattr(runs, f"{s}_tasks")) for s in ("train", "validation", "test")}
     console.print(", ".join(f"{n} {split} tasks" for split, n in counts.items()))
-    console.print(_cost_table(runs, rate))
+    console.print(_cost_table(runs, rate, spent))
+
+
+def _buy_sample(runs: Runs, tasks: list[Task], calls: int) -> str:
+    """Ask a few tasks; says what that cost."""
+    config, ledger = runs.config, Ledger(runs.store, runs.config.domain)
+    with ExitStack() as stack:
+        resolve: dict[str, str] = {}
+        if any(t.is_answer_key for t in config.tiers):
+            server = answer_key_server(runs.train_tasks, config.tiers, config.seed)
+            resolve[ANSWER_KEY] = stack.enter_context(server)
+        answers = asyncio.run(buy_sample(config, tasks, ledger, calls, resolve=resolve))
+    ledger.close()
+    usd = sum(a.cost_usd for a in answers if not a.from_ledger)
+    return f"{len(answers)} sampled calls cost ${usd:.4f}; the run uses their answers again"
 
 
 def _steps_table(runs: Runs, *, base_known: bool) -> Table:
@@ -86,7 +117,7 @@ def _steps_table(runs: Runs, *, base_known: bool) -> Table:
     return table
 
 
-def _cost_table(runs: Runs, rate: float | None) -> Table:
+def _cost_table(runs: Runs, rate: float | None, spent: str | None) -> Table:
     """What the teachers are expected to be asked; `rate` is the measured share of tasks that the base fails."""
     config = runs.config
     source, failed = ("assumed", ASSUMED_FAILURES) if rate is None else ("measured", rate)
@@ -108,7 +139,8 @@ def _cost_table(runs: Runs, rate: float | None) -> Table:
             row.tokens_from,
         )
     total = sum(row.cost_usd for row in rows)
-    table.caption = f"together ${total:.4f} of the budget of ${config.budget_usd:.2f}; nothing was spent for this plan"
+    paid = spent or "nothing was spent for this plan"
+    table.caption = f"together ${total:.4f} of the budget of ${config.budget_usd:.2f}; {paid}"
     return table
 
 

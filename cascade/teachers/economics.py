@@ -71,14 +71,15 @@ def plan(
         tasks: the training tasks, or a sample of them: their prompts are measured.
         failure_rate: share of the tasks that the base fails, known or guessed.
         n_tasks: number of training tasks; None: as many as given.
-        ledger: earlier rows; from 5 answers of a tier's teacher on, their mean completion tokens are taken.
+        ledger: earlier rows; from 5 answers of a tier's teacher on, theirs are the completion tokens, the share of
+            the prompt tokens that was cached, and what the prompts have that `count_tokens` does not see.
         count_tokens: tokens of a text; without a tokenizer about four characters each.
     """
     failures = (len(tasks) if n_tasks is None else n_tasks) * failure_rate
-    measured: dict[str, list[int]] = defaultdict(list)
+    measured: dict[str, list[LedgerEntry]] = defaultdict(list)
     for entry in ledger:
-        if entry.responded:
-            measured[entry.teacher].append(entry.completion_tokens)
+        if entry.responded and not entry.judge and not entry.round:
+            measured[entry.teacher].append(entry)
     rows, remaining = [], 1.0
     for tier, teacher in enumerate(config.tiers, 1):
         share = EXPECTED_SHARES[tier - 1] if teacher.expected_share is None else teacher.expected_share
@@ -97,15 +98,20 @@ def _plan_row(
     tasks: Sequence[Task],
     entering: float,
     solved: float,
-    measured: Sequence[int],
+    measured: Sequence[LedgerEntry],
     budget: float,
     count_tokens: Callable[[str], int],
 ) -> PlanRow:
     """One tier; `solved` is the share of the `entering` tasks that it settles within its samples."""
     conversations = [teacher_messages(t, teacher) for t in tasks]
-    prompt = _mean([sum(_FRAME_TOKENS + count_tokens(m.content) for m in c) for c in conversations])
+    lengths = [sum(_FRAME_TOKENS + count_tokens(m.content) for m in c) for c in conversations]
     known = len(measured) >= _MEASURED_FROM
-    completion = _mean(measured) if known else _guess_completion(teacher, tasks, count_tokens)
+    prompt = _mean(lengths)
+    if known:
+        prompt *= _prompt_ratio(measured, {t.id: n for t, n in zip(tasks, lengths, strict=True)})
+        completion, cached = _mean([e.completion_tokens for e in measured]), _cached_share(measured)
+    else:
+        completion, cached = _guess_completion(teacher, tasks, count_tokens), 0.0
     calls = entering * expected_calls(solved, teacher)
     worst = price_usd(teacher, round(_mean([most_prompt_tokens(c) for c in conversations])), teacher.max_tokens)
     requests = sum(e.requests_per_minute for e in teacher.endpoints)
@@ -118,11 +124,33 @@ def _plan_row(
         prompt_tokens=round(calls * prompt),
         completion_tokens=round(calls * completion),
         tokens_from="measured" if known else "estimated",
-        cost_usd=calls * (prompt * teacher.input_usd_per_million + completion * teacher.output_usd_per_million) / 1e6,
+        cost_usd=calls * _price_of_means(teacher, prompt, completion, cached),
         worst_cost_usd=round(entering) * teacher.samples * (1 + teacher.repair_rounds) * worst,
         budget_usd=budget,
         minutes=max(calls / requests, calls * (prompt + completion) / tokens),
     )
+
+
+def _price_of_means(teacher: Teacher, prompt: float, completion: float, cached_share: float) -> float:
+    """US dollars of a mean request; through the Batch API if that is how the tier is asked."""
+    micro = 1_000_000  # tokens are whole numbers, means are not
+    usd = (
+        price_usd(teacher, round(prompt * micro), round(completion * micro), round(prompt * cached_share * micro))
+        / micro
+    )
+    return usd * (teacher.batch_price_share if teacher.mode == "batch" else 1.0)
+
+
+def _prompt_ratio(measured: Sequence[LedgerEntry], estimated: Mapping[str, int]) -> float:
+    """Prompt tokens that the endpoint counted for each one estimated, over the tasks of which both are known."""
+    known = [(e.prompt_tokens, estimated[e.task_id]) for e in measured if e.task_id in estimated]
+    total = sum(ours for _, ours in known)
+    return sum(theirs for theirs, _ in known) / total if total else 1.0
+
+
+def _cached_share(measured: Sequence[LedgerEntry]) -> float:
+    prompt = sum(e.prompt_tokens for e in measured)
+    return sum(e.cached_tokens for e in measured) / prompt if prompt else 0.0
 
 
 def expected_calls(solved: float, teacher: Teacher) -> float:

@@ -6,7 +6,7 @@ prints its port. What it answers is "<system hash> <prompt>" unless it was given
 own side what a client can only claim: what was answered how often, how many requests were in flight, what is owed.
 
 /v1/chat/completions, /v1/files, /v1/batches; POST /settings (changes them and clears the counts), POST /answers
-({prompt: answer}), GET /stats.
+({prompt: answer}, or {"model|prompt": answer}), GET /stats.
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ class MockOpenAI:
     def complete(self, body: Body) -> Body:
         """The completion of a request, with its usage."""
         prompt, head = body["messages"][-1]["content"], json.dumps(body["messages"][:-1])
-        text = self.book.get(prompt)
+        text = self.book.get(f"{body['model']}|{prompt}", self.book.get(prompt))
         tokens_out = self.settings.completion_tokens if text is None else -(-len(text) // 4)
         tokens_in = sum(4 + -(-len(m["content"]) // 4) for m in body["messages"])
         usage = {"prompt_tokens": tokens_in, "completion_tokens": tokens_out, "total_tokens": tokens_in + tokens_out}

@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import pytest
+
+from cascade.artifacts import Store
+from cascade.config import Config, check_config
+from cascade.teachers.economics import plan
+from cascade.teachers.ledger import Ledger
+from cascade.teachers.sample import buy_sample, evenly_by_length
+
+
+@pytest.fixture
+def make_config(make_teacher, tmp_path):
+    def make(url: str, **changes) -> Config:
+        teacher = make_teacher(url, **changes).model_dump()
+        sources = {split: {"sources": [{"benchmark": "reasoning_gym"}]} for split in ("train", "validation", "test")}
+        tiers = [teacher | {"name": f"model-{n}"} for n in (1, 2, 3)]
+        raw = {"domain": "reasoning", "storage": str(tmp_path), "base": {"model": "b"}, "tasks": sources}
+        return check_config(raw | {"tiers": tiers, "budget_usd": 5.0})
+
+    return make
+
+
+async def test_a_sample_is_small_measures_every_tier_and_is_never_paid_again(
+    fake_server, make_config, make_task, tmp_path
+) -> None:
+    server, tasks = fake_server(), [make_task(n) for n in range(50)]
+    config = make_config(server.url)
+    guessed = plan(config, tasks, failure_rate=1.0)
+    ledger = Ledger(Store(str(tmp_path)))
+    answers = await buy_sample(config, tasks, ledger, 20)
+    assert len(answers) == len(server.calls) == 20
+    assert [sum(a.tier == t for a in answers) for t in (1, 2, 3)] == [7, 7, 6]
+    measured = plan(config, tasks, failure_rate=1.0, ledger=ledger.entries())
+    assert [r.tokens_from for r in guessed + measured] == ["estimated"] * 3 + ["measured"] * 3
+    price = (100 * 10 + 20 * 100) / 1e6
+    assert measured[0].cost_usd == pytest.approx(50 * price), "the endpoint's own count of prompt tokens is taken"
+    again = await buy_sample(config, tasks, Ledger(Store(str(tmp_path))), 20)
+    assert all(a.from_ledger for a in again)
+    assert len(server.calls) == 20
+
+
+def test_a_plan_knows_the_price_of_batches_and_of_cached_prompts(fake_server, make_config, make_task) -> None:
+    tasks = [make_task(n) for n in range(5)]
+    live, batch = (make_config("http://x/v1", mode=mode) for mode in ("live", "batch"))
+    for one, other in zip(plan(live, tasks), plan(batch, tasks), strict=True):
+        assert other.cost_usd == pytest.approx(one.cost_usd / 2)
+
+
+def test_a_sample_is_of_all_lengths(make_task) -> None:
+    tasks = [make_task(10**n) for n in range(12)]
+    assert [t.reference for t in evenly_by_length(tasks[::-1], 3)] == [2 * 10**n for n in (2, 6, 10)]
+    assert len(evenly_by_length(tasks, 99)) == 12
