@@ -101,12 +101,8 @@ class EndpointClient:
             result: Response | Failure = read_response(raw, messages, time.monotonic() - began)
         except openai.APIStatusError as error:
             result = self.status(error)
-        except openai.APITimeoutError as error:
-            late = f"no answer from {self._url} within {self._teacher.timeout_s:g} s"
-            result = Failure("broken", late, charged=_was_sent(error))
-        except openai.APIConnectionError as error:
-            lost = f"cannot reach {self._url}: {error.__cause__ or error}"
-            result = Failure("broken", lost, charged=_was_sent(error))
+        except openai.APIConnectionError as error:  # a timeout is one too
+            result = self._broke_off(error)
         except (openai.OpenAIError, ValueError) as error:
             result = Failure("broken", f"nonsense from {self._url}: {error}", charged=True)
         self.judge(result)
@@ -132,6 +128,13 @@ class EndpointClient:
                 http_client=openai.DefaultAioHttpClient(trust_env=not local),  # half the CPU of the default
             )
         return self._client
+
+    def _broke_off(self, error: openai.APIConnectionError) -> Failure:
+        sent = _was_sent(error)
+        if sent and isinstance(error, openai.APITimeoutError):
+            late = f"no answer from {self._url} within {self._teacher.timeout_s:g} s"
+            return Failure("broken", late, charged=True)
+        return Failure("broken", f"cannot reach {self._url}: {error.__cause__ or error}", charged=sent)
 
     def _headers(self) -> dict[str, openai.Omit]:
         """Headers not to send: the SDK takes organization and key from the environment, whoever is asked."""
