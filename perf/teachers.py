@@ -19,10 +19,11 @@ import ray
 import ray.data
 from rich.console import Console
 from rich.table import Table
-from teachers_lab import Lab, Server, config_for, mock_server, questions, storage
+from teachers_lab import Lab, Server, mock_server, storage
 from teachers_parts import Figures, budget, faults, kills, limits, memory, throughput
 from teachers_plan import estimate
 from teachers_precision import precision
+from teachers_tasks import config_for, questions
 
 from ray_jobs._generate import generate_answers
 

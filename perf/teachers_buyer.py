@@ -10,7 +10,7 @@ import json
 import sys
 from collections import Counter
 
-from teachers_lab import questions
+from teachers_tasks import questions
 
 from cascade.artifacts import Store
 from cascade.config import Config, load_config

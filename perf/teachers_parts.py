@@ -16,8 +16,9 @@ from typing import Any
 
 import psutil
 from own_environment import python_with
-from teachers_lab import ROOT, Lab, Server, config_for, mean_in_flight, questions, rate, storage
+from teachers_lab import ROOT, Lab, Server, mean_in_flight, rate, storage
 from teachers_rivals import PACKAGES
+from teachers_tasks import config_for, questions
 
 from cascade.artifacts import Store
 from cascade.tasks import Example, Verdict

@@ -6,7 +6,8 @@ import asyncio
 import random
 from typing import Any
 
-from teachers_lab import Server, config_for, questions, storage
+from teachers_lab import Server, storage
+from teachers_tasks import config_for, questions
 
 from cascade import benchmarks
 from cascade.artifacts import Store

@@ -7,7 +7,8 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
-from teachers_lab import Lab, Server, config_for, storage
+from teachers_lab import Lab, Server, storage
+from teachers_tasks import config_for
 
 from cascade import benchmarks
 from cascade.scoring.statistics import wilson
@@ -31,9 +32,10 @@ def precision(server: Server, count: int) -> dict[str, tuple[object, object, boo
             generate_answers(lab.job, 1)
             accepted = {e.task_id for e in lab.job.run.read(EXAMPLES, Example)}
         right, n = len(accepted - wrong), len(accepted)
-        low, high = wilson(right, n)
+        interval = wilson(right, n)
         kept = right / (len(tasks) - len(wrong))
-        value = f"{right}/{n} [{low:.3f}, {high:.3f}], {len(wrong)} planted wrong, {kept:.1%} of the right kept"
+        planted = f"{len(wrong)} planted wrong, {kept:.1%} of the right kept"
+        value = f"{right}/{n} [{interval.low:.3f}, {interval.high:.3f}], {planted}"
         figures[f"precision_{kind}"] = (value, ">= 0.99", n > 0 and right / n >= 0.99)
     return figures
 
