@@ -63,7 +63,7 @@ def compress_it(folder: Path) -> dict[str, object]:
     began = time.perf_counter()
     adapter = load_peft_folder(folder / "adapter")
     grams = {n: Grams(*[np.eye(p.rank, dtype=np.float32)] * 2) for n, p in adapter.layers.items()}
-    recipe = recipe_from(seed_points(Compression(), adapter=adapter)[0], resident=48 / 260)
+    recipe = recipe_from(seed_points(Compression(), adapter=adapter)[0], resident=48 / 260, bytes_per_number=4)
     compressed = compress(adapter, recipe, grams)
     size = save_modifier(folder / "modifier.safetensors", compressed)
     seconds = time.perf_counter() - began
@@ -90,22 +90,20 @@ def serve(folder: Path) -> dict[str, object]:
         slot.fill(load_modifier(file, verify=False))
         times.append(time.perf_counter() - began)
     compressed = load_modifier(file)
-    held = {n: (p.a, p.bt) for n, p in slot._patches.items()}
+    factors = {n: (p.a, p.bt) for n, p in slot._patches.items()}
     same = True
     for name, pair in expand(compressed).layers.items():
-        a, bt = held[name]
+        a, bt = factors[name]
         assert a is not None
         assert bt is not None
         same &= np.array_equal(a.matrix().numpy(), pair.a)
         same &= np.array_equal(bt.matrix().numpy(), pair.b.T * np.float32(compressed.scaling))
+    full = sum(2 * RANK * (i + o) for i, o in SHAPES.values()) * BLOCKS
+    limit, held = 48 / 260 * full, slot.resident_bytes
     p50 = 1e3 * statistics.median(times)
     return {
         "large: ms from warm file to serving form, p50 of 15": {"value": p50, "target": 50, "met": p50 < 50},
-        "large: resident MB": {
-            "value": slot.resident_bytes / 1e6,
-            "target": 48 * 1.01,
-            "met": slot.resident_bytes < 48.5e6,
-        },
+        "large: resident MB": {"value": held / 1e6, "target": limit / 1e6, "met": held <= limit},
         "large: serving form is the exact expansion": {"value": int(same), "target": 1, "met": bool(same)},
     }
 
