@@ -45,5 +45,5 @@ def shortcuts(runs: Runs) -> list[Shortcut]:
         if sent:
             known = {v.task_id: v.passed for v in run.read(VERDICTS, Verdict)}
             costs = tier_costs(run.read(ANSWERS, Answer), known, runs.config.tiers, tier)
-            found.append(measure(tier, sent, known, costs, runs.config.seed))
+            found.append(measure(tier, sent, known, costs))
     return found

@@ -107,7 +107,7 @@ class Shortcut:
         sent: tasks sent past the tier.
         controls: tasks that would have been, and were asked; `control_settled` of them the tier settled.
         saving_usd: estimated for the tasks sent: their number times the mean of the controls.
-        low, high: 95 % bootstrap over the controls.
+        low, high: with the 95 % Wilson interval of the share of controls that the tier settled.
     """
 
     tier: int

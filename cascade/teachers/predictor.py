@@ -23,7 +23,7 @@ from sklearn.preprocessing import StandardScaler
 
 from cascade.config import Predictor, Teacher
 from cascade.reports.data import Shortcut
-from cascade.scoring.statistics import Interval
+from cascade.scoring.statistics import wilson
 from cascade.tasks import Task
 from cascade.teachers.budget import price_usd
 from cascade.teachers.client import Answer
@@ -146,18 +146,20 @@ def tier_costs(answers: Sequence[Answer], known: Mapping[str, bool], tiers: Sequ
     return Costs(settled, failed, above)
 
 
-def measure(tier: int, sent: Sequence[Sent], known: Mapping[str, bool], costs: Costs, seed: int) -> Shortcut:
+def measure(tier: int, sent: Sequence[Sent], known: Mapping[str, bool], costs: Costs) -> Shortcut:
     """The shortcut's saving from the controls' outcomes."""
     past = sum(not s.control for s in sent)
     outcomes = [known[s.task_id] for s in sent if s.control and s.task_id in known]
-    saved = np.array([costs.failed if not ok else costs.settled - costs.above for ok in outcomes])
-    interval, mean = Interval(0.0, 0.0), 0.0
-    if len(saved):
-        rng = np.random.default_rng(seed)
-        means = rng.choice(saved, (2000, len(saved))).mean(1)
-        low, high = np.quantile(means, [0.025, 0.975])
-        interval, mean = Interval(past * float(low), past * float(high)), past * float(saved.mean())
-    return Shortcut(tier, past, len(outcomes), sum(outcomes), mean, interval.low, interval.high)
+    if not outcomes:
+        return Shortcut(tier, past, 0, 0, 0.0, 0.0, 0.0)
+
+    def saved(share: float) -> float:
+        return -past * costs.saved_by_asking(share)
+
+    settled = wilson(sum(outcomes), len(outcomes))
+    value = saved(sum(outcomes) / len(outcomes))
+    low, high = sorted((saved(settled.low), saved(settled.high)))
+    return Shortcut(tier, past, len(outcomes), sum(outcomes), value, low, high)
 
 
 def _draw(task_id: str, seed: int, purpose: str) -> float:

@@ -50,7 +50,7 @@ def test_hopeless_tasks_are_sent_past_and_it_saves_what_the_plain_cascade_pays()
     plain = sum(COSTS.settled if ok else COSTS.failed + COSTS.above for ok in outcome.values())
     past = {s.task_id for s in sent if not s.control}
     ours = sum(COSTS.above if i in past else 0.1 + (0 if ok else COSTS.above) for i, ok in outcome.items())
-    result = measure(1, sent, known | {s.task_id: outcome[s.task_id] for s in sent if s.control}, COSTS, 1)
+    result = measure(1, sent, known | {s.task_id: outcome[s.task_id] for s in sent if s.control}, COSTS)
     assert ours < plain
     assert result.sent == len(past)
     assert result.low <= plain - ours <= result.high + 1e-9
@@ -102,9 +102,9 @@ def test_costs_are_those_that_were_paid_and_the_prices_above(make_teacher) -> No
 
 def test_a_loss_is_called_a_loss() -> None:
     sent = [Sent(str(i), 0.05, i < 10) for i in range(50)]
-    lost = measure(1, sent, {str(i): i < 4 for i in range(10)}, COSTS, 1)
+    lost = measure(1, sent, {str(i): i < 4 for i in range(10)}, COSTS)
     assert (lost.sent, lost.controls, lost.control_settled) == (40, 10, 4)
     assert lost.saving_usd == pytest.approx(40 * (0.6 * 0.1 - 0.4 * 0.9))
     assert lost.saving_usd < 0
     assert lost.low < lost.saving_usd < lost.high
-    assert measure(1, [Sent("a", 0.1, False)], {}, COSTS, 1).saving_usd == 0.0
+    assert measure(1, [Sent("a", 0.1, False)], {}, COSTS).saving_usd == 0.0
