@@ -28,7 +28,8 @@ from cascade.compression.apply import LoraSlot
 from cascade.errors import CascadeError
 from cascade.models.base import LoadedBase, end_token_ids
 from cascade.models.chat import prompt_text
-from cascade.models.generation import Batch, Request, Row
+from cascade.models.generation import Batch
+from cascade.models.rows import Request, Row
 from cascade.routing.model import BASE
 from serve.events import Event, Failed, Finished, Started, Work
 from serve.forms import Forms

@@ -7,7 +7,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from cascade.models.generation import Batch, Request
+from cascade.models.generation import Batch
+from cascade.models.rows import Request
 from cascade.routing.model import BASE
 from serve.events import Delta, Event, TokenLogprob
 from serve.live import Live

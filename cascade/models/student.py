@@ -17,8 +17,9 @@ from cascade.config import PromptStyle
 from cascade.errors import DataError
 from cascade.models.base import LoadedBase
 from cascade.models.chat import prompt_text
-from cascade.models.generation import Request, stream
+from cascade.models.generation import stream
 from cascade.models.likelihood import Question, stream_logprobs
+from cascade.models.rows import Request
 from cascade.tasks import Completion, Message, Task
 
 REPLY_THREADS = 4

@@ -29,7 +29,8 @@ from cascade import modifiers
 from cascade.compression.apply import LoraSlot
 from cascade.errors import ConfigError
 from cascade.models.base import load_base
-from cascade.models.generation import Request, generate
+from cascade.models.generation import generate
+from cascade.models.rows import Request
 from serve.app import build
 
 pytestmark = pytest.mark.integration

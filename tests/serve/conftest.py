@@ -12,7 +12,8 @@ from stand_in import StandIn, build_stand_in
 from cascade import modifiers
 from cascade.compression.apply import LoraSlot
 from cascade.models.base import LoadedBase, load_base
-from cascade.models.generation import Request, generate
+from cascade.models.generation import generate
+from cascade.models.rows import Request
 from cascade.tasks import Message
 from serve.engine import Engine, Limits
 from serve.events import Work

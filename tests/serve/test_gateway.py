@@ -19,7 +19,8 @@ from cascade.artifacts import Store
 from cascade.benchmarks import get
 from cascade.errors import DataError
 from cascade.models.chat import prompt_text
-from cascade.models.generation import Request, generate
+from cascade.models.generation import generate
+from cascade.models.rows import Request
 from cascade.tasks import Message
 from serve.events import Delta, Failed, Finished, Started, Work
 from serve.feedback import FeedbackLog

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from cascade.models import generation
-from cascade.models.generation import Batch, Request, Row, generate, stream
+from cascade.models.generation import Batch, generate, stream
+from cascade.models.rows import Request, Row, choose
 
 
 def random_prompt(length, seed):
@@ -219,7 +220,7 @@ def test_nothing_outside_top_p_is_sampled_and_all_inside_is():
     drawn = {p: set() for p in (0.2, 0.5, 0.6, 0.81, 1.0)}
     for p, tokens in drawn.items():
         row = Row.new(0, Request([1], 1, temperature=1.0, top_p=p, seed=3), torch.device("cpu"))
-        tokens.update(int(generation._choose(logits, [row])) for _ in range(300))
+        tokens.update(int(choose(logits, [row])) for _ in range(300))
     assert drawn == {0.2: {0}, 0.5: {0}, 0.6: {0, 1}, 0.81: {0, 1, 2}, 1.0: {0, 1, 2, 3}}
 
 
@@ -228,7 +229,7 @@ def test_temperature_sharpens():
     counts = []
     for temperature in (0.25, 1.0, 4.0):
         row = Row.new(0, Request([1], 1, temperature=temperature, seed=9), torch.device("cpu"))
-        counts.append(sum(int(generation._choose(logits, [row])) == 0 for _ in range(2000)))
+        counts.append(sum(int(choose(logits, [row])) == 0 for _ in range(2000)))
     expected = [2000 * torch.tensor(2.0 / t).sigmoid().item() for t in (0.25, 1.0, 4.0)]
     assert counts == pytest.approx(expected, abs=4 * 22)  # 4 standard deviations of a binomial of 2000
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from cascade.config import Base, Lora
 from cascade.models.base import load_base
-from cascade.models.generation import Request, generate
+from cascade.models.generation import generate
+from cascade.models.rows import Request
 from cascade.tasks import Message
 from cascade.training.examples import EncodedExample, encode_example
 from cascade.training.loop import TargetLoss, TorchEngine, learning_rate_at, mean_loss, run_steps
