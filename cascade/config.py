@@ -8,26 +8,20 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from cascade.config_sections import Fraction, Positive, Section, Usd, explain
+from cascade.config_teachers import ANSWER_KEY as ANSWER_KEY
+from cascade.config_teachers import AnswerKey as AnswerKey
+from cascade.config_teachers import Endpoint as Endpoint
+from cascade.config_teachers import Judge as Judge
+from cascade.config_teachers import Predictor as Predictor
+from cascade.config_teachers import Teacher as Teacher
 from cascade.errors import ConfigError
 from cascade.tasks import Split
-
-ANSWER_KEY = "answer-key"
-"""As an endpoint's base_url: the offline teacher that replays the tasks' own answer key (see `cascade.teachers`)."""
-
-Positive = Annotated[int, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Usd = Annotated[float, Field(ge=0)]
-
-
-class Section(BaseModel):
-    """Base of all sections: immutable, unknown keys refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Base(Section):
@@ -92,103 +86,6 @@ class Student(Section):
     selection_tasks: Positive = Field(48, description="validation tasks on which the styles are compared")
     max_tokens: Positive = Field(256, description="upper limit of an answer's tokens; a task may ask for fewer")
     temperature: float = Field(0.0, ge=0)
-
-
-class Endpoint(Section):
-    """One OpenAI-compatible endpoint, with the limits of its key."""
-
-    base_url: str = Field(description=f"…/v1 of the service, or {ANSWER_KEY!r} for the offline teacher")
-    api_key_env: str | None = Field(None, description="environment variable that holds the key; null: none is sent")
-    requests_per_minute: Positive = 500
-    tokens_per_minute: Positive = 200_000
-    max_concurrency: Positive = 32
-
-
-class AnswerKey(Section):
-    """The offline teacher: knows the answer key up to a difficulty, plausibly wrong beyond."""
-
-    max_difficulty: Positive = Field(description="answers right up to this difficulty")
-    slip_rate: Fraction = Field(0.0, description="share of the answers within its reach that it gets wrong")
-    latency_ms: float = Field(20.0, ge=0)
-
-
-class Teacher(Section):
-    """A tier: a model, its price, its endpoints and its budget."""
-
-    name: str = Field(description="model name as the endpoint knows it; offline teachers must start with 'answer-key'")
-    endpoints: list[Endpoint] = Field(min_length=1, description="tried in order; the next takes over when one is down")
-    input_usd_per_million: Usd = Field(description="price of a million prompt tokens")
-    output_usd_per_million: Usd = Field(description="price of a million completion tokens")
-    cached_input_usd_per_million: Usd | None = Field(None, description="price of cached prompt tokens; null: as input")
-    price_source: str = Field("", description="where the prices are from and of which day")
-    system: str | None = Field(None, description="system message put before the task's messages")
-    temperature: float | None = Field(None, ge=0, description="null leaves the model's default (GPT-5 takes no other)")
-    max_tokens: Positive = 1024
-    samples: Positive = Field(1, description="attempts per task, each a request of its own")
-    choose: Literal["first", "shortest"] = Field(
-        "first",
-        description="first: one sample after another until one is verified, the cheapest way; shortest: all samples at "
-        "once, of those verified the shortest",
-    )
-    repair_rounds: int = Field(
-        0, ge=0, description="times that a failed sample goes back to the teacher with what the scorer found wrong"
-    )
-    mode: Literal["live", "batch"] = Field(
-        "live", description="batch: requests go through the endpoint's Batch API, cheaper and answered within a day"
-    )
-    batch_price_share: Fraction = Field(0.5, description="price of a batch's request as a share of the live price")
-    keep_reasoning: bool = Field(False, description="train on the whole answer rather than on the final answer alone")
-    timeout_s: float = Field(120.0, gt=0)
-    retries: int = Field(5, ge=0, description="per request, on 429, 5xx, timeouts and broken connections")
-    budget_usd: Usd | None = Field(None, description="hard limit for this tier; null: the domain's budget alone")
-    expected_share: Fraction | None = Field(
-        None, description="share of the failures that this tier is expected to solve; used by the plan alone"
-    )
-    answer_key: AnswerKey | None = None
-
-    @property
-    def is_answer_key(self) -> bool:
-        """Whether this teacher only replays known answers."""
-        return self.answer_key is not None
-
-    @model_validator(mode="after")
-    def _answer_key_is_named(self) -> Teacher:
-        offline = [e.base_url == ANSWER_KEY for e in self.endpoints]
-        if any(offline) != self.is_answer_key or any(offline) != all(offline):
-            raise ValueError(f"answer_key and base_url: {ANSWER_KEY} go together, on every endpoint of the teacher")
-        if self.is_answer_key and not self.name.startswith("answer-key"):
-            raise ValueError("the name of a teacher that replays known answers must start with 'answer-key'")
-        if self.is_answer_key and self.repair_rounds:
-            raise ValueError("a teacher that replays known answers cannot mend one: set repair_rounds to 0")
-        if self.mode == "batch" and (self.is_answer_key or len(self.endpoints) > 1):
-            raise ValueError("mode: batch takes exactly one endpoint, one that has a Batch API")
-        return self
-
-
-class Predictor(Section):
-    """Sends obviously hard tasks past a tier where that is expected to be cheaper."""
-
-    enabled: bool = False
-    learn_share: Fraction = Field(0.25, description="tasks that are asked before anything is predicted")
-    control_share: Fraction = Field(
-        0.1, description="of the tasks to be sent past a tier those that are asked all the same, to measure the saving"
-    )
-
-
-class Judge(Section):
-    """A model that judges answers to tasks without an exact scorer. Its verdict is an opinion, and marked as one."""
-
-    model: Teacher = Field(description="the model to ask, as for a tier; its requests count to the tier that it judges")
-    rubric: str = Field(
-        "The better answer is correct, complete and does exactly what was asked, in as few words as that takes.",
-        description="what makes an answer good, where the task has no rubric of its own",
-    )
-
-    @model_validator(mode="after")
-    def _is_a_model(self) -> Judge:
-        if self.model.is_answer_key or self.model.mode == "batch":
-            raise ValueError("a judge is a model that answers at once: no answer key, no batch mode")
-        return self
 
 
 class Lora(Section):
@@ -421,36 +318,5 @@ def check_config(raw: dict[str, Any], *, source: str = "config") -> Config:
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
-        lines = [_explain(e) for e in error.errors()]  # type: ignore[arg-type]
+        lines = [explain(e, Config) for e in error.errors()]  # type: ignore[arg-type]
         raise ConfigError(f"{source} cannot be used:\n" + "\n".join(f"  - {line}" for line in lines)) from None
-
-
-def _explain(error: dict[str, Any]) -> str:
-    where = ".".join(str(part) for part in error["loc"]) or "the whole file"
-    if error["type"] == "extra_forbidden":
-        section = _section_at(error["loc"][:-1])
-        allowed = f"; allowed here: {', '.join(section.model_fields)}" if section else ""
-        return f"{where}: unknown key{allowed}"
-    if error["type"] == "missing":
-        return f"{where}: is required"
-    got = "" if isinstance(error.get("input"), dict | list) else f" (got {error.get('input')!r})"
-    return f"{where}: {error['msg'].removeprefix('Value error, ')}{got}"
-
-
-def _section_at(location: tuple[int | str, ...]) -> type[Section] | None:
-    """The section class that a location in the config belongs to."""
-    section: Any = Config
-    for part in location:
-        if isinstance(part, int):
-            continue
-        if not (isinstance(section, type) and issubclass(section, BaseModel)) or part not in section.model_fields:
-            return None
-        section = _section_in(section.model_fields[part].annotation)
-    return section if isinstance(section, type) and issubclass(section, Section) else None
-
-
-def _section_in(annotation: Any) -> Any:
-    """The section class inside `X`, `X | None`, `list[X]`."""
-    if isinstance(annotation, type) and not getattr(annotation, "__args__", None):
-        return annotation
-    return next((s for a in getattr(annotation, "__args__", ()) if (s := _section_in(a)) and s is not type(None)), None)

@@ -29,7 +29,7 @@ from pydantic import Field
 from cascade.benchmarks.options import parse_options
 from cascade.benchmarks.ordering import only_split, shuffled
 from cascade.benchmarks.sources import HubSource, hub_rows, local_files, read_rows, require, wheel_folder
-from cascade.config import Section
+from cascade.config_sections import Section
 from cascade.errors import ConfigError
 from cascade.scoring.extraction import marked_spans, read_choice, read_number, read_word
 from cascade.tasks import Completion, Message, Split, Task, Verdict

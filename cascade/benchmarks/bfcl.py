@@ -32,7 +32,7 @@ from cascade.benchmarks import bfcl_multi_turn as multi_turn
 from cascade.benchmarks.jsonl import Judged, first_call, judge_calls, reference_calls
 from cascade.benchmarks.options import parse_options
 from cascade.benchmarks.ordering import only_split, shuffled
-from cascade.config import Section
+from cascade.config_sections import Section
 from cascade.errors import ConfigError, DataError
 from cascade.scoring.calls import CallSyntaxError, format_calls, match_calls, parse_calls
 from cascade.scoring.foreign_calls import NESTED, converter, parse_foreign_calls, to_source

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from cascade.benchmarks.options import parse_options
 from cascade.benchmarks.ordering import only_split, shuffled
 from cascade.benchmarks.sources import HubSource, hub_rows, local_rows, read_rows, require, wheel_file
-from cascade.config import Section
+from cascade.config_sections import Section
 from cascade.scoring.fences import read_code
 from cascade.scoring.python_tests import run_tests
 from cascade.scoring.sandbox import Limits

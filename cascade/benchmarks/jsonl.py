@@ -40,7 +40,7 @@ from cascade.benchmarks.mbpp import SETUP
 from cascade.benchmarks.options import parse_options
 from cascade.benchmarks.ordering import shuffled
 from cascade.benchmarks.sources import local_files, read_rows
-from cascade.config import Section
+from cascade.config_sections import Section
 from cascade.errors import ConfigError, DataError
 from cascade.scoring.calls import Call, CallSyntaxError, format_calls, match_calls, parse_calls
 from cascade.scoring.extraction import Reading, read_choice, read_number, read_text

@@ -33,7 +33,7 @@ from pydantic import Field
 from cascade.benchmarks.options import parse_options
 from cascade.benchmarks.ordering import only_split, shuffled
 from cascade.benchmarks.sources import HubSource, hub_rows, local_rows, require
-from cascade.config import Section
+from cascade.config_sections import Section
 from cascade.errors import ConfigError, DataError
 from cascade.scoring.python_tests import TestResult, run_tests
 from cascade.scoring.sandbox import Limits, run_python

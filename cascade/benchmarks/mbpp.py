@@ -21,7 +21,7 @@ from pydantic import Field
 from cascade.benchmarks.options import parse_options
 from cascade.benchmarks.ordering import shuffled
 from cascade.benchmarks.sources import HubSource, hub_rows, local_rows, require
-from cascade.config import Section
+from cascade.config_sections import Section
 from cascade.scoring.fences import read_code
 from cascade.scoring.python_tests import run_tests
 from cascade.scoring.sandbox import Limits

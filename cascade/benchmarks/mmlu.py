@@ -30,7 +30,7 @@ from cascade.benchmarks.choices import judge_choice
 from cascade.benchmarks.options import parse_options
 from cascade.benchmarks.ordering import only_split, shuffled
 from cascade.benchmarks.sources import HubSource, hub_rows, local_files, read_rows, require
-from cascade.config import Section
+from cascade.config_sections import Section
 from cascade.errors import ConfigError, DataError
 from cascade.tasks import Completion, Message, Split, Task, Verdict
 

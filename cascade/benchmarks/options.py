@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from cascade.config import Section
+from cascade.config_sections import Section
 from cascade.errors import ConfigError
 
 Options = TypeVar("Options", bound=Section)

@@ -34,7 +34,7 @@ import cascade
 from cascade.benchmarks.normalise import text_hash
 from cascade.benchmarks.options import parse_options
 from cascade.benchmarks.procedural import unpack
-from cascade.config import Section
+from cascade.config_sections import Section
 from cascade.errors import ConfigError, DataError
 from cascade.scoring.extraction import Reading, read_list, read_number, read_text, read_word
 from cascade.tasks import Completion, Message, Outcome, Split, Task, Verdict

@@ -20,6 +20,7 @@ from cascade.reports.data import (
 )
 from cascade.reports.summary import MODELS, Summary, TierRow
 from cascade.routing.calibration import reliability
+from cascade.routing.train import CurvePoint as ThresholdPoint
 from cascade.routing.train import Figure, OutputReport, RouterReport
 from cascade.tasks import Message, Outcome, Task, Verdict
 
@@ -67,6 +68,7 @@ def _router() -> RouterReport:
         best_single="reasoning",
         gain={"base": Figure(0.41, 120, 0.33, 0.49), "best_single": Figure(0.008, 120, -0.01, 0.03)},
         other_to_base=share(115),
+        curve=[ThresholdPoint(t, 0.9, 0.5, 0.45, 0.95) for t in (0.3, 0.5, 0.8)],
     )
 
 

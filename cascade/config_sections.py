@@ -1,0 +1,49 @@
+"""What every section of the configuration is, and how its errors are told."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Usd = Annotated[float, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, unknown keys refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def explain(error: dict[str, Any], root: type[Section]) -> str:
+    """One error of pydantic's in the words of the YAML file: the key, and what is allowed there."""
+    where = ".".join(str(part) for part in error["loc"]) or "the whole file"
+    if error["type"] == "extra_forbidden":
+        section = _section_at(root, error["loc"][:-1])
+        allowed = f"; allowed here: {', '.join(section.model_fields)}" if section else ""
+        return f"{where}: unknown key{allowed}"
+    if error["type"] == "missing":
+        return f"{where}: is required"
+    got = "" if isinstance(error.get("input"), dict | list) else f" (got {error.get('input')!r})"
+    return f"{where}: {error['msg'].removeprefix('Value error, ')}{got}"
+
+
+def _section_at(root: type[Section], location: tuple[int | str, ...]) -> type[Section] | None:
+    """The section class that a location in the config belongs to."""
+    section: Any = root
+    for part in location:
+        if isinstance(part, int):
+            continue
+        if not (isinstance(section, type) and issubclass(section, BaseModel)) or part not in section.model_fields:
+            return None
+        section = _section_in(section.model_fields[part].annotation)
+    return section if isinstance(section, type) and issubclass(section, Section) else None
+
+
+def _section_in(annotation: Any) -> Any:
+    """The section class inside `X`, `X | None`, `list[X]`."""
+    if isinstance(annotation, type) and not getattr(annotation, "__args__", None):
+        return annotation
+    return next((s for a in getattr(annotation, "__args__", ()) if (s := _section_in(a)) and s is not type(None)), None)
