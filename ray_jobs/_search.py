@@ -181,8 +181,9 @@ def _resources(config: Config) -> dict[str, float]:
 
 def _show_progress(job: Job) -> None:
     trials = job.run.read(TRIALS, Trial)
-    best = min((t.loss for t in trials if t.fits), default=float("nan"))
-    job.progress.update(job.run.job, len(trials), job.config.compression.trials, f"trials, best loss {best:.3f}")
+    best = min((t.loss for t in trials if t.fits), default=None)
+    found = "" if best is None else f", best loss {best:.3f}"
+    job.progress.update(job.run.job, len(trials), job.config.compression.trials, f"trials{found}")
 
 
 def _tuner(job: Job, trainable: Any, adapter: AdapterWeights) -> tune.Tuner:
