@@ -35,6 +35,8 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     stop = threading.Event()
+    # Ray's workers run at nice 15 by default: beside any other process, answers would wait for it.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     cluster = os.environ.get("RAY_ADDRESS")
     ray.init(address=cluster) if cluster else ray.init(address="local", include_dashboard=False)
     for number in (signal.SIGTERM, signal.SIGINT):  # after Ray has set its own
