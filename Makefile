@@ -19,9 +19,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 run: $(INSTALLED)
 	$(BIN)/cascade run $(QUICKSTART)
 
-# Ray runs its workers at nice 15; a server that answers people should not wait for every other process.
 serve: $(INSTALLED)
-	RAY_worker_niceness=0 CASCADE_CONFIG=$(QUICKSTART) $(BIN)/serve run serve.app:app
+	$(BIN)/python -m serve $(QUICKSTART)
 
 test: test-fast test-integration
 

@@ -12,6 +12,7 @@ import hashlib
 import json
 import tempfile
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 import optuna
 import ray
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import TPESampler
 from ray import tune
 from ray.tune.search.optuna import OptunaSearch
@@ -239,7 +241,8 @@ def _write_study(job: Job, trials: list[Trial], adapter: AdapterWeights) -> None
         study = optuna.create_study(
             storage=f"sqlite:///{file}", study_name=job.run.name, directions=["minimize", "minimize"]
         )
-        study.set_metric_names(["held-out loss", "bytes on disk"])
+        with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
+            study.set_metric_names(["held-out loss", "bytes on disk"])
         for trial in trials:
             notes = {"recipe": trial.recipe, "resident_bytes": trial.resident_bytes, "fits": trial.fits}
             values = [trial.loss, float(trial.disk_bytes)]

@@ -112,7 +112,7 @@ def _say_what_next(runs: Runs, config_path: str) -> None:
     console.print(f"\nReport:  {runs.store.uri_of(f'{runs.config.domain}/report.html')}", soft_wrap=True)
     console.print(f"Figures: {runs.store.uri_of('summary.json')}", soft_wrap=True)
     quickstart = config_path == "configs/quickstart.yaml"
-    command = "make serve" if quickstart else f"CASCADE_CONFIG={config_path} serve run serve.app:app"
+    command = "make serve" if quickstart else f"python -m serve {config_path}"
     console.print(f"Serve:   {command}   (then http://127.0.0.1:8000)", soft_wrap=True)
 
 

@@ -44,6 +44,7 @@ def main() -> int:
     try:
         ray_serve.start(http_options={"host": options.host, "port": options.port})
         ray_serve.run(application, name=_NAME, blocking=False)
+        print(f"serving {options.config} on http://{options.host}:{options.port}; Ctrl-C ends it", flush=True)
         stop.wait()
         ray_serve.delete(_NAME)  # waits for the answers that have begun
     finally:

@@ -61,7 +61,7 @@ def _figures_table(s: Summary) -> Table:
 
 def points(share: float) -> str:
     """A difference of accuracies in percentage points, with its sign."""
-    return f"{100 * share:+.1f}"
+    return f"{100 * share:+z.1f}"
 
 
 def p_value(summary: Summary) -> str:
