@@ -1,0 +1,36 @@
+"""The train_modifier job alone: `python train_alone.py CONFIG` trains on its tasks' reference answers."""
+
+from __future__ import annotations
+
+import sys
+
+from cascade import benchmarks
+from cascade.config import load_config
+from cascade.tasks import Example, Message
+from ray_jobs import _train
+from ray_jobs._context import Job, connect_ray
+from ray_jobs._runs import Runs
+from ray_jobs._test import training_style
+
+
+def examples_of(runs: Runs) -> list[Example]:
+    """The training tasks with their reference answers, as a teacher that is never wrong would give them."""
+    return [
+        Example(
+            t.id, t.benchmark, t.domain, t.category, t.difficulty,
+            (*t.messages, Message("assistant", benchmarks.get(t.benchmark).reference_answer(t))), "answer-key", 1,
+        )
+        for t in runs.train_tasks
+    ]  # fmt: skip
+
+
+def main() -> None:
+    runs = Runs(load_config(sys.argv[1]))
+    connect_ray(runs.config)
+    run = runs.train_modifier
+    run.start(runs.config)
+    run.finish(_train.train_modifier(Job(runs.config, runs, run), examples_of(runs), training_style(runs)))
+
+
+if __name__ == "__main__":
+    main()
