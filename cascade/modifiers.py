@@ -224,12 +224,17 @@ def set_canary(store: Store, domain: str, version: str, share: float) -> Modifie
     modifier = get(store, domain, version)
     if not 0 <= share <= 1:
         raise DataError(f"a canary's share lies between 0 and 1, not at {share}")
-    path = f"{FOLDER}/{domain}/{CANARY}"
     if share == 0:
-        store.delete(path)
+        end_canary(store, domain)
     else:
-        store.write_bytes(path, Canary(version=version, share=share).model_dump_json().encode())
+        content = Canary(version=version, share=share).model_dump_json().encode()
+        store.write_bytes(f"{FOLDER}/{domain}/{CANARY}", content)
     return modifier
+
+
+def end_canary(store: Store, domain: str) -> None:
+    """Give all of a domain's requests to the current version again; nothing happens without a canary."""
+    store.delete(f"{FOLDER}/{_checked(domain, _DOMAIN, 'domain')}/{CANARY}")
 
 
 def list_modifiers(store: Store, domain: str | None = None) -> list[Modifier]:

@@ -16,7 +16,8 @@ import ray
 from ray import serve as ray_serve
 
 from cascade.errors import CascadeError
-from serve.app import build
+from serve.app import build, checked
+from serve.proxy import install
 
 _NAME = "cascade"
 
@@ -29,14 +30,15 @@ def main() -> int:
     parser.add_argument("values", nargs="*", metavar="name=value")
     options = parser.parse_intermixed_args()
     try:
-        values = dict(value.split("=", 1) for value in options.values)
-        application = build({"config": options.config} | values)
+        values = {"config": options.config} | dict(value.split("=", 1) for value in options.values)
+        application, room = build(values), checked(values).room
     except (CascadeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     stop = threading.Event()
     # Ray's workers run at nice 15 by default: beside any other process, answers would wait for it.
     os.environ.setdefault("RAY_worker_niceness", "0")
+    install(room)
     cluster = os.environ.get("RAY_ADDRESS")
     ray.init(address=cluster) if cluster else ray.init(address="local", include_dashboard=False)
     for number in (signal.SIGTERM, signal.SIGINT):  # after Ray has set its own

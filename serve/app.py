@@ -36,7 +36,7 @@ class Arguments(BaseModel):
         replicas: engines, each with a base and a slot of its own.
         threads: of an engine's computing; null: execution.threads, else as many as help.
         rows: sequences an engine computes together.
-        waiting: work that an engine lets wait before it answers 429.
+        waiting: requests that may wait per engine beside those; more are refused with 429 before they reach it.
         log: whether requests may be kept as new tasks; see `serve.feedback`.
         patience_s: see `serve.engine`.
     """
@@ -50,6 +50,11 @@ class Arguments(BaseModel):
     log: bool = False
     patience_s: float = Field(Limits.patience_s, ge=0)
 
+    @property
+    def room(self) -> int:
+        """Requests for answers that all engines together take."""
+        return self.replicas * (self.rows + self.waiting)
+
 
 def build(args: Mapping[str, Any]) -> Application:
     """The application: an ingress in front of engines.
@@ -60,10 +65,14 @@ def build(args: Mapping[str, Any]) -> Application:
     Raises:
         ConfigError: an argument or the config cannot be used, or nothing was trained yet.
     """
-    return _application(_checked(args))
+    return _application(checked(args))
 
 
-def _checked(args: Mapping[str, Any]) -> Arguments:
+def checked(args: Mapping[str, Any]) -> Arguments:
+    """
+    Raises:
+        ConfigError: an argument is none, or has a value that it cannot have.
+    """
     try:
         return Arguments.model_validate(dict(args))
     except ValidationError as error:
@@ -87,6 +96,7 @@ def _application(args: Arguments) -> Application:
         limits=Limits(rows=args.rows, waiting=args.waiting, patience_s=args.patience_s),
         threads=args.threads or config.execution.threads,
         log=args.log,
+        room=args.room,
     )
     options: dict[str, Any] = {"num_cpus": config.execution.cpus_per_actor}
     if config.execution.use_gpu:

@@ -52,7 +52,7 @@ class Limits:
     Attributes:
         rows: sequences computed together.
         tokens: most tokens (prompt and answer) that the rows of all groups may come to, so that memory is bounded.
-        waiting: jobs that may wait; more are refused with 429.
+        waiting: jobs that may wait beyond those that join at the next step; more are refused with 429.
         patience_s: how long a group keeps the slot while another waits.
         answer_tokens: answer length where the request names none.
         step_s: a thread that has not finished one step in so long counts as hung.
@@ -199,7 +199,8 @@ class Engine:
             self._forget_waiting()
             if self._closed:
                 return _SHUTTING_DOWN
-            if self.load[1] >= self._limits.waiting:
+            running, waiting = self.load
+            if waiting - max(self._limits.rows - running, 0) >= self._limits.waiting:
                 return Failed(429, "the server is busy, try again shortly", "overloaded", retry_after_s=1)
             group = self._groups.get(job.key)
             if group is None:

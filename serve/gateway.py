@@ -1,7 +1,7 @@
 """The HTTP side, without Ray: requests in OpenAI's shape are routed, handed to a backend, and answered.
 
-Every answer, errors and streams included, carries `x-request-id`; once it is known who answers, also
-`x-cascade-route`, `-modifier-version`, `-confidence`, `-reason`, `-queue-ms` and `-swap-ms`.
+Every response, errors and streams included, carries `x-request-id`, `x-cascade-route`, `-modifier-version`,
+`-confidence`, `-reason`, `-queue-ms` and `-swap-ms`; what is not known is filled in by `serve.middleware`.
 """
 
 from __future__ import annotations
@@ -19,18 +19,12 @@ from starlette.types import Receive, Scope, Send
 from cascade.routing.model import BASE
 from cascade.tasks import Message, Route
 from serve.answers import DONE, CompletionShape, Said, Shape, model_list, route_headers, sse, usage
+from serve.errors import ApiError
 from serve.events import Backend, Delta, Event, Failed, Finished, Started, TokenLogprob, Variant, Work
 from serve.feedback import FeedbackLog
 from serve.live import LiveModifiers, LiveRouter
 from serve.meters import NO_METERS, Meters
-from serve.protocol import (
-    ROUTED,
-    ApiError,
-    ChatRequest,
-    CompletionRequest,
-    Feedback,
-    parse,
-)
+from serve.protocol import ROUTED, ChatRequest, CompletionRequest, Feedback, parse
 from serve.tools import read_calls
 
 HEALTH_TIMEOUT_S = 5.0
@@ -144,8 +138,9 @@ class Gateway:
         raise ApiError(404, message, code="model_not_found", param="model")
 
     async def _answer(self, request: AnyRequest, route: Route, shape: Shape) -> Response:
-        headers = route_headers(route)
         variant = self.modifiers.pick(route.choice, shape.request_id)
+        chosen = self.modifiers.get(route.choice, variant)
+        headers = route_headers(route) | {"x-cascade-modifier-version": chosen.modifier.version if chosen else ""}
         works = self._works(request, route, variant)
         answers = [Answer(i, self.backend.stream(work)) for i, work in enumerate(works)]
         self.meters.routed(route)

@@ -1,9 +1,8 @@
-"""The FastAPI application around a `Gateway`: paths, errors in OpenAI's shape, request ids, API keys."""
+"""The FastAPI application around a `Gateway`: paths, errors in OpenAI's shape, and what every request passes first."""
 
 from __future__ import annotations
 
-import re
-import uuid
+from functools import partial
 from importlib import resources
 from typing import Any
 
@@ -11,16 +10,13 @@ from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from pydantic import BaseModel
 from pydantic.json_schema import JsonSchemaMode, models_json_schema
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Receive, Scope, Send
-from starlette.types import Message as ASGIMessage
 
+from serve.errors import ApiError
 from serve.gateway import Gateway
 from serve.keys import KeyRing, RequireKey
-from serve.protocol import MAX_BODY_BYTES, ApiError, ChatRequest, CompletionRequest, Feedback
-
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+from serve.middleware import Admission, ResponseHeaders
+from serve.protocol import MAX_BODY_BYTES, ChatRequest, CompletionRequest, Feedback
 
 
 async def _read_body(request: Request) -> bytes:
@@ -33,12 +29,15 @@ async def _read_body(request: Request) -> bytes:
     return bytes(body)
 
 
-def build_api(gateway: Gateway, *, keys: KeyRing | None = None, proxied: bool = False) -> FastAPI:
+def build_api(
+    gateway: Gateway, *, keys: KeyRing | None = None, room: int | None = None, proxied: bool = False
+) -> FastAPI:
     """The FastAPI application.
 
     Args:
         keys: who is let in; None lets everybody in.
-        proxied: whether it runs behind Ray Serve's proxy; see `RequestIds`.
+        room: requests for answers that may be in work or wait at one time, more get a 429 at once; None: any number.
+        proxied: whether it runs behind Ray Serve's proxy; see `ResponseHeaders`.
     """
     api = FastAPI(title="Cascade", description="OpenAI-compatible chat with routed modifiers", version="1")
     page = resources.files("serve").joinpath("static/index.html").read_text(encoding="utf-8")
@@ -85,9 +84,12 @@ def build_api(gateway: Gateway, *, keys: KeyRing | None = None, proxied: bool = 
 
     _describe_bodies(api)
     _shape_errors(api)
+    # The last one added is the first that a request meets.
+    if room is not None:
+        api.add_middleware(Admission, most=room, refused=partial(gateway.meters.failed, 429))
     if keys is not None:
         api.add_middleware(RequireKey, ring=keys)
-    api.add_middleware(RequestIds, proxied=proxied)
+    api.add_middleware(ResponseHeaders, proxied=proxied)
     return api
 
 
@@ -115,43 +117,13 @@ def _describe_bodies(api: FastAPI) -> None:
 
 
 def _shape_errors(api: FastAPI) -> None:
-    """Give every error OpenAI's shape."""
+    """Give every refusal OpenAI's shape; `ResponseHeaders` does so with defects."""
 
     @api.exception_handler(ApiError)
     async def refused(request: Request, error: ApiError) -> JSONResponse:
-        return JSONResponse(error.body(), error.status, headers={**error.known_headers, **error.headers()})
+        return error.response()
 
     @api.exception_handler(HTTPException)
     async def not_there(request: Request, error: HTTPException) -> JSONResponse:
         message = f"{request.method} {request.url.path[:200]}: {error.detail}"
         return JSONResponse(ApiError(error.status_code, message).body(), error.status_code, headers=error.headers)
-
-    @api.exception_handler(Exception)
-    async def broken(request: Request, error: Exception) -> JSONResponse:
-        message = "the server could not answer; its log says why"
-        return JSONResponse(ApiError(500, message, code="internal_error").body(), 500)
-
-
-class RequestIds:
-    """ASGI middleware: gives every request an id, and every response the header `x-request-id`.
-
-    Ray Serve's proxy does both itself: behind it (`proxied`) its id is taken over and no second header added.
-    """
-
-    def __init__(self, app: ASGIApp, proxied: bool) -> None:
-        self._app, self._proxied = app, proxied
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        given = Headers(scope=scope).get("x-request-id", "") if self._proxied else ""
-        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = request_id
-
-        async def send_with_id(message: ASGIMessage) -> None:
-            if message["type"] == "http.response.start" and not self._proxied:
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
-            await send(message)
-
-        await self._app(scope, receive, send_with_id)

@@ -32,10 +32,10 @@ from serve.http import build_api
 from serve.keys import KeyRing
 from serve.live import LiveModifiers, LiveRouter
 from serve.meters import RayMeters
+from serve.middleware import RETRY_AFTER_S
 
 logger = logging.getLogger("ray.serve")
 
-RETRY_AFTER_S = 1
 _MOST_THREADS = 8
 _GRACE_S = 120.0
 """How long a replica that is to stop may finish the answers it has begun."""
@@ -48,6 +48,7 @@ class Served:
     Attributes:
         storage: URI of the store.
         temperature: for requests that name none: the one that base and modifiers were measured with.
+        room: requests for answers that all replicas together take; more are refused before they reach any.
         log: whether requests may be kept as new tasks; see `serve.feedback`.
         threads: of an engine's computing; None takes the machine's cores, as far as they still help.
     """
@@ -58,6 +59,7 @@ class Served:
     limits: Limits = field(default_factory=Limits)
     threads: int | None = None
     log: bool = False
+    room: int | None = None
 
 
 @ray_serve.deployment(
@@ -153,7 +155,7 @@ class Ingress:
         router = LiveRouter(store, cache_dir() / "router")
         modifiers = LiveModifiers(store)
         modifiers.watch()
-        self._keys = KeyRing(store)
+        self._keys, self._room = KeyRing(store), served.room
         self._gateway = Gateway(
             RemoteEngine(engine),
             modifiers,
@@ -164,4 +166,4 @@ class Ingress:
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_api(self._gateway, keys=self._keys, proxied=True)
+        return build_api(self._gateway, keys=self._keys, room=self._room, proxied=True)

@@ -22,12 +22,11 @@ from dataclasses import dataclass, field
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cascade.artifacts import Store
 from cascade.errors import CascadeError, DataError, FormatError
-from serve.protocol import ApiError
+from serve.errors import ApiError
 
 FILE = "keys.json"
 OPEN_PATHS = frozenset({"/", "/health", "/ready"})
@@ -164,7 +163,7 @@ class RequireKey:
             try:
                 self._ring.admit(Headers(scope=scope).get("authorization"))
             except ApiError as error:
-                await JSONResponse(error.body(), error.status, headers=error.headers())(scope, receive, send)
+                await error.response()(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 

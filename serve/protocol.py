@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from cascade.tasks import Message
+from serve.errors import ApiError
 from serve.tools import Tool, ToolCall, with_tools
 
 MAX_BODY_BYTES = 4_000_000
@@ -48,40 +49,6 @@ _IGNORED = ("user", "metadata", "safety_identifier", "prompt_cache_key", "prompt
 """Parameters that never change an answer."""
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "user"}
-
-
-class ApiError(Exception):
-    """An answer in OpenAI's error shape.
-
-    Attributes:
-        status: HTTP status.
-        param: name of the parameter at fault, if one is.
-        code: OpenAI's word for it.
-        retry_after_s: sent as Retry-After.
-        known_headers: what was known of the route when it failed.
-    """
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        code: str | None = None,
-        param: str | None = None,
-        retry_after_s: int | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status, self.message, self.code, self.param = status, message, code, param
-        self.retry_after_s = retry_after_s
-        self.known_headers: dict[str, str] = {}
-
-    def body(self) -> dict[str, Any]:
-        kinds = {401: "authentication_error", 404: "invalid_request_error", 429: "rate_limit_error"}
-        kind = kinds.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
-
-    def headers(self) -> dict[str, str]:
-        return {} if self.retry_after_s is None else {"retry-after": str(self.retry_after_s)}
 
 
 class TextPart(BaseModel):

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from stand_in import StandIn, build_stand_in
+from stand_in import StandIn, build_stand_in, compressed_adapter
 from typer.testing import CliRunner
 
 from cascade import modifiers
@@ -86,6 +86,59 @@ def test_the_threshold_is_shown_and_set(tmp_path: Path) -> None:
     assert isinstance(model, RouterModel)
     assert (before[1].threshold, model.threshold) == (0.5, 0.9)
     assert CliRunner().invoke(app, ["tune-router", str(mine.config_path), "--threshold", "2"]).exit_code != 0
+
+
+def test_a_version_is_tried_on_a_share_of_the_requests_and_promoted(tmp_path: Path) -> None:
+    mine = build_stand_in(tmp_path)
+    old = modifiers.current(mine.store, "letters").version
+    new = modifiers.publish(
+        mine.store, "letters", compressed_adapter(tmp_path / "base", 5), fp16_size=10_000, make_current=False
+    ).version
+
+    def shares(*arguments: str) -> dict[str, str]:
+        done = CliRunner().invoke(app, ["canary", str(mine.config_path), *arguments])
+        assert done.exit_code == 0, done.output
+        rows = [line.split() for line in done.output.replace("│", " ").splitlines() if "%" in line]
+        return {row[0]: row[-1] for row in rows}
+
+    assert shares() == {old: "100%", new: "0%"}
+    assert shares(new, "--weight", "0.1") == {old: "90%", new: "10%"}
+    assert modifiers.canary(mine.store, "letters") == modifiers.Canary(version=new, share=0.1)
+    assert modifiers.canary(mine.store, "sums") is None
+    assert shares(new, "--weight", "0") == {old: "100%", new: "0%"}
+    assert modifiers.canary(mine.store, "letters") is None
+    shares(new, "--weight", "1")
+    assert shares(new, "--promote") == {old: "0%", new: "100%"}
+    assert modifiers.current(mine.store, "letters").version == new
+    assert modifiers.canary(mine.store, "letters") is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nobody", "--weight", "0.1"], "no modifier letters/nobody"),
+        (["nobody", "--promote"], "no modifier letters/nobody"),
+        (["../sums", "--weight", "0.1"], "no name for a version"),
+        (["nobody"], "--weight or --promote"),
+        (["--weight", "0.1"], "--weight or --promote"),
+        (["nobody", "--weight", "0.1", "--promote"], "--weight or --promote"),
+    ],
+)
+def test_canaries_that_cannot_be_are_refused(stand_in: StandIn, arguments: list[str], message: str) -> None:
+    done = CliRunner().invoke(app, ["canary", str(stand_in.config_path), *arguments])
+    assert done.exit_code == 2
+    assert message in " ".join(done.output.split())
+    assert modifiers.canary(stand_in.store, "letters") is None
+
+
+def test_a_share_beyond_all_requests_is_refused(tmp_path: Path) -> None:
+    mine = build_stand_in(tmp_path)
+    version = modifiers.current(mine.store, "letters").version
+    for weight in ("1.5", "-0.1", "nan"):
+        done = CliRunner().invoke(app, ["canary", str(mine.config_path), version, "--weight", weight])
+        assert done.exit_code == 2
+        assert "between 0 and 1" in done.output
+    assert modifiers.canary(mine.store, "letters") is None
 
 
 def test_the_bill_is_printed(stand_in: StandIn) -> None:

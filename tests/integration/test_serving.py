@@ -31,7 +31,9 @@ from cascade.errors import ConfigError
 from cascade.models.base import load_base
 from cascade.models.generation import generate
 from cascade.models.rows import Request
-from serve.app import build
+from serve.app import build, checked
+from serve.middleware import NO_ROUTE
+from serve.proxy import CALLBACK_VARIABLE, ROOM_VARIABLE, install
 
 pytestmark = pytest.mark.integration
 
@@ -45,12 +47,20 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> StandIn:
 
 @pytest.fixture(scope="module")
 def address(stand_in: StandIn) -> Iterator[str]:
+    # As strings, which is how the command line of Ray Serve hands them over.
+    arguments = {"config": str(stand_in.config_path), "threads": "1", "rows": "4", "waiting": "12", "patience_s": "0.5"}
+    with pytest.MonkeyPatch.context() as environment:  # put back what `install` sets, whatever comes
+        environment.setenv(CALLBACK_VARIABLE, "")
+        environment.setenv(ROOM_VARIABLE, "")
+        install(checked(arguments).room)
+        yield from serve_it(arguments)
+
+
+def serve_it(arguments: dict[str, str]) -> Iterator[str]:
     ray.init(address="local", num_cpus=2, include_dashboard=False, ignore_reinit_error=True, log_to_driver=False)
     port = free_port()
     ray_serve.start(http_options={"host": "127.0.0.1", "port": port})
-    # As strings, which is how the command line of Ray Serve hands them over.
-    args = {"config": str(stand_in.config_path), "threads": "1", "rows": "4", "waiting": "12", "patience_s": "0.5"}
-    ray_serve.run(build(args), name="cascade", blocking=False)
+    ray_serve.run(build(arguments), name="cascade", blocking=False)
     yield f"http://127.0.0.1:{port}"
     ray_serve.shutdown()
     ray.shutdown()
@@ -149,8 +159,16 @@ def test_errors(client, address: str) -> None:
     assert long.value.code == "context_length_exceeded"
     response = httpx.post(f"{address}/v1/chat/completions", content=b"{")
     assert response.status_code == 400
-    assert response.headers["x-request-id"]
     assert httpx.get(f"{address}/v1/nowhere").json()["error"]["type"] == "invalid_request_error"
+    # The last one is answered by Ray Serve's proxy itself.
+    for other in (
+        response,
+        missing.value.response,
+        httpx.get(f"{address}/v1/nowhere"),
+        httpx.get(f"{address}/-/healthz"),
+    ):
+        assert {name: other.headers.get_list(name) for name in NO_ROUTE} == {n: [v] for n, v in NO_ROUTE.items()}
+        assert len(other.headers.get_list("x-request-id")) == 1
 
 
 def test_a_client_that_leaves_makes_room(client, address: str) -> None:
@@ -183,6 +201,8 @@ def test_overload_is_refused_with_429_and_nothing_breaks(address: str) -> None:
     assert codes.count(200) >= 10
     assert all(r.headers["retry-after"] == "1" for r in responses if r.status_code == 429)
     assert all(r.json()["error"]["code"] == "overloaded" for r in responses if r.status_code == 429)
+    for response in responses:
+        assert all(len(response.headers.get_list(name)) == 1 for name in ("x-request-id", *NO_ROUTE))
 
 
 def test_a_new_version_goes_live_without_a_restart(client, stand_in, alone) -> None:
