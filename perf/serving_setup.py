@@ -119,6 +119,17 @@ async def load(url: str, asks: Sequence[Ask], clients: int) -> tuple[list[Answer
     return [done[i] for i in range(len(asks))], seconds
 
 
+async def arriving(url: str, asks: Sequence[Ask], per_second: float) -> list[Answered]:
+    """Requests that come at a steady rate, whatever becomes of those before; returns what came of each."""
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as http:
+        running = []
+        for ask in asks:
+            running.append(asyncio.create_task(one(http, ask)))
+            await asyncio.sleep(1 / per_second)
+        return list(await asyncio.gather(*running))
+
+
 async def one(http: httpx.AsyncClient, ask: Ask) -> Answered:
     """Ask one thing."""
     answered = Answered(ask)
