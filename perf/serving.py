@@ -198,7 +198,7 @@ def fairness(setup: Setup, options: argparse.Namespace) -> Figures:
 
 
 def overload(setup: Setup, options: argparse.Namespace) -> Figures:
-    """Four times as many requests at once as there is room for; then four times the rate that is served, for a while."""
+    """Four times as many requests at once as there is room for; then four times the rate that is served."""
     rows, waiting = 8, 8
     asks = [Ask(DOMAINS[i % 3], f"{QUESTIONS[i % 6]} ({i})", 16) for i in range(4 * (rows + waiting))]
 
