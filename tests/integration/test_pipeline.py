@@ -1,4 +1,4 @@
-"""The whole pipeline on a tiny random base: submitted job by job, killed twice and resumed, run again for nothing."""
+"""The pipeline on a tiny random base: killed twice and resumed, run again for nothing, submitted with S3 storage."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pyarrow.fs as pafs
 import pytest
 from pipelines import CASCADE, ROOT, check_results, environment, run_cascade, write_config
 from stand_in import free_port
@@ -80,8 +81,44 @@ def test_killed_twice_it_finishes_and_pays_nothing_twice(tmp_path: Path) -> None
 
 
 @pytest.fixture(scope="module")
-def ray_head() -> Iterator[str]:
-    """A local Ray head as a user would start it; yields the address of its job server."""
+def bucket() -> Iterator[str]:
+    """A bucket's URI, on a server of its own."""
+    port = free_port()
+    patch = pytest.MonkeyPatch()
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        patch.setenv(name, "testing")
+    patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        _make_bucket(port)
+        yield f"s3://cascade-test/team?endpoint_override=127.0.0.1%3A{port}&scheme=http&region=us-east-1"
+    finally:
+        server.terminate()
+        server.wait(30)
+        patch.undo()
+
+
+def _make_bucket(port: int) -> None:
+    filesystem = pafs.S3FileSystem(
+        endpoint_override=f"127.0.0.1:{port}", scheme="http", region="us-east-1", allow_bucket_creation=True
+    )
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            filesystem.create_dir("cascade-test")
+            return
+        except OSError:
+            assert time.monotonic() < deadline, "the S3 server did not start"
+            time.sleep(0.5)
+
+
+@pytest.fixture(scope="module")
+def ray_head(bucket: str) -> Iterator[str]:
+    """A local Ray head as a user would start it, with the bucket's keys; yields the address of its job server."""
     port, dashboard = free_port(), free_port()
     command = [RAY, "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=2"]
     command += [f"--dashboard-agent-listen-port={free_port()}"]  # its default may belong to another Ray
@@ -101,8 +138,10 @@ def ray_head() -> Iterator[str]:
         head.wait(60)
 
 
-def test_every_job_submitted_to_a_cluster(tmp_path: Path, ray_head: str) -> None:
-    config = write_config(tmp_path)
+def test_every_job_submitted_to_a_cluster_with_all_state_in_a_bucket(
+    tmp_path: Path, ray_head: str, bucket: str
+) -> None:
+    config = write_config(tmp_path, storage=bucket)
     runs = Runs(load_config(config))
     for job in JOBS:
         submitted = subprocess.run(
@@ -116,6 +155,13 @@ def test_every_job_submitted_to_a_cluster(tmp_path: Path, ray_head: str) -> None
         )
         assert submitted.returncode == 0, f"{job}: {submitted.stdout[-3000:]}{submitted.stderr[-2000:]}"
         assert runs.run(job).done
+    again = run_cascade(config)
+    assert again.returncode == 0, again.stdout[-3000:] + again.stderr[-3000:]
+    assert bucket.replace("team?", "team/sums/report.html?") in again.stdout
+    assert again.stdout.count("done before, reused") == len(JOBS)
+    check_results(runs)
+    assert max(answered(runs.store).values()) == 1
+    assert not (tmp_path / "out").exists()
 
 
 def source_tree(folder: Path) -> Path:
