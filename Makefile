@@ -25,7 +25,7 @@ serve: $(INSTALLED)
 test: test-fast test-integration
 
 test-fast: $(INSTALLED)
-	$(BIN)/python -m pytest -q -m "not integration"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not integration"
 
 test-integration: $(INSTALLED)
 	$(BIN)/python -m pytest -q -m integration
