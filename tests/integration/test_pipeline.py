@@ -145,7 +145,7 @@ def test_every_job_submitted_to_a_cluster_with_all_state_in_a_bucket(
     runs = Runs(load_config(config))
     for job in JOBS:
         submitted = subprocess.run(
-            [RAY, "job", "submit", "--address", ray_head, "--working-dir", str(source_tree(tmp_path)), "--"]
+            [RAY, "job", "submit", "--address", ray_head, "--working-dir", str(source_tree(tmp_path, job)), "--"]
             + [sys.executable, "-m", f"ray_jobs.{job}", "--config", str(config)],
             capture_output=True,
             text=True,
@@ -164,13 +164,18 @@ def test_every_job_submitted_to_a_cluster_with_all_state_in_a_bucket(
     assert not (tmp_path / "out").exists()
 
 
-def source_tree(folder: Path) -> Path:
-    """The three packages alone, as a working directory to submit."""
+def source_tree(folder: Path, job: str) -> Path:
+    """The three packages alone, as a working directory to submit.
+
+    A file tells one job's from the next one's: Ray deletes the package of a finished job, and one that is equal and
+    just submitted goes with it ("may have prematurely been deleted").
+    """
     tree = folder / "tree"
     if not tree.exists():
         tree.mkdir()
         for package in ("cascade", "ray_jobs", "serve"):
             shutil.copytree(ROOT / package, tree / package, ignore=shutil.ignore_patterns("__pycache__"))
+    (tree / "JOB").write_text(job, encoding="utf-8")
     return tree
 
 
