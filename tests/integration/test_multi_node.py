@@ -1,0 +1,117 @@
+"""Several nodes: the head computes nothing, and the node that asks the teachers is killed at work and replaced."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pipelines import ROOT, environment, write_config
+from ray.cluster_utils import Cluster
+from stand_in import free_port
+
+from cascade.config import load_config
+from cascade.tasks import Verdict
+from cascade.teachers.ledger import Ledger
+from ray_jobs._runs import Runs
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """A head that offers no CPU, as in cluster.yaml; nodes are for the test to add."""
+    for name, value in environment().items():
+        monkeypatch.setenv(name, value)
+    # A dead node is noticed sooner than by default.
+    noticed = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 1000}
+    head = {"num_cpus": 0, "include_dashboard": False, "_system_config": noticed, **ports()}
+    made = Cluster(initialize_head=True, head_node_args=head)
+    try:
+        yield made
+    finally:
+        made.shutdown()
+
+
+def ports() -> dict[str, int]:
+    """Ports whose defaults may belong to another Ray."""
+    return {"dashboard_agent_listen_port": free_port()}
+
+
+def add_worker(cluster: Cluster) -> Any:
+    return cluster.add_node(num_cpus=2, **ports())
+
+
+def config_of(folder: Path, storage: Path) -> Path:
+    """The same domain in a storage of its own, in small blocks, with two teacher actors that take their time."""
+    config = yaml.safe_load(write_config(folder, storage=str(storage)).read_text())
+    config |= {"clusters": {"enabled": False}, "student": {"max_tokens": 8, "prompts": [{"name": "direct"}]}}
+    config["execution"] = {"teacher_actors": 2, "task_block": 8}
+    config["tiers"][0]["answer_key"]["latency_ms"] = 400
+    path = folder / f"{storage.name}.yaml"
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    return path
+
+
+def start(config: Path, cluster: Cluster, *jobs: str) -> subprocess.Popen[bytes]:
+    """Jobs one after the other in a process that joins the cluster."""
+    work = "; ".join(f"run_one('{job}', {job}.work, {str(config)!r})" for job in jobs)
+    script = f"from ray_jobs import generate_tier1, test_domain; from ray_jobs._context import run_one; {work}"
+    command = [sys.executable, "-c", script]
+    with config.with_suffix(".log").open("ab") as log:
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environment() | {"RAY_ADDRESS": cluster.address}, stdout=log, stderr=log
+        )
+
+
+def finish(driver: subprocess.Popen[bytes], config: Path) -> None:
+    try:
+        assert driver.wait(300) == 0, config.with_suffix(".log").read_text()[-3000:]
+    finally:
+        driver.kill()
+
+
+def answered(runs: Runs) -> Counter[str]:
+    """How often each request of the ledger was answered."""
+    return Counter(e.key for e in Ledger(runs.store, "sums").entries() if e.responded)
+
+
+def outcomes(runs: Runs) -> dict[str, tuple[str, str]]:
+    return {v.task_id: (v.outcome, v.answer) for v in runs.generate_tier1.read("verdicts", Verdict)}
+
+
+def test_the_node_of_the_teachers_is_killed_and_replaced(tmp_path: Path, cluster: Cluster) -> None:
+    node = add_worker(cluster)
+    unbroken, broken = (config_of(tmp_path, tmp_path / name) for name in ("unbroken", "broken"))
+    finish(start(unbroken, cluster, "test_domain", "generate_tier1"), unbroken)
+    untaught = shutil.ignore_patterns("ledger", "generate_tier1@*")
+    shutil.copytree(tmp_path / "unbroken", tmp_path / "broken", ignore=untaught)
+    expected, runs = Runs(load_config(unbroken)), Runs(load_config(broken))
+    assert runs.test_domain.done
+    assert not runs.generate_tier1.manifest
+
+    driver = start(broken, cluster, "generate_tier1")
+    deadline = time.monotonic() + 120
+    while len(answered(runs)) < 12:
+        assert driver.poll() is None, broken.with_suffix(".log").read_text()[-3000:]
+        assert time.monotonic() < deadline, "no teacher answered"
+        time.sleep(0.05)
+    cluster.remove_node(node, allow_graceful=False)
+    bought = answered(runs)
+    assert len(outcomes(runs)) < len(outcomes(expected)), "killed too late to show anything"
+    add_worker(cluster)
+    finish(driver, broken)
+
+    assert runs.generate_tier1.done
+    assert outcomes(runs) == outcomes(expected)
+    paid = answered(runs)
+    assert max(paid.values()) == 1, "a request was paid twice"
+    assert bought <= paid
+    assert set(paid) == set(answered(expected))
