@@ -1,12 +1,13 @@
 # make run    quickstart: from nothing to a compressed modifier and a report
 # make serve  serve what `make run` made, on http://127.0.0.1:8000
 # make test   all tests            make check  format, lint, types, the import rule
+# make docs   writes docs/reference/ from the code
 PYTHON ?= python3.11
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 QUICKSTART := configs/quickstart.yaml
 
-.PHONY: install run serve test test-fast test-integration check clean
+.PHONY: install run serve test test-fast test-integration check docs clean
 .DEFAULT_GOAL := run
 
 install: $(INSTALLED)
@@ -35,6 +36,9 @@ check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: $(INSTALLED)
+	$(BIN)/python docs/generate.py
 
 clean:
 	rm -rf .venv out

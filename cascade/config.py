@@ -46,15 +46,15 @@ class TaskSet(Section):
     """The tasks of one split."""
 
     count: Positive | None = Field(None, description="how many in all, mixed by weight; null: every task there is")
-    sources: list[TaskSource] = Field(min_length=1)
+    sources: list[TaskSource] = Field(min_length=1, description="benchmarks that the tasks are taken from")
 
 
 class Tasks(Section):
     """Train, validation and test tasks. No task, and no prompt, is in two of them."""
 
-    train: TaskSet
-    validation: TaskSet
-    test: TaskSet
+    train: TaskSet = Field(description="what the base is tried on and the teachers are asked")
+    validation: TaskSet = Field(description="what choices are made by: prompt, compression, calibration of the router")
+    test: TaskSet = Field(description="what is reported; nothing is trained on it or chosen by it")
     protect: list[TaskSource] | None = Field(
         None,
         description="benchmarks whose test splits no training example may overlap, besides this domain's own test "
@@ -67,9 +67,9 @@ class Tasks(Section):
 
 
 class PromptStyle(Section):
-    """One way of asking the student. Every model is tested with the style that suits the base best (see `Student`)."""
+    """One way of asking the student."""
 
-    name: str
+    name: str = Field(description="how figures and reports call this style")
     system: str | None = Field(None, description="system message; null leaves the chat template's own")
     shots: int = Field(0, ge=0, description="worked examples from the training split, same category first")
 
@@ -85,19 +85,21 @@ class Student(Section):
     )
     selection_tasks: Positive = Field(48, description="validation tasks on which the styles are compared")
     max_tokens: Positive = Field(256, description="upper limit of an answer's tokens; a task may ask for fewer")
-    temperature: float = Field(0.0, ge=0)
+    temperature: float = Field(
+        0.0, ge=0, description="of the student's answers, when tested and when served; 0: greedy"
+    )
 
 
 class Lora(Section):
     """Shape and optimisation of a LoRA adapter."""
 
-    rank: Positive = 16
-    alpha: float | None = Field(None, gt=0, description="null: twice the rank")
-    learning_rate: float = Field(1e-3, gt=0)
-    epochs: float = Field(3.0, gt=0)
-    warmup_share: Fraction = 0.06
-    weight_decay: float = Field(0.0, ge=0)
-    gradient_clip: float = Field(1.0, gt=0)
+    rank: Positive = Field(16, description="of A and B, on every linear layer")
+    alpha: float | None = Field(None, gt=0, description="the adapter is scaled by alpha / rank; null: twice the rank")
+    learning_rate: float = Field(1e-3, gt=0, description="AdamW's highest, after warm-up")
+    epochs: float = Field(3.0, gt=0, description="times that every example is seen; fractions are allowed")
+    warmup_share: Fraction = Field(0.06, description="share of the steps in which the learning rate rises")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's")
+    gradient_clip: float = Field(1.0, gt=0, description="largest norm of a step's gradient")
     tokens_per_step: Positive = Field(1024, description="packed tokens of one optimiser step, over all workers")
     max_length: Positive = Field(512, description="longest example in tokens; longer ones are refused, never cut")
     rslora: bool = Field(False, description="scale by alpha / sqrt(rank) instead of alpha / rank")
@@ -119,8 +121,8 @@ class Probe(Section):
     """The short cross-fitted training that asks what the student still fails after a tier's data."""
 
     enabled: bool = Field(True, description="false: teacher verdicts alone decide what goes to the next tier")
-    folds: int = Field(2, ge=2)
-    lora: Lora = Lora(rank=8, epochs=2)
+    folds: int = Field(2, ge=2, description="parts; each is answered by a probe trained on the others")
+    lora: Lora = Field(Lora(rank=8, epochs=2), description="shape and optimisation of a probe")
 
 
 class Clusters(Section):
@@ -156,10 +158,13 @@ class Validation(Section):
 class Training(Section):
     """The modifier's training (Ray Train + DeepSpeed)."""
 
-    lora: Lora = Lora()
-    validation: Validation = Validation()
+    lora: Lora = Field(Lora(), description="shape and optimisation of the modifier")
+    validation: Validation = Field(Validation(), description="looks at held-out tasks on the way")
     replay_share: Fraction = Field(0.0, description="passed tasks mixed in with the student's own answers, per example")
-    zero_stage: Literal[0, 1, 2, 3] = 0
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        0,
+        description="DeepSpeed ZeRO, what is spread over the workers: 1 optimiser state, 2 gradients, 3 parameters too",
+    )
     offload: bool = Field(False, description="optimiser state (and with stage 3, parameters) in CPU memory")
     checkpoint_steps: Positive = Field(20, description="optimiser steps between checkpoints")
     gradient_checkpointing: bool = Field(
@@ -191,7 +196,7 @@ class Compression(Section):
     calibration_rows: Positive = Field(
         16, description="packed rows of training examples that tell which components matter to the loss"
     )
-    trials: Positive = 12
+    trials: Positive = Field(12, description="recipes that the search tries")
     tolerance: float = Field(0.02, ge=0, description="accuracy that may be lost against the uncompressed modifier")
     choose: Literal["smallest", "best"] = Field(
         "smallest", description="the smallest within the tolerance, or the most accurate within the size limits"
@@ -205,9 +210,9 @@ class Compression(Section):
 class Router(Section):
     """The router's training."""
 
-    hidden: Positive = 64
+    hidden: Positive = Field(64, description="width of the network's hidden layer")
     features: Positive = Field(4096, description="hashed n-gram buckets")
-    epochs: Positive = 60
+    epochs: Positive = Field(60, description="passes over the queries")
     threshold: Fraction = Field(
         0.5, description="below this confidence that a request is of a kind that was measured, it goes to the base"
     )
@@ -217,7 +222,7 @@ class Router(Section):
 class Reference(Section):
     """Published scores to compare with."""
 
-    model: str
+    model: str = Field(description="whose scores these are, as the report calls it")
     source: str = Field(description="where the scores were published")
     scores: dict[str, float] = Field(description="benchmark -> score in percent")
     target_ratio: tuple[float, float] = Field(description="aim as a share of the reference, low and high")
@@ -231,21 +236,21 @@ class Execution(Section):
         None, description="prompt and answer tokens in a student's memory at once; null: as suits the device"
     )
     task_block: Positive = Field(64, description="tasks per Ray Data batch: what a killed actor may have to repeat")
-    teacher_actors: Positive = 1
-    train_workers: Positive = 1
+    teacher_actors: Positive = Field(1, description="Ray Data actors that ask teachers, 0.25 CPU each")
+    train_workers: Positive = Field(1, description="Ray Train workers, one GPU each with use_gpu")
     train_workers_min: Positive | None = Field(
         None, description="elastic training: goes on with so many workers while there are no more; needs zero_stage 0"
     )
-    use_gpu: bool = False
-    cpus_per_actor: float = Field(1.0, gt=0)
-    cpus_per_worker: float = Field(1.0, gt=0)
+    use_gpu: bool = Field(False, description="a GPU for each student, training worker, trial and engine")
+    cpus_per_actor: float = Field(1.0, gt=0, description="CPUs that a student, probe, trial or engine asks Ray for")
+    cpus_per_worker: float = Field(1.0, gt=0, description="CPUs that a training worker asks Ray for")
     compile: bool = Field(
         False, description="compile the layers for training (torch.compile): pays on a GPU, for more than some minutes"
     )
     row_tokens: Positive | None = Field(
         None, description="most tokens of one forward pass in training; null: 1,024 on a CPU, 16,384 on a GPU"
     )
-    tune_concurrency: Positive = 1
+    tune_concurrency: Positive = Field(1, description="trials of the pruning search at once")
     allow_weak_sandbox: bool = Field(
         False, description="run model code even where the kernel grants no namespaces or no seccomp; false: refuse"
     )
@@ -255,8 +260,8 @@ class Execution(Section):
 class Config(Section):
     """One domain, from tasks to router."""
 
-    domain: str = Field(pattern=r"^[a-z][a-z0-9_-]*$")
-    seed: int = 17
+    domain: str = Field(pattern=r"^[a-z][a-z0-9_-]*$", description="its name: of its folder, its modifier, its route")
+    seed: int = Field(17, description="of tasks, samples, training and search; another seed is another run")
     storage: str = Field("out", description="folder or URI (s3://…, gs://…) for runs, ledger, modifiers and router")
     base: Base
     tasks: Tasks

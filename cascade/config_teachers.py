@@ -17,9 +17,9 @@ class Endpoint(Section):
 
     base_url: str = Field(description=f"…/v1 of the service, or {ANSWER_KEY!r} for the offline teacher")
     api_key_env: str | None = Field(None, description="environment variable that holds the key; null: none is sent")
-    requests_per_minute: Positive = 500
-    tokens_per_minute: Positive = 200_000
-    max_concurrency: Positive = 32
+    requests_per_minute: Positive = Field(500, description="most requests a minute, over all actors")
+    tokens_per_minute: Positive = Field(200_000, description="most tokens a minute in and out, over all actors")
+    max_concurrency: Positive = Field(32, description="most requests in flight; fewer after a 429, then more again")
 
 
 class AnswerKey(Section):
@@ -27,7 +27,7 @@ class AnswerKey(Section):
 
     max_difficulty: Positive = Field(description="answers right up to this difficulty")
     slip_rate: Fraction = Field(0.0, description="share of the answers within its reach that it gets wrong")
-    latency_ms: float = Field(20.0, ge=0)
+    latency_ms: float = Field(20.0, ge=0, description="how long it waits before it answers")
 
 
 class Teacher(Section):
@@ -41,7 +41,7 @@ class Teacher(Section):
     price_source: str = Field("", description="where the prices are from and of which day")
     system: str | None = Field(None, description="system message put before the task's messages")
     temperature: float | None = Field(None, ge=0, description="null leaves the model's default (GPT-5 takes no other)")
-    max_tokens: Positive = 1024
+    max_tokens: Positive = Field(1024, description="upper limit of an answer's tokens, what it thinks included")
     samples: Positive = Field(1, description="attempts per task, each a request of its own")
     choose: Literal["first", "shortest"] = Field(
         "first",
@@ -56,13 +56,13 @@ class Teacher(Section):
     )
     batch_price_share: Fraction = Field(0.5, description="price of a batch's request as a share of the live price")
     keep_reasoning: bool = Field(False, description="train on the whole answer rather than on the final answer alone")
-    timeout_s: float = Field(120.0, gt=0)
+    timeout_s: float = Field(120.0, gt=0, description="seconds to wait for one answer")
     retries: int = Field(5, ge=0, description="per request, on 429, 5xx, timeouts and broken connections")
     budget_usd: Usd | None = Field(None, description="hard limit for this tier; null: the domain's budget alone")
     expected_share: Fraction | None = Field(
         None, description="share of the failures that this tier is expected to solve; used by the plan alone"
     )
-    answer_key: AnswerKey | None = None
+    answer_key: AnswerKey | None = Field(None, description="what an offline teacher knows; for `base_url: answer-key`")
 
     @property
     def is_answer_key(self) -> bool:
@@ -86,7 +86,7 @@ class Teacher(Section):
 class Predictor(Section):
     """Sends obviously hard tasks past a tier where that is expected to be cheaper."""
 
-    enabled: bool = False
+    enabled: bool = Field(False, description="predict at all")
     learn_share: Fraction = Field(0.25, description="tasks that are asked before anything is predicted")
     control_share: Fraction = Field(
         0.1, description="of the tasks to be sent past a tier those that are asked all the same, to measure the saving"

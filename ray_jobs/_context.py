@@ -128,11 +128,16 @@ def main(name: str, work: Work) -> None:
     exit_with_message(lambda: run_one(name, work, path))
 
 
-def parse_config(name: str) -> str:
-    """The --config of a job module's command line."""
+def command_line(name: str) -> argparse.ArgumentParser:
+    """The arguments of `python -m ray_jobs.NAME`."""
     parser = argparse.ArgumentParser(prog=f"python -m ray_jobs.{name}")
     parser.add_argument("--config", required=True, help="YAML file of the domain, e.g. configs/quickstart.yaml")
-    path: str = parser.parse_args().config
+    return parser
+
+
+def parse_config(name: str) -> str:
+    """The --config of a job module's command line."""
+    path: str = command_line(name).parse_args().config
     return path
 
 

@@ -161,7 +161,9 @@ def _export(path: str, to: str | None) -> None:
 
 
 @app.command("check-dataset")
-def check_dataset(folder: Annotated[str, typer.Argument(metavar="FOLDER")]) -> None:
+def check_dataset(
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="folder that export-dataset wrote")],
+) -> None:
     """Compare an exported data set with its card, and score every answer anew."""
     exit_with_message(lambda: _check(folder))
 

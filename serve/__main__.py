@@ -22,13 +22,20 @@ from serve.proxy import install
 _NAME = "cascade"
 
 
-def main() -> int:
+def command_line() -> argparse.ArgumentParser:
+    """The command's arguments."""
     parser = argparse.ArgumentParser(prog="python -m serve", description=__doc__)
-    parser.add_argument("config", help="YAML file of a domain; its storage and base are served")
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("values", nargs="*", metavar="name=value")
-    options = parser.parse_intermixed_args()
+    parser.add_argument(
+        "config", help="YAML file of a domain, or folder of a bundle; its base and modifiers are served"
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen on")
+    parser.add_argument("values", nargs="*", metavar="name=value", help="settings of the application")
+    return parser
+
+
+def main() -> int:
+    options = command_line().parse_intermixed_args()
     try:
         values = {"config": options.config} | dict(value.split("=", 1) for value in options.values)
         application, room = build(values), checked(values).room

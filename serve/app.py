@@ -29,26 +29,25 @@ DEFAULT_CONFIG = "configs/quickstart.yaml"
 
 
 class Arguments(BaseModel):
-    """Arguments of `build`, as `serve run serve.app:build name=value` or `args:` in a Serve config give them.
-
-    Attributes:
-        config: YAML file, or the folder of a bundle that `cascade bundle` packed.
-        replicas: engines, each with a base and a slot of its own.
-        threads: of an engine's computing; null: execution.threads, else as many as help.
-        rows: sequences an engine computes together.
-        waiting: requests that may wait per engine beside those; more are refused with 429 before they reach it.
-        log: whether requests may be kept as new tasks; see `serve.feedback`.
-        patience_s: see `serve.engine`.
-    """
+    """Arguments of `build`, as `serve run serve.app:build name=value` or `args:` in a Serve config give them."""
 
     model_config = ConfigDict(extra="forbid")
-    config: str = Field(default_factory=lambda: os.environ.get(CONFIG_VARIABLE) or DEFAULT_CONFIG)
-    replicas: int = Field(1, ge=1)
-    threads: int | None = Field(None, ge=1)
-    rows: int = Field(Limits.rows, ge=1)
-    waiting: int = Field(Limits.waiting, ge=1)
-    log: bool = False
-    patience_s: float = Field(Limits.patience_s, ge=0)
+    config: str = Field(
+        default_factory=lambda: os.environ.get(CONFIG_VARIABLE) or DEFAULT_CONFIG,
+        description="YAML file of a domain, or folder of `cascade bundle`; left out, what CASCADE_CONFIG names",
+    )
+    replicas: int = Field(1, ge=1, description="engines, each with a base and a slot for one modifier")
+    threads: int | None = Field(
+        None, ge=1, description="of an engine's computing; null: execution.threads, else as many as help"
+    )
+    rows: int = Field(Limits.rows, ge=1, description="sequences that an engine computes together")
+    waiting: int = Field(
+        Limits.waiting, ge=1, description="requests that may wait per engine beside those; more are refused with 429"
+    )
+    log: bool = Field(False, description="keep requests that were unsure or disliked as new tasks (serve/feedback.py)")
+    patience_s: float = Field(
+        Limits.patience_s, ge=0, description="seconds that a group of requests keeps the slot while others wait"
+    )
 
     @property
     def room(self) -> int:

@@ -172,16 +172,23 @@ def _digest(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()
 
 
-def main() -> int:
+def command_line() -> argparse.ArgumentParser:
+    """The command's arguments."""
     parser = argparse.ArgumentParser(prog="python -m serve.keys", description=__doc__)
     parser.add_argument("storage", help="folder or URI, as in the config")
     commands = parser.add_subparsers(dest="command", required=True)
-    add = commands.add_parser("add")
-    add.add_argument("name")
-    add.add_argument("--requests-per-minute", type=int, default=600)
-    commands.add_parser("revoke").add_argument("name")
-    commands.add_parser("list")
-    options = parser.parse_args()
+    add = commands.add_parser("add", help="make a key and print it, once")
+    add.add_argument("name", help="whose it is; letters, digits, dot, dash and underscore")
+    add.add_argument("--requests-per-minute", type=int, default=600, help="requests that it may make a minute")
+    commands.add_parser("revoke", help="end a key; servers follow within seconds").add_argument(
+        "name", help="whose it is"
+    )
+    commands.add_parser("list", help="show names and limits")
+    return parser
+
+
+def main() -> int:
+    options = command_line().parse_args()
     store = Store(options.storage)
     try:
         if options.command == "add":
