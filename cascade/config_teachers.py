@@ -34,7 +34,9 @@ class Teacher(Section):
     """A tier: a model, its price, its endpoints and its budget."""
 
     name: str = Field(description="model name as the endpoint knows it; offline teachers must start with 'answer-key'")
-    endpoints: list[Endpoint] = Field(min_length=1, description="tried in order; the next takes over when one is down")
+    endpoints: list[Endpoint] = Field(
+        min_length=1, description="or keys: their limits add up, and where one is down the others take over"
+    )
     input_usd_per_million: Usd = Field(description="price of a million prompt tokens")
     output_usd_per_million: Usd = Field(description="price of a million completion tokens")
     cached_input_usd_per_million: Usd | None = Field(None, description="price of cached prompt tokens; null: as input")

@@ -33,6 +33,7 @@ from cascade.teachers.conversation import (
 from cascade.teachers.endpoint import EndpointClient, Failure, Response
 from cascade.teachers.ledger import Ledger, LedgerEntry, Sent
 from cascade.teachers.limits import Limiter, RateLimiter, Signal
+from cascade.teachers.pool import EndpointPool
 
 _PATIENCE_S = 900.0
 """How long a request goes on waiting through 429s, which do not count as retries."""
@@ -144,9 +145,10 @@ class TeacherClient:
             raise TeacherError(
                 f"tier {tier} ({teacher.name}): the offline teacher is not running, its URL is not known"
             )
-        self._endpoints = [EndpointClient(e, urls[e.base_url], teacher, limiter(e)) for e in teacher.endpoints]
+        asked = teacher.endpoints[:1] if teacher.mode == "batch" else teacher.endpoints
+        self._pool = EndpointPool(teacher, asked, urls, limiter, tier)
         self._batches = (
-            BatchQueue(teacher, self._endpoints[0], ledger, domain, tier) if teacher.mode == "batch" else None
+            BatchQueue(teacher, self._pool.endpoints[0], ledger, domain, tier) if teacher.mode == "batch" else None
         )
         self._asking: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._completion_tokens = float(teacher.max_tokens)
@@ -162,8 +164,7 @@ class TeacherClient:
     async def aclose(self) -> None:
         """Close the connections."""
         async with AsyncExitStack() as stack:
-            for endpoint in self._endpoints:
-                stack.push_async_callback(endpoint.aclose)
+            stack.push_async_callback(self._pool.aclose)
             if self._batches:
                 stack.push_async_callback(self._batches.aclose)
 
@@ -215,39 +216,23 @@ class TeacherClient:
         return next((e for key in request.keys.values() if (e := self._ledger.get(key)) is not None), None)
 
     async def _buy(self, request: _Request) -> LedgerEntry:
-        """Try endpoint after endpoint until one responds or the retries are used up."""
-        failures, began, turn = 0, time.monotonic(), 0
+        """Try one endpoint or another until one responds or the retries are used up."""
+        failures, began, failed = 0, time.monotonic(), None
         while True:
-            endpoint = self._pick(turn)
-            entry, failure = await (self._batched(endpoint, request) if self._batches else self._try(endpoint, request))
+            async with self._pool.deal(failed) as endpoint:
+                ask = self._batched if self._batches else self._try
+                entry, failure = await ask(endpoint, request)
             if failure is None or failure.kind == "refused":
                 return entry
-            turn += 1
+            failed = endpoint
             if failure.kind == "limited" and time.monotonic() - began > _PATIENCE_S:
                 return entry
             if failure.kind == "broken":
                 failures += 1
                 if failures > self.teacher.retries:
-                    self._check_anyone_answers()
+                    self._pool.check_anyone_answers()
                     return entry
                 await asyncio.sleep(endpoint.backoff(failures))
-
-    def _pick(self, turn: int) -> EndpointClient:
-        """The endpoint for a request's n-th try: the first that works; after a failure the next one."""
-        usable = [e for e in self._endpoints if not e.refusal]
-        if not usable:
-            reasons = "; ".join(e.refusal for e in self._endpoints)
-            raise TeacherError(f"tier {self.tier} cannot be asked: {reasons}. All answers bought so far are kept")
-        healthy = [e for e in usable if not e.resting] or usable
-        return healthy[turn % len(healthy)]
-
-    def _check_anyone_answers(self) -> None:
-        if all(e.refusal or e.is_down for e in self._endpoints):
-            reasons = "; ".join(e.refusal or e.trouble for e in self._endpoints)
-            raise TeacherError(
-                f"tier {self.tier} ({self.teacher.name}): nobody answers any more: {reasons}. "
-                "All answers bought so far are kept; run again when the endpoint is back"
-            )
 
     async def _try(self, endpoint: EndpointClient, request: _Request) -> tuple[LedgerEntry, Failure | None]:
         """One call: its worst price is set aside, and once it is recorded its real price is booked instead."""

@@ -109,7 +109,7 @@ async def test_killed_before_the_batch_existed_it_is_submitted_then(server, teac
     store = Store(str(tmp_path))
     async with opened(tmp_path, teacher) as client:
         request = client._request(make_task(1), 0)
-        identity = client._identity(client._endpoints[0], request)
+        identity = client._identity(client._pool.endpoints[0], request)
     record = batch._Record("b1", 1, teacher.name, server.url, {identity["key"]: identity})
     store.write_json("batches/reasoning/b1.json", record.__dict__)
     Ledger(store).record(batch.Sent(identity["key"], "reasoning", 1, 5.0, "b1"))

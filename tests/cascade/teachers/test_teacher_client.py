@@ -259,8 +259,8 @@ async def test_an_endpoint_that_is_down_rests(fake_server, make_teacher, make_ta
     async with open_client(make_teacher("http://127.0.0.1:9/v1", server.url)) as client:
         for number in range(30):
             assert (await client.answer(make_task(number))).ok
-        assert client._endpoints[0].resting
-        assert client._endpoints[0]._failures == 10
+        assert client._pool.endpoints[0].resting
+        assert client._pool.endpoints[0]._failures == 10
 
 
 async def test_nobody_answering_stops_the_run(make_teacher, make_task, open_client) -> None:
