@@ -45,7 +45,7 @@ def measure(part: str, server: Server, options: argparse.Namespace) -> Figures:
     if part == "precision":
         return precision(server, options.precision_tasks)
     if part == "plan":
-        return estimate(server, options.requests)
+        return estimate(server, options.plan_seeds)
     return memory(server, (1000, options.memory_tasks))
 
 
@@ -86,10 +86,11 @@ def show(figures: dict[str, dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--requests", type=int, default=2000, help="of throughput, kills, budget and plan")
+    parser.add_argument("--requests", type=int, default=2000, help="of throughput, kills and budget")
     parser.add_argument("--tasks", type=int, default=12_000, help="of the run with faults")
     parser.add_argument("--limit-seconds", type=float, default=150, help="length of the run under limits")
     parser.add_argument("--precision-tasks", type=int, default=300, help="of each kind")
+    parser.add_argument("--plan-seeds", type=int, default=300, help="cascades that are planned and run")
     parser.add_argument("--memory-tasks", type=int, default=100_000)
     parser.add_argument("--driver", nargs=2, metavar=("URL", "COUNT"), help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -28,9 +28,10 @@ from cascade.routing.model import current_report, set_threshold
 from cascade.system import bill
 from cascade.system import bundle as pack
 from cascade.tasks import Task
-from cascade.teachers.economics import plan as plan_tiers
 from cascade.teachers.ledger import Ledger
 from cascade.teachers.offline import answer_key_server
+from cascade.teachers.plan import Plan
+from cascade.teachers.plan import plan as plan_tiers
 from cascade.teachers.sample import MOST_CALLS, buy_sample
 from ray_jobs._context import exit_with_message, run_one
 from ray_jobs._export import export_dataset as write_dataset
@@ -88,7 +89,8 @@ def _print_plan(path: str, sample: int) -> None:
     console.print(_steps_table(runs, base_known=base_known))
     counts = {s: len(getattr(runs, f"{s}_tasks")) for s in ("train", "validation", "test")}
     console.print(", ".join(f"{n} {split} tasks" for split, n in counts.items()))
-    console.print(_cost_table(runs, rate, spent))
+    settled = _settled(runs) if base_known else {}
+    console.print(_cost_table(runs, rate, settled, spent))
 
 
 def _buy_sample(runs: Runs, tasks: list[Task], calls: int) -> str:
@@ -119,17 +121,24 @@ def _steps_table(runs: Runs, *, base_known: bool) -> Table:
     return table
 
 
-def _cost_table(runs: Runs, rate: float | None, spent: str | None) -> Table:
+def _settled(runs: Runs) -> dict[int, tuple[int, int]]:
+    """Tier -> how many tasks it was asked and how many of them need no other, of the tiers that are done."""
+    done = [t for t in range(1, len(runs.config.tiers)) if runs.test(t).done]
+    asked = {t: runs.generate(t).metrics["asked"] for t in done}
+    return {t: (asked[t], asked[t] - runs.test(t).metrics["unsolved"]) for t in done}
+
+
+def _cost_table(runs: Runs, rate: float | None, settled: dict[int, tuple[int, int]], spent: str | None) -> Table:
     """What the teachers are expected to be asked; `rate` is the measured share of tasks that the base fails."""
     config = runs.config
     source, failed = ("assumed", ASSUMED_FAILURES) if rate is None else ("measured", rate)
     ledger = Ledger(runs.store, config.domain).entries()
-    rows = plan_tiers(config, runs.train_tasks, failure_rate=failed, ledger=ledger)
+    found = plan_tiers(config, runs.train_tasks, failure_rate=failed, ledger=ledger, settled=settled)
     title = f"Teachers ({failed:.0%} of the tasks failed by the base, {source})"
     table = Table(title=title, title_justify="left")
     for heading in ("tier", "teacher", "tasks", "calls", "tokens in", "tokens out", "cost", "tokens"):
         table.add_column(heading, justify="left" if heading in ("teacher", "tokens") else "right")
-    for row in rows:
+    for row in found.rows:
         table.add_row(
             str(row.tier),
             row.teacher,
@@ -138,12 +147,18 @@ def _cost_table(runs: Runs, rate: float | None, spent: str | None) -> Table:
             f"{row.prompt_tokens:.0f}",
             f"{row.completion_tokens:.0f}",
             f"${row.cost_usd:.4f}",
-            row.tokens_from,
+            f"{row.tokens_from} on {row.measured}" if row.measured else row.tokens_from,
         )
-    total = sum(row.cost_usd for row in rows)
     paid = spent or "nothing was spent for this plan"
-    table.caption = f"together ${total:.4f} of the budget of ${config.budget_usd:.2f}; {paid}"
+    table.caption = f"together {_expected(found)} of the budget of ${config.budget_usd:.2f}; {paid}"
     return table
+
+
+def _expected(found: Plan) -> str:
+    """The expected cost and how sure it is."""
+    if found.interval is None:
+        return f"${found.cost_usd:.4f} (a guess as long as no answer was measured: --sample {MOST_CALLS} buys some)"
+    return f"${found.cost_usd:.4f} (95 % interval ${found.interval.low:.4f} to ${found.interval.high:.4f})"
 
 
 @app.command("export-dataset")

@@ -1,191 +1,19 @@
-"""What a cascade of teachers is expected to cost, and what it has cost beside one expensive teacher.
-
-The cost per failure is c1 + s2 c2 + s3 c3, with c the price of a request at a tier and s the share of the failures
-that reaches it.
-"""
+"""What a cascade of teachers has cost, and what one expensive teacher alone would have cost."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from cascade import benchmarks
-from cascade.config import Config, Teacher
+from cascade.config import Teacher
 from cascade.reports.summary import TierRow
 from cascade.scoring.statistics import Interval, wilson
-from cascade.tasks import Task, Verdict
+from cascade.tasks import Verdict
 from cascade.teachers.budget import price_usd
-from cascade.teachers.conversation import estimate_tokens, most_prompt_tokens, teacher_messages
 from cascade.teachers.ledger import LedgerEntry
-
-EXPECTED_SHARES = (0.65, 0.225, 0.125)
-"""Share of the failures that each tier is expected to settle, where the config does not say."""
-
-_MEASURED_FROM = 5
-_FRAME_TOKENS = 4
-
-
-@dataclass(frozen=True, slots=True)
-class PlanRow:
-    """What one tier is expected to do.
-
-    Attributes:
-        tasks: failures that reach the tier.
-        calls: requests, further samples included.
-        prompt_tokens: over all calls, as `completion_tokens`.
-        tokens_from: "measured" if the tokens of earlier answers in the ledger were taken, else "estimated".
-        cost_usd: expected.
-        worst_cost_usd: if every sample were drawn and every answer as long as allowed, for the same tasks.
-        budget_usd: the tier's limit, or the domain's.
-        minutes: the least that the endpoints' limits allow.
-    """
-
-    tier: int
-    teacher: str
-    tasks: int
-    calls: int
-    prompt_tokens: int
-    completion_tokens: int
-    tokens_from: str
-    cost_usd: float
-    worst_cost_usd: float
-    budget_usd: float
-    minutes: float
-
-
-def plan(
-    config: Config,
-    tasks: Sequence[Task],
-    *,
-    failure_rate: float = 0.9,
-    n_tasks: int | None = None,
-    ledger: Iterable[LedgerEntry] = (),
-    count_tokens: Callable[[str], int] = estimate_tokens,
-) -> list[PlanRow]:
-    """Expected calls, tokens and cost of each tier, without spending anything.
-
-    Args:
-        tasks: the training tasks, or a sample of them: their prompts are measured.
-        failure_rate: share of the tasks that the base fails, known or guessed.
-        n_tasks: number of training tasks; None: as many as given.
-        ledger: earlier rows; from 5 answers of a tier's teacher on, theirs are the completion tokens, the share of
-            the prompt tokens that was cached, and what the prompts have that `count_tokens` does not see.
-        count_tokens: tokens of a text; without a tokenizer about four characters each.
-    """
-    failures = (len(tasks) if n_tasks is None else n_tasks) * failure_rate
-    measured: dict[str, list[LedgerEntry]] = defaultdict(list)
-    for entry in ledger:
-        if entry.responded and not entry.judge and not entry.round:
-            measured[entry.teacher].append(entry)
-    rows, remaining = [], 1.0
-    for tier, teacher in enumerate(config.tiers, 1):
-        share = EXPECTED_SHARES[tier - 1] if teacher.expected_share is None else teacher.expected_share
-        solved = min(1.0, share / remaining) if remaining > 0 else 1.0
-        budget = config.budget_usd if teacher.budget_usd is None else teacher.budget_usd
-        rows.append(
-            _plan_row(tier, teacher, tasks, failures * remaining, solved, measured[teacher.name], budget, count_tokens)
-        )
-        remaining = max(0.0, remaining - share)
-    return rows
-
-
-def _plan_row(
-    tier: int,
-    teacher: Teacher,
-    tasks: Sequence[Task],
-    entering: float,
-    solved: float,
-    measured: Sequence[LedgerEntry],
-    budget: float,
-    count_tokens: Callable[[str], int],
-) -> PlanRow:
-    """One tier; `solved` is the share of the `entering` tasks that it settles within its samples."""
-    conversations = [teacher_messages(t, teacher) for t in tasks]
-    lengths = [sum(_FRAME_TOKENS + count_tokens(m.content) for m in c) for c in conversations]
-    known = len(measured) >= _MEASURED_FROM
-    prompt = _mean(lengths)
-    if known:
-        prompt *= _prompt_ratio(measured, {t.id: n for t, n in zip(tasks, lengths, strict=True)})
-        completion, cached = _mean([e.completion_tokens for e in measured]), _cached_share(measured)
-    else:
-        completion, cached = _guess_completion(teacher, tasks, count_tokens), 0.0
-    calls = entering * expected_calls(solved, teacher)
-    worst = price_usd(teacher, round(_mean([most_prompt_tokens(c) for c in conversations])), teacher.max_tokens)
-    requests = sum(e.requests_per_minute for e in teacher.endpoints)
-    tokens = sum(e.tokens_per_minute for e in teacher.endpoints)
-    return PlanRow(
-        tier=tier,
-        teacher=teacher.name,
-        tasks=round(entering),
-        calls=round(calls),
-        prompt_tokens=round(calls * prompt),
-        completion_tokens=round(calls * completion),
-        tokens_from="measured" if known else "estimated",
-        cost_usd=calls * _price_of_means(teacher, prompt, completion, cached),
-        worst_cost_usd=round(entering) * teacher.samples * (1 + teacher.repair_rounds) * worst,
-        budget_usd=budget,
-        minutes=max(calls / requests, calls * (prompt + completion) / tokens),
-    )
-
-
-def _price_of_means(teacher: Teacher, prompt: float, completion: float, cached_share: float) -> float:
-    """US dollars of a mean request; through the Batch API if that is how the tier is asked."""
-    micro = 1_000_000  # tokens are whole numbers, means are not
-    usd = (
-        price_usd(teacher, round(prompt * micro), round(completion * micro), round(prompt * cached_share * micro))
-        / micro
-    )
-    return usd * (teacher.batch_price_share if teacher.mode == "batch" else 1.0)
-
-
-def _prompt_ratio(measured: Sequence[LedgerEntry], estimated: Mapping[str, int]) -> float:
-    """Prompt tokens that the endpoint counted for each one estimated, over the tasks of which both are known."""
-    known = [(e.prompt_tokens, estimated[e.task_id]) for e in measured if e.task_id in estimated]
-    total = sum(ours for _, ours in known)
-    return sum(theirs for theirs, _ in known) / total if total else 1.0
-
-
-def _cached_share(measured: Sequence[LedgerEntry]) -> float:
-    prompt = sum(e.prompt_tokens for e in measured)
-    return sum(e.cached_tokens for e in measured) / prompt if prompt else 0.0
-
-
-def expected_calls(solved: float, teacher: Teacher) -> float:
-    """Mean number of requests for a task that the teacher settles with probability `solved`.
-
-    A repair round counts as one more sample; where all samples are drawn at once, all are paid.
-    """
-    rounds = 1 + teacher.repair_rounds
-    if teacher.choose == "first":
-        return expected_samples(solved, teacher.samples * rounds)
-    by_one = 1.0 - (1.0 - solved) ** (1.0 / teacher.samples)
-    return teacher.samples * expected_samples(by_one, rounds)
-
-
-def expected_samples(solved: float, samples: int) -> float:
-    """Mean number of attempts at a task if at most `samples` are drawn, one by one until one passes.
-
-    Args:
-        solved: probability that one of all the samples passes.
-        samples: most attempts.
-    """
-    missed = (1.0 - solved) ** (1.0 / samples)  # by one sample
-    return sum(missed**already for already in range(samples))
-
-
-def _guess_completion(teacher: Teacher, tasks: Sequence[Task], count_tokens: Callable[[str], int]) -> float:
-    """Completion tokens of one answer: an answer-key teacher's are known, of others half of the limit."""
-    if not teacher.is_answer_key:
-        return teacher.max_tokens / 2
-    answers = [benchmarks.get(t.benchmark).reference_answer(t) for t in tasks]
-    return _mean([min(count_tokens(a), teacher.max_tokens) for a in answers])
-
-
-def _mean(values: Sequence[int]) -> float:
-    return sum(values) / len(values) if values else 0.0
 
 
 @dataclass(frozen=True, slots=True)

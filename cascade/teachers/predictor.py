@@ -27,7 +27,7 @@ from cascade.scoring.statistics import wilson
 from cascade.tasks import Task
 from cascade.teachers.budget import price_usd
 from cascade.teachers.client import Answer
-from cascade.teachers.economics import EXPECTED_SHARES
+from cascade.teachers.plan import EXPECTED_SHARES
 
 FOLDS = 5
 _LEAST = 8
