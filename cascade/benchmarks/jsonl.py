@@ -15,7 +15,7 @@ category, difficulty (1 is easiest), max_tokens. By kind:
     function         language: python (default) or javascript (runs under node); function: its name; cases: list of
                      {"args": [values], "returns": value}, compared as JSON values; optional solution. The answer is
                      code that defines the function; it runs in the sandbox.
-    calls            functions: list of descriptions (name, parameters.properties, parameters.required);
+    calls            functions: list of descriptions in JSON Schema (name, parameters.properties, parameters.required);
                      expected: list of {function: {parameter: [accepted values]}}, "" among them marks an optional one;
                      an empty list means that no function must be called.
     open             no exact scorer: a model judges the answer (config section `judge`); optional rubric, what makes an
@@ -27,6 +27,7 @@ Options:
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Mapping
@@ -42,7 +43,7 @@ from cascade.benchmarks.ordering import shuffled
 from cascade.benchmarks.sources import local_files, read_rows
 from cascade.config_sections import Section
 from cascade.errors import ConfigError, DataError
-from cascade.scoring.calls import Call, CallSyntaxError, format_calls, match_calls, parse_calls
+from cascade.scoring.calls import PYTHON_TYPES, Call, CallSyntaxError, format_calls, match_calls, parse_calls
 from cascade.scoring.extraction import Reading, read_choice, read_number, read_text
 from cascade.scoring.fences import read_code, read_javascript
 from cascade.scoring.function_tests import run_cases
@@ -155,7 +156,28 @@ class Calls(_Line):
         for call in self.expected:
             if len(call) != 1 or not set(call) <= names:
                 raise ValueError(f"each expected call names one of the functions {sorted(map(str, names))}")
+        self.functions_as_scored()
         return self
+
+    def functions_as_scored(self) -> list[dict[str, Any]]:
+        """The functions with the types of their parameters as `match_calls` names them."""
+        functions = copy.deepcopy(self.functions)
+        for function in functions:
+            for name, schema in function["parameters"]["properties"].items():
+                where = f"parameter {name} of {function['name']}"
+                schema["type"] = _scored_type(schema.get("type"), where)
+                if schema["type"] in ("array", "tuple"):
+                    items = schema.get("items") or {}
+                    schema["items"] = {**items, "type": _scored_type(items.get("type"), f"items of {where}")}
+        return functions
+
+
+def _scored_type(declared: Any, where: str) -> str:
+    """A type of JSON Schema by BFCL's name for it."""
+    known = {"number": "float", "object": "dict"} | {name: name for name in PYTHON_TYPES}
+    if not isinstance(declared, str) or declared not in known:
+        raise ValueError(f"{where} has the type {declared!r}; allowed are {', '.join(known)}")
+    return known[declared]
 
 
 class Open(_Line):
@@ -290,7 +312,7 @@ def _task(line: Any, file: Path, split: Split, domain: str) -> Task:
         reference |= {"language": line.language, "function": line.function, "solution": line.solution}
         reference["cases"] = [case.model_dump() for case in line.cases]
     else:
-        reference |= {"functions": line.functions, "expected": line.expected}
+        reference |= {"functions": line.functions_as_scored(), "expected": line.expected}
         described = CALLS_PROMPT.format(functions=json.dumps(line.functions, ensure_ascii=False))
         messages.insert(0, Message("system", described))
     return Task(

@@ -99,6 +99,28 @@ def test_splits_by_line_and_by_file(tmp_path: Path) -> None:
     assert [t.id for t in folder] == ["jsonl/test/2"]
 
 
+def typed(schema: dict[str, Any], *accepted: Any) -> dict[str, Any]:
+    """A function with one parameter x, and that it is to be called with one of these values."""
+    function = {"name": "f", "parameters": {"properties": {"x": schema}, "required": ["x"]}}
+    return {"functions": [function], "expected": [{"f": {"x": list(accepted)}}]}
+
+
+@pytest.mark.parametrize(
+    ("schema", "accepted", "right", "wrong"),
+    [
+        ({"type": "number"}, 12.5, "[f(x=12.5)]", "[f(x=12)]"),
+        ({"type": "number"}, 12.0, "[f(x=12)]", "[f(x='12')]"),
+        ({"type": "object"}, {"a": [1]}, "[f(x={'a': 1})]", "[f(x={'a': 2})]"),
+        ({"type": "array", "items": {"type": "number"}}, [1.5], "[f(x=[1.5])]", "[f(x=[2.5])]"),
+    ],
+)
+def test_parameters_have_the_types_of_json_schema(tmp_path, schema, accepted, right, wrong) -> None:
+    (task,) = load(tmp_path, [{"id": 1, "kind": "calls", "prompt": "x", **typed(schema, accepted)}])
+    assert f'"type": "{schema["type"]}"' in task.messages[0].content
+    assert JSONL.score(task, Completion(task.id, "m", "", right)).passed
+    assert not JSONL.score(task, Completion(task.id, "m", "", wrong)).passed
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -107,6 +129,9 @@ def test_splits_by_line_and_by_file(tmp_path: Path) -> None:
         ({"id": 1, "kind": "exact", "answer": "x"}, "either prompt or messages"),
         ({**ROWS[2], "answer": "cat"}, "no index, letter or text"),
         ({**ROWS[4], "expected": [{"unknown": {}}]}, "names one of the functions"),
+        ({**ROWS[4], **typed({"type": "text"})}, "parameter x of f has the type 'text'.*number"),
+        ({**ROWS[4], **typed({})}, "parameter x of f has the type None"),
+        ({**ROWS[4], **typed({"type": "array"})}, "items of parameter x of f"),
         ({**ROWS[0], "difficulty": 0}, "difficulty"),
         ({**ROWS[6], "language": "cobol"}, "language"),
         ({**ROWS[6], "cases": [{"args": 1, "returns": 1}]}, "args"),
