@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, default=12_000, help="of the run with faults")
     parser.add_argument("--limit-seconds", type=float, default=150, help="length of the run under limits")
     parser.add_argument("--precision-tasks", type=int, default=300, help="of each kind")
-    parser.add_argument("--plan-seeds", type=int, default=300, help="cascades that are planned and run")
+    parser.add_argument("--plan-seeds", type=int, default=600, help="cascades that are planned and run")
     parser.add_argument("--memory-tasks", type=int, default=100_000)
     parser.add_argument("--driver", nargs=2, metavar=("URL", "COUNT"), help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -136,8 +136,9 @@ def _cost_table(runs: Runs, rate: float | None, settled: dict[int, tuple[int, in
     found = plan_tiers(config, runs.train_tasks, failure_rate=failed, ledger=ledger, settled=settled)
     title = f"Teachers ({failed:.0%} of the tasks failed by the base, {source})"
     table = Table(title=title, title_justify="left")
-    for heading in ("tier", "teacher", "tasks", "calls", "tokens in", "tokens out", "cost", "tokens"):
-        table.add_column(heading, justify="left" if heading in ("teacher", "tokens") else "right")
+    for heading in ("tier", "teacher", "tasks", "calls", "tokens in", "tokens out", "cost", "known from"):
+        text = heading in ("teacher", "known from")
+        table.add_column(heading, justify="left" if text else "right", overflow="fold")
     for row in found.rows:
         table.add_row(
             str(row.tier),
@@ -147,7 +148,7 @@ def _cost_table(runs: Runs, rate: float | None, settled: dict[int, tuple[int, in
             f"{row.prompt_tokens:.0f}",
             f"{row.completion_tokens:.0f}",
             f"${row.cost_usd:.4f}",
-            f"{row.tokens_from} on {row.measured}" if row.measured else row.tokens_from,
+            f"{row.measured} answers" if row.measured else "a guess",
         )
     paid = spent or "nothing was spent for this plan"
     table.caption = f"together {_expected(found)} of the budget of ${config.budget_usd:.2f}; {paid}"

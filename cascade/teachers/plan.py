@@ -24,8 +24,8 @@ from cascade.teachers.ledger import LedgerEntry
 EXPECTED_SHARES = (0.65, 0.225, 0.125)
 """Share of the failures that each tier is expected to settle, where the config does not say."""
 
-_SHARES_WEIGHT = 400
-"""How many tasks' verdicts the expected shares are worth: so they are 60 to 70, 18 to 27 and 9 to 16 %, to 95 %."""
+_SHARES_WEIGHT = 100
+"""How many tasks the expected shares are worth: so they are 55 to 74, 15 to 31 and 7 to 20 %, to 95 %."""
 _MEASURED_FROM = 2
 _FRAME_TOKENS = 4
 _DRAWS = 2000
@@ -39,8 +39,7 @@ class PlanRow:
         tasks: failures that reach the tier.
         calls: requests, further samples included.
         prompt_tokens: over all calls, as `completion_tokens`.
-        tokens_from: "measured" if the tokens of earlier answers in the ledger were taken, else "estimated".
-        measured: number of those answers.
+        measured: number of earlier answers in the ledger that the tokens are taken from; 0: they are guessed.
         cost_usd: expected.
         worst_cost_usd: if every sample were drawn and every answer as long as allowed, for the same tasks.
         budget_usd: the tier's limit, or the domain's.
@@ -53,7 +52,6 @@ class PlanRow:
     calls: int
     prompt_tokens: int
     completion_tokens: int
-    tokens_from: str
     measured: int
     cost_usd: float
     worst_cost_usd: float
@@ -159,14 +157,20 @@ def expected_solved(tiers: Sequence[Teacher]) -> list[float]:
 
 
 def _beliefs(tiers: Sequence[Teacher], settled: Mapping[int, tuple[int, int]]) -> list[tuple[float, float]]:
-    """Of each tier: how many tasks it is taken to have been seen to settle, and not to settle."""
+    """Of each tier: how many tasks it is taken to have been seen to settle, and not to settle.
+
+    Where it was seen, Jeffreys' prior is added.
+    """
     beliefs, remaining = [], 1.0
     for number, teacher in enumerate(tiers):
         share = EXPECTED_SHARES[number] if teacher.expected_share is None else teacher.expected_share
-        asked, right = settled.get(number + 1, (0, 0))
         left = max(0.0, remaining - share)
         left = left if left > 1e-9 else 0.0
-        beliefs.append((_SHARES_WEIGHT * min(share, remaining) + right, _SHARES_WEIGHT * left + asked - right))
+        if number + 1 in settled:
+            asked, right = settled[number + 1]
+            beliefs.append((right + 0.5, asked - right + 0.5))
+        else:
+            beliefs.append((_SHARES_WEIGHT * min(share, remaining), _SHARES_WEIGHT * left))
         remaining = left
     return beliefs
 
@@ -204,7 +208,6 @@ def _plan_row(
         calls=round(calls),
         prompt_tokens=round(calls * call.prompt),
         completion_tokens=round(calls * call.completion),
-        tokens_from="measured" if call.completions else "estimated",
         measured=len(call.completions),
         cost_usd=calls * call.price(teacher),
         worst_cost_usd=round(entering) * teacher.samples * (1 + teacher.repair_rounds) * worst,

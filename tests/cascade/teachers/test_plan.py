@@ -69,7 +69,7 @@ def test_the_plan_follows_shares_prompts_and_prices(tiers, make_task) -> None:
     assert all(r.worst_cost_usd > r.cost_usd for r in rows)
     assert rows[0].budget_usd == 9.0
     measured = plan(config(tiers), tasks, n_tasks=10_000, ledger=[row(1, 40) for n in range(5)]).rows
-    assert (measured[0].tokens_from, measured[1].tokens_from) == ("measured", "estimated")
+    assert (measured[0].measured, measured[1].measured) == (5, 0)
     assert measured[0].completion_tokens == 9000 * 40
 
 

@@ -32,7 +32,7 @@ async def test_a_sample_is_small_measures_every_tier_and_is_never_paid_again(
     assert len(answers) == len(server.calls) == 20
     assert [sum(a.tier == t for a in answers) for t in (1, 2, 3)] == [13, 4, 3], "prices are equal, shares are not"
     measured = plan(config, tasks, failure_rate=1.0, ledger=ledger.entries()).rows
-    assert [r.tokens_from for r in guessed + measured] == ["estimated"] * 3 + ["measured"] * 3
+    assert [r.measured for r in guessed + measured] == [0, 0, 0, 13, 4, 3]
     price = (100 * 10 + 20 * 100) / 1e6
     assert measured[0].cost_usd == pytest.approx(50 * price), "the endpoint's own count of prompt tokens is taken"
     again = await buy_sample(config, tasks, Ledger(Store(str(tmp_path))), 20)
