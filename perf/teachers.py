@@ -11,16 +11,19 @@ count from the first request to the last response, so that nobody's start counts
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import ray
 import ray.data
 from rich.console import Console
 from rich.table import Table
-from teachers_lab import Lab, Server, mock_server, storage
-from teachers_parts import Figures, budget, faults, kills, limits, memory, throughput
+from teachers_faults import faults
+from teachers_lab import Figures, Lab, Server, mock_server, storage
+from teachers_parts import budget, kills, limits, memory, throughput
 from teachers_plan import estimate
 from teachers_precision import precision
 from teachers_tasks import config_for, questions
@@ -33,9 +36,11 @@ PARTS = ("throughput", "limits", "faults", "kills", "budget", "precision", "plan
 def measure(part: str, server: Server, options: argparse.Namespace) -> Figures:
     """The figures of one part."""
     if part == "throughput":
-        return throughput(server, options.requests)
+        with local_ray():
+            return throughput(server, options.requests)
     if part == "limits":
-        return limits(server, options.limit_seconds)
+        with local_ray():
+            return limits(server, options.limit_seconds)
     if part == "faults":
         return faults(server, options.tasks)
     if part == "kills":
@@ -43,13 +48,15 @@ def measure(part: str, server: Server, options: argparse.Namespace) -> Figures:
     if part == "budget":
         return budget(server, options.requests)
     if part == "precision":
-        return precision(server, options.precision_tasks)
+        with local_ray():
+            return precision(server, options.precision_tasks)
     if part == "plan":
         return estimate(server, options.plan_seeds)
     return memory(server, (1000, options.memory_tasks))
 
 
-def start_ray() -> None:
+@contextlib.contextmanager
+def local_ray() -> Iterator[None]:
     """Ray on this machine alone, with room for eight actors that mostly wait."""
     ray.init(
         address="local",
@@ -60,12 +67,15 @@ def start_ray() -> None:
         logging_level="error",
     )
     ray.data.DataContext.get_current().enable_progress_bars = False
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
 def drive(url: str, count: int) -> None:
     """A driver by itself, for its memory to be looked at."""
-    start_ray()
-    with storage() as folder:
+    with local_ray(), storage() as folder:
         generate_answers(Lab.of(config_for(url, folder, actors=2, max_concurrency=64), questions(count, "m")).job, 1)
 
 
@@ -89,7 +99,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=2000, help="of throughput, kills and budget")
     parser.add_argument("--tasks", type=int, default=12_000, help="of the run with faults")
     parser.add_argument("--limit-seconds", type=float, default=150, help="length of the run under limits")
-    parser.add_argument("--precision-tasks", type=int, default=300, help="of each kind")
+    parser.add_argument("--precision-tasks", type=int, default=720, help="of each kind")
     parser.add_argument("--plan-seeds", type=int, default=600, help="cascades that are planned and run")
     parser.add_argument("--memory-tasks", type=int, default=100_000)
     parser.add_argument("--driver", nargs=2, metavar=("URL", "COUNT"), help=argparse.SUPPRESS)
@@ -98,8 +108,6 @@ def main() -> None:
         drive(options.driver[0], int(options.driver[1]))
         return
     figures: dict[str, dict[str, Any]] = {}
-    if set(options.only) - {"kills", "budget", "plan", "memory"}:
-        start_ray()
     with mock_server() as server:
         for part in options.only:
             print(f"{part} …", file=sys.stderr, flush=True)

@@ -21,6 +21,8 @@ from ray_jobs._context import Job
 from ray_jobs._runs import Runs
 from ray_jobs._test import UNSOLVED
 
+Figures = dict[str, tuple[Any, Any, bool]]
+"""figure -> value, target, met"""
 ROOT = Path(__file__).parents[1]
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 

@@ -9,24 +9,19 @@ import random
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import psutil
 from own_environment import python_with
-from teachers_lab import ROOT, Lab, Server, mean_in_flight, rate, storage
+from teachers_lab import ROOT, Figures, Lab, Server, mean_in_flight, rate, storage
 from teachers_rivals import PACKAGES
 from teachers_tasks import config_for, questions
 
 from cascade.artifacts import Store
-from cascade.tasks import Example, Verdict
 from cascade.teachers.ledger import Ledger
-from ray_jobs._generate import EXAMPLES, VERDICTS, generate_answers
+from ray_jobs._generate import generate_answers
 
-Figures = dict[str, tuple[Any, Any, bool]]
-"""figure -> value, target, met"""
 CONCURRENCY = 32
 
 
@@ -85,66 +80,6 @@ def limits(server: Server, seconds: float) -> Figures:
         "limit_used": (round(used, 3), ">= 0.90", used >= 0.9),
         "limit_429s": (round(refused, 5), "< 0.005", refused < 0.005),
     }
-
-
-def faults(server: Server, count: int) -> Figures:
-    """5 % mixed faults and an actor killed: is every task accounted for, and does the ledger fit the bill?"""
-    server.set(faults=0.05, hang_s=5.0, latency_s=0.2, seed=1)
-    killer = _Killer(server, after=count // 3)
-    aborts = 0
-    with storage() as folder:
-        lab = Lab.of(config_for(server.url, folder, actors=2, max_concurrency=64), questions(count, "f"))
-        with killer:
-            try:
-                generate_answers(lab.job, 1)
-            except Exception as error:
-                aborts = 1
-                print(f"aborted: {error!r}", file=sys.stderr)
-        verdicts = lab.job.run.read(VERDICTS, Verdict)
-        accounted = len({v.task_id for v in verdicts})
-        solved = len({e.task_id for e in lab.job.run.read(EXAMPLES, Example)})
-        ledger = Ledger(lab.store, "perf")
-        spent, at_most = ledger.spent(), ledger.spent_at_most()
-    stats = server.stats()
-    gap = abs(spent / stats["charged_usd"] - 1)
-    return {
-        "accounted_for": (accounted, count, accounted == count),
-        "aborts": (aborts, 0, aborts == 0),
-        "actors_killed": (killer.killed, ">= 1", killer.killed >= 1),
-        "verified": (solved, None, True),
-        "ledger_off_bill": (round(gap, 5), "<= 0.01", gap <= 0.01),
-        "bill_within_ledgers_upper_bound": (
-            stats["charged_usd"] <= at_most + 1e-9,
-            True,
-            stats["charged_usd"] <= at_most,
-        ),
-    }
-
-
-class _Killer:
-    """Kills one teacher actor with SIGKILL when the server has answered so many requests."""
-
-    def __init__(self, server: Server, after: int) -> None:
-        self.server, self.after, self.killed = server, after, 0
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> None:
-        self._thread.start()
-
-    def __exit__(self, *error: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.5):
-            if self.server.stats()["arrived"] >= self.after:
-                for process in psutil.Process().children(recursive=True):
-                    with contextlib.suppress(psutil.Error):
-                        if "TeacherActor" in " ".join(process.cmdline()):
-                            process.send_signal(signal.SIGKILL)
-                            self.killed = 1
-                            return
 
 
 def kills(server: Server, count: int, times: int = 10) -> Figures:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
-from teachers_lab import Server, storage
+from teachers_lab import Figures, Server, storage
 from teachers_tasks import config_for, questions
 
 from cascade import benchmarks
@@ -58,7 +58,7 @@ class _Outcome:
         return self.expected.interval is not None and self.cost in self.expected.interval
 
 
-def estimate(server: Server, seeds: int, on_server: int = 2) -> dict[str, tuple[Any, Any, bool]]:
+def estimate(server: Server, seeds: int, on_server: int = 2) -> Figures:
     """A priced sample, the plan that rests on it, then the whole cascade; as often as there are seeds."""
     found = [_simulated(seed) for seed in range(seeds)]
     agree = sum(_same(_on_server(server, seed), found[seed]) for seed in range(on_server))
