@@ -1,8 +1,9 @@
 """The desk: one actor per run of a `generate_*` job, which keeps the budget and the limits for all teacher actors.
 
 Teacher actors ask it for many requests at once (`_Line`) and tell it of what is done in passing, so that it costs a
-fraction of a call per request. Each asks under a name of its own; when one has not been heard of for 15 seconds it is
-dead, its places are free again, and what it had set aside counts as spent.
+fraction of a call per request. Its answer to that is how many requests the actor may have in flight; within this
+number the actor starts its next one by itself as soon as one has ended. Each asks under a name of its own; when one
+has not been heard of for 15 seconds it is dead, its places are free again, and what it had set aside counts as spent.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 from ray.exceptions import RayError
@@ -26,23 +27,35 @@ from cascade.config import Config, Endpoint
 from cascade.errors import CascadeError
 from cascade.teachers.budget import LocalBudget, budget_state
 from cascade.teachers.ledger import Ledger
-from cascade.teachers.limits import RateLimiter, Signal, limiter_key
+from cascade.teachers.limits import Division, Gate, LimiterState, Permit, Places, Signal, limiter_key
 from ray_jobs._metrics import TierMetrics
 
 _DEAD_AFTER_S = 15.0
 _HEARTBEAT_S = 3.0
+_STARVING_S = 0.1
+_GATHER_S = 0.01
+_SHOW_S = 0.5
 _AT_ONCE = 256
 
 
 @dataclass(frozen=True, slots=True)
-class Returned:
-    """A place at an endpoint that is free again, see `Limiter.release`."""
+class Ended:
+    """A request to an endpoint is over, see `LimiterState.ended`."""
 
-    endpoint: Endpoint
-    lease: str
+    limiter: str
     signal: Signal
+    seconds: float
+    expected_tokens: int
     used_tokens: int
     retry_after: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Unused:
+    """A request was let through and not sent, see `LimiterState.unused`."""
+
+    limiter: str
+    tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +76,21 @@ class Done:
     requests: int
 
 
-News = Returned | Settled | Done
+News = Ended | Unused | Settled | Done
+
+
+class Demand(NamedTuple):
+    """Of one teacher actor for one limiter: requests in flight, and those that would like to be."""
+
+    in_flight: int
+    waiting: int
+
+
+class Share(NamedTuple):
+    """What the desk says to that: how many may be in flight, and for how many seconds none may start."""
+
+    places: int
+    pause_s: float
 
 
 class Desk:
@@ -72,43 +99,62 @@ class Desk:
     def __init__(self, config: Config, tier: int) -> None:
         self.tier = tier
         self.budget = LocalBudget(budget_state(config, Ledger(Store(config.storage), config.domain)))
-        self.limiters: dict[str, RateLimiter] = {}
+        judges = config.judge.model.endpoints if config.judge else []
+        endpoints = {limiter_key(e): e for e in (*judges, *config.tier(tier).endpoints)}
+        self.gates = {key: Gate(LimiterState.of(e)) for key, e in endpoints.items()}
+        self.divisions = {key: Division() for key in endpoints}
         self.metrics = TierMetrics(config, tier)
         self.seen: dict[str, float] = {}
         self.watch: asyncio.Task[None] | None = None
         self.done: list[Done] = []
+        self.shown = 0.0
 
     async def take_done(self) -> list[Done]:
         """Tasks that have had their verdicts since this was last asked. Ray Data tells of whole blocks alone."""
         done, self.done = self.done, []
         return done
 
-    async def acquire(self, holder: str, endpoint: Endpoint, tokens: list[int]) -> list[str]:
-        """See `RateLimiter.acquire_some`."""
+    async def start(self, holder: str, limiter: str, tokens: list[int]) -> int:
+        """See `Gate.start_some`."""
         self._hear(holder)
-        return await self._limiter(endpoint).acquire_some(tokens, holder)
+        return await self.gates[limiter].start_some(tokens)
 
     async def reserve(self, holder: str, usd: list[float]) -> list[str]:
         """See `LocalBudget.reserve_some`."""
         self._hear(holder)
         return await self.budget.reserve_some(self.tier, usd, holder)
 
-    async def note(self, holder: str, news: list[News]) -> None:
-        """Take back places and book costs; without any news, a sign of life."""
+    async def note(self, holder: str, news: list[News], demands: dict[str, Demand]) -> dict[str, Share]:
+        """Take in what is done and what is wanted; returns each limiter's share. Without any, it is a sign of life."""
         self._hear(holder)
         for item in news:
             if isinstance(item, Done):
                 self.done.append(item)
             elif isinstance(item, Settled):
                 await self.budget.settle(item.lease, item.usd)
+            elif isinstance(item, Unused):
+                self.gates[item.limiter].unused(item.tokens)
             else:
-                limiter = self._limiter(item.endpoint)
-                await limiter.release(item.lease, item.signal, item.used_tokens, item.retry_after)
-                self.metrics.ended(item.endpoint, item.signal, item.used_tokens)
-        self.metrics.show(self.budget.state, {k: limiter.state for k, limiter in self.limiters.items()})
+                self.gates[item.limiter].ended(
+                    item.signal, item.seconds, item.expected_tokens, item.used_tokens, item.retry_after
+                )
+                self.metrics.ended(item.limiter, item.signal, item.used_tokens)
+        shares = {key: self._share(holder, key, demand) for key, demand in demands.items()}
+        self._show()
+        return shares
 
-    def _limiter(self, endpoint: Endpoint) -> RateLimiter:
-        return self.limiters.setdefault(limiter_key(endpoint), RateLimiter.of(endpoint))
+    def _show(self) -> None:
+        """Set the metrics, not more often than somebody looks."""
+        if (now := time.monotonic()) - self.shown < _SHOW_S:
+            return
+        self.shown = now
+        self.metrics.show(
+            self.budget.state, {k: (d.in_flight, self.gates[k].state.concurrency) for k, d in self.divisions.items()}
+        )
+
+    def _share(self, holder: str, limiter: str, demand: Demand) -> Share:
+        gate = self.gates[limiter]
+        return Share(self.divisions[limiter].share(holder, *demand, gate.state.places), gate.paused())
 
     def _hear(self, holder: str) -> None:
         self.seen[holder] = time.monotonic()
@@ -121,8 +167,8 @@ class Desk:
             for holder, seen in self.seen.items():
                 if time.monotonic() - seen > _DEAD_AFTER_S:
                     self.budget.write_off(holder)
-                    for limiter in self.limiters.values():
-                        limiter.drop(holder)
+                    for division in self.divisions.values():
+                        division.drop(holder)
 
 
 def open_desk(config: Config, tier: int) -> Any:
@@ -138,60 +184,131 @@ class DeskClient:
     def __init__(self, desk: Any) -> None:
         self.desk, self.holder = desk, uuid.uuid4().hex
         self._news: list[News] = []
+        self._heard: list[Callable[[], None]] = []
         self._telling: asyncio.Task[None] | None = None
-        self._reservations = _Line(lambda usd: desk.reserve.remote(self.holder, usd), self._give_back_money)
-        self._has_news = asyncio.Event()
+        self._to_tell = asyncio.Event()
+        self._limiters: dict[str, SharedLimiter] = {}
+        self._reservations = _Line(
+            lambda usd: desk.reserve.remote(self.holder, usd), lambda _, lease: self.tell(Settled(lease, 0.0))
+        )
 
     def limiter(self, endpoint: Endpoint) -> SharedLimiter:
         """The limiter of an endpoint and key, for all who ask this desk."""
-        return SharedLimiter(self, endpoint)
+        key = limiter_key(endpoint)
+        return self._limiters.setdefault(key, SharedLimiter(self, key))
 
     async def reserve(self, tier: int, usd: float) -> str:
         """See `cascade.teachers.budget.Budget.reserve`. The desk knows its tier."""
-        return await self._reservations.ask(usd)
+        return str(await self._reservations.ask(usd))
 
     async def settle(self, lease: str, usd: float) -> None:
         """See `cascade.teachers.budget.Budget.settle`. The desk hears of it a moment later."""
         self.tell(Settled(lease, usd))
 
-    def tell(self, item: News) -> None:
-        """Send the desk news, together with what else there is by then."""
-        self._news.append(item)
-        self._has_news.set()
-        self._telling = self._telling or asyncio.ensure_future(self._tell())
+    def tell(self, *news: News, heard: Callable[[], None] | None = None) -> None:
+        """Send the desk news, and what is wanted of each limiter, together with what else there is by then.
 
-    def _give_back_money(self, lease: str) -> None:
-        self.tell(Settled(lease, 0.0))
+        Args:
+            heard: called when the desk has taken it in and its answer holds.
+        """
+        self._news += news
+        self._heard += [heard] if heard else []
+        self._to_tell.set()
+        self._telling = self._telling or asyncio.ensure_future(self._tell())
 
     async def _tell(self) -> None:
         while True:
+            starving = any(limiter.is_starving for limiter in self._limiters.values())
             with contextlib.suppress(TimeoutError):  # nothing new: a sign of life
-                await asyncio.wait_for(self._has_news.wait(), _HEARTBEAT_S)
-            self._has_news.clear()
-            news, self._news = self._news, []
+                await asyncio.wait_for(self._to_tell.wait(), _STARVING_S if starving else _HEARTBEAT_S)
+            self._to_tell.clear()
+            (news, self._news), (heard, self._heard) = (self._news, []), (self._heard, [])
+            demands = {key: limiter.demand() for key, limiter in self._limiters.items()}
             try:
-                await self.desk.note.remote(self.holder, news)
-            except RayError:
-                return  # the job is over; whoever asks for something is told so
+                shares = await self.desk.note.remote(self.holder, news, demands)
+            except RayError as error:  # the job is over; whoever waits for something is told so
+                for limiter in self._limiters.values():
+                    limiter.fail(error)
+                return
+            for key, share in shares.items():
+                self._limiters[key].allow(share)
+            for call in heard:
+                call()
+            await asyncio.sleep(_GATHER_S)
 
 
 class SharedLimiter:
-    """`cascade.teachers.limits.Limiter`, kept by the desk."""
+    """`cascade.teachers.limits.Limiter`: the desk says how many may be in flight, and when the next may start.
 
-    def __init__(self, client: DeskClient, endpoint: Endpoint) -> None:
-        self._client, self._endpoint = client, endpoint
-        self._places = _Line(
-            lambda tokens: client.desk.acquire.remote(client.holder, endpoint, tokens),
-            lambda lease: client.tell(Returned(endpoint, lease, "failed", 0, None)),
-        )
+    As many again as may be in flight have asked for their start already, so that a place that becomes free is taken
+    at once.
+    """
 
-    async def acquire(self, tokens: int) -> str:
+    def __init__(self, client: DeskClient, key: str) -> None:
+        self._client, self._key = client, key
+        self._places, self._doorway = Places(0), Places(1)
+        self._starts = _Line(self._start_some, lambda tokens, _: client.tell(Unused(key, tokens)))
+        self._waiting = self._told = 0
+
+    async def acquire(self, tokens: int) -> Permit:
         """See `Limiter.acquire`."""
-        return await self._places.ask(tokens)
+        self._waiting += 1
+        self._tell_if_more()
+        try:
+            await self._doorway.take()
+            try:
+                await self._starts.ask(tokens)
+                await self._take_place(tokens)
+            finally:
+                self._doorway.free()
+        finally:
+            self._waiting -= 1
+        return Permit(tokens)
 
-    async def release(self, lease: str, signal: Signal, used_tokens: int, retry_after: float | None = None) -> None:
-        """See `Limiter.release`. The desk hears of it a moment later."""
-        self._client.tell(Returned(self._endpoint, lease, signal, used_tokens, retry_after))
+    async def release(self, permit: Permit, signal: Signal, used_tokens: int, retry_after: float | None = None) -> None:
+        """See `Limiter.release`. After a 429 the place is free when the desk has said how many are left."""
+        ended = Ended(self._key, signal, time.monotonic() - permit.started, permit.tokens, used_tokens, retry_after)
+        if signal == "limited":
+            self._client.tell(ended, heard=self._places.free)
+        else:
+            self._places.free()
+            self._client.tell(ended)
+
+    def demand(self) -> Demand:
+        """What is wanted now; the desk is told so."""
+        self._told = self._places.in_flight + self._waiting
+        return Demand(self._places.in_flight, self._waiting)
+
+    def allow(self, share: Share) -> None:
+        """The desk's answer to the last demand."""
+        self._places.allow(*share)
+        self._doorway.allow(max(1, share.places))
+        self._tell_if_more()
+
+    def fail(self, error: Exception) -> None:
+        """The desk is gone."""
+        self._places.fail(error)
+        self._doorway.fail(error)
+
+    @property
+    def is_starving(self) -> bool:
+        """Whether requests wait for a place and none is in flight whose end could be told."""
+        return self._waiting > 0 and not self._places.in_flight
+
+    def _tell_if_more(self) -> None:
+        """Tell the desk of a larger demand, unless it could not even meet the one before."""
+        if self._places.in_flight + self._waiting > self._told and self._told <= self._places.limit:
+            self._client.tell()
+
+    async def _take_place(self, tokens: int) -> None:
+        try:
+            await self._places.take()
+        except BaseException:
+            self._client.tell(Unused(self._key, tokens))
+            raise
+
+    async def _start_some(self, tokens: list[int]) -> list[None]:
+        return [None] * int(await self._client.desk.start.remote(self._client.holder, self._key, tokens))
 
 
 @dataclass
@@ -200,17 +317,17 @@ class _Line:
 
     Attributes:
         call: asks for several at once; it grants the first of them, at least one.
-        give_back: for what was granted to a coroutine that is gone by then.
+        give_back: for what was asked by, and granted to, a coroutine that is gone by then.
     """
 
-    call: Callable[[list[Any]], Awaitable[list[str]]]
-    give_back: Callable[[str], None]
-    _waiting: deque[tuple[Any, asyncio.Future[str]]] = field(default_factory=deque)
+    call: Callable[[list[Any]], Awaitable[list[Any]]]
+    give_back: Callable[[Any, Any], None]
+    _waiting: deque[tuple[Any, asyncio.Future[Any]]] = field(default_factory=deque)
     _asking: asyncio.Task[None] | None = None
 
-    async def ask(self, amount: Any) -> str:
+    async def ask(self, amount: Any) -> Any:
         """Wait for one's own."""
-        future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._waiting.append((amount, future))
         if self._asking is None:
             self._asking = asyncio.ensure_future(self._ask())
@@ -218,6 +335,7 @@ class _Line:
 
     async def _ask(self) -> None:
         while self._waiting:
+            await asyncio.sleep(_GATHER_S)
             try:
                 granted = await self.call([amount for amount, _ in islice(self._waiting, _AT_ONCE)])
             except Exception as error:  # it concerns the first: he is told, the next ones go on asking
@@ -225,12 +343,12 @@ class _Line:
                 if not future.done():
                     future.set_exception(own_error(error))
                 continue
-            for lease in granted:
-                _, future = self._waiting.popleft()
+            for grant in granted:
+                amount, future = self._waiting.popleft()
                 if future.done():
-                    self.give_back(lease)
+                    self.give_back(amount, grant)
                 else:
-                    future.set_result(lease)
+                    future.set_result(grant)
         self._asking = None
 
 

@@ -7,6 +7,7 @@ which live in an actor of their own; every response is in the ledger before anyt
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import defaultdict
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, suppress
@@ -119,7 +120,7 @@ def _answers(job: Job, tier: int, tasks: list[Task], resolve: dict[str, str], de
         TeacherActor,
         batch_size=None,
         batch_format="pyarrow",
-        compute=ActorPoolStrategy(size=min(execution.teacher_actors, len(blocks))),
+        compute=_actor_pool(job.config, tier, len(blocks)),
         num_cpus=0.25,
         fn_constructor_kwargs={
             "config": job.config,
@@ -132,6 +133,15 @@ def _answers(job: Job, tier: int, tasks: list[Task], resolve: dict[str, str], de
     )
     for batch in rows.iter_batches(batch_size=None, batch_format="pyarrow"):
         yield from cast(pa.Table, batch).to_pylist()
+
+
+def _actor_pool(config: Config, tier: int, blocks: int) -> ActorPoolStrategy:
+    """Teacher actors, each at work on so many blocks at once that the end of one never leaves the endpoint idle."""
+    execution = config.execution
+    actors = min(execution.teacher_actors, blocks)
+    at_once = sum(e.max_concurrency for e in config.tier(tier).endpoints)
+    calls = 1 + math.ceil(at_once / (actors * execution.task_block))
+    return ActorPoolStrategy(size=actors, max_concurrent_calls_per_actor=calls, max_tasks_in_flight_per_actor=calls + 1)
 
 
 def _base_answers(job: Job, tasks: list[Task]) -> dict[str, str]:

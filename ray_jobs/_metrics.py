@@ -15,9 +15,9 @@ from collections.abc import Mapping
 
 from ray.util.metrics import Counter, Gauge
 
-from cascade.config import Config, Endpoint
+from cascade.config import Config
 from cascade.teachers.budget import BudgetState
-from cascade.teachers.limits import LimiterState, Signal, limiter_key
+from cascade.teachers.limits import Signal, limiter_key
 
 _TIER = ("domain", "tier")
 _ENDPOINT = (*_TIER, "endpoint")
@@ -39,19 +39,19 @@ class TierMetrics:
         limit = config.budget_usd if teacher.budget_usd is None else teacher.budget_usd
         Gauge("cascade_teacher_budget_usd", "US dollars that may be spent", _TIER).set(limit, self._tags)
 
-    def ended(self, endpoint: Endpoint, signal: Signal, tokens: int) -> None:
-        """A request is over."""
-        tags = self._tags | {"endpoint": endpoint.base_url}
+    def ended(self, limiter: str, signal: Signal, tokens: int) -> None:
+        """A request is over; `limiter` is its endpoint's `limiter_key`."""
+        tags = self._tags | {"endpoint": self._urls.get(limiter, limiter)}
         self._requests.inc(1, tags | {"outcome": signal})
         if tokens > 0:
             self._tokens.inc(tokens, tags)
 
-    def show(self, budget: BudgetState, limiters: Mapping[str, LimiterState]) -> None:
-        """The state of the books and of the endpoints, by `limiter_key`."""
+    def show(self, budget: BudgetState, limiters: Mapping[str, tuple[int, float]]) -> None:
+        """The state of the books and of the endpoints: by `limiter_key` what is in flight and what may be."""
         tier = int(self._tags["tier"])
         self._spent.set(budget.total_spent(tier), self._tags)
         self._reserved.set(budget.total_reserved(tier), self._tags)
-        for key, state in limiters.items():
+        for key, (in_flight, concurrency) in limiters.items():
             tags = self._tags | {"endpoint": self._urls.get(key, key)}
-            self._in_flight.set(state.in_flight, tags)
-            self._concurrency.set(state.concurrency, tags)
+            self._in_flight.set(in_flight, tags)
+            self._concurrency.set(concurrency, tags)

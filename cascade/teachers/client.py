@@ -32,7 +32,7 @@ from cascade.teachers.conversation import (
 )
 from cascade.teachers.endpoint import EndpointClient, Failure, Response
 from cascade.teachers.ledger import Ledger, LedgerEntry, Sent
-from cascade.teachers.limits import Limiter, RateLimiter, Signal
+from cascade.teachers.limits import Limiter, Permit, RateLimiter, Signal
 from cascade.teachers.pool import EndpointPool
 
 _PATIENCE_S = 900.0
@@ -239,9 +239,9 @@ class TeacherClient:
         reserved = await self._budget.reserve(self.tier, request.worst_usd)
         booked = 0.0
         try:
-            lease = await endpoint.limiter.acquire(self._expected_tokens(request))
+            permit = await endpoint.limiter.acquire(self._expected_tokens(request))
             booked = request.worst_usd  # if this is cancelled or the ledger cannot be written, nobody knows better
-            entry, failure = await self._send(endpoint, request, lease)
+            entry, failure = await self._send(endpoint, request, permit)
             booked = entry.price_usd + entry.unsure_usd
             return entry, failure
         finally:
@@ -266,7 +266,7 @@ class TeacherClient:
             await asyncio.shield(self._budget.settle(reserved, booked))
 
     async def _send(
-        self, endpoint: EndpointClient, request: _Request, lease: str
+        self, endpoint: EndpointClient, request: _Request, permit: Permit
     ) -> tuple[LedgerEntry, Failure | None]:
         result: Response | Failure = Failure("broken", "cancelled", charged=True)
         began = time.monotonic()
@@ -277,7 +277,7 @@ class TeacherClient:
             entry = self._entry(endpoint, request, result, time.monotonic() - began)
             stored = self._ledger.append(entry)
         finally:
-            await asyncio.shield(endpoint.limiter.release(lease, *self._signal(request, result)))
+            await asyncio.shield(endpoint.limiter.release(permit, *self._signal(request, result)))
         await asyncio.shield(asyncio.wrap_future(stored))
         return entry, result if isinstance(result, Failure) else None
 

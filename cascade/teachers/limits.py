@@ -1,8 +1,10 @@
 """Limits of one endpoint and key: requests and tokens per minute, and how many requests are in flight.
 
-`LimiterState` is the whole logic, pure and with the clock passed in. `RateLimiter` puts asyncio around it. Where many
-processes share one key, one `RateLimiter` stands behind a service that offers the same two methods (`Limiter`), and
-each process is a holder of leases that are taken back when it dies.
+`LimiterState` (what the endpoint allows) and `Division` (who gets how many of its places) are the whole logic, pure
+and with the clock passed in. Around them, for the coroutines of one event loop: `Gate` lets requests through at the
+allowed rate, `Places` holds those in flight to a number. `RateLimiter` is both together. Where many processes share
+one key, gate and division stand behind a service, and each process keeps places of its own: so the next request takes
+the place of one that has ended at once, without asking.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import asyncio
 import contextlib
 import math
 import time
-import uuid
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -28,14 +30,27 @@ _LONGEST_PAUSE_S = 30.0
 _SHORTEST_PAUSE_S = 0.05
 
 
+@dataclass(frozen=True, slots=True)
+class Permit:
+    """That a request may be in flight.
+
+    Attributes:
+        tokens: in and out, as was expected.
+        started: by the clock of the process that asks.
+    """
+
+    tokens: int
+    started: float = field(default_factory=time.monotonic)
+
+
 class Limiter(Protocol):
     """Holds requests to one endpoint and key back."""
 
-    async def acquire(self, tokens: int) -> str:
-        """Wait for a place for a request of about `tokens` tokens (in and out); returns its lease."""
+    async def acquire(self, tokens: int) -> Permit:
+        """Wait until a request of about `tokens` tokens (in and out) may start."""
 
-    async def release(self, lease: str, signal: Signal, used_tokens: int, retry_after: float | None = None) -> None:
-        """Give a place back, with the tokens that were really used and the endpoint's Retry-After in seconds."""
+    async def release(self, permit: Permit, signal: Signal, used_tokens: int, retry_after: float | None = None) -> None:
+        """The request is over: the tokens that were really used, and the endpoint's Retry-After in seconds."""
 
 
 def limiter_key(endpoint: Endpoint) -> str:
@@ -76,15 +91,8 @@ class _Bucket:
 
 
 @dataclass
-class _Lease:
-    started: float
-    tokens: int
-    holder: str
-
-
-@dataclass
 class LimiterState:
-    """The state machine of one endpoint's limits. Times are seconds of any one clock.
+    """What one endpoint and key allow now. Times are seconds of any one clock.
 
     The concurrency starts at its maximum, halves when the endpoint answers 429 (once for all requests that were
     already under way then) and grows by one for every round of successes. After a 429 nothing starts before the
@@ -99,42 +107,57 @@ class LimiterState:
     def __post_init__(self) -> None:
         self.concurrency = float(self.max_concurrency)
         self._requests, self._tokens = _Bucket(self.requests_per_minute), _Bucket(self.tokens_per_minute)
-        self._leases: dict[str, _Lease] = {}
         self._paused_until = self._cut_at = -math.inf
         self._pause = _PAUSE_S
 
-    @property
-    def in_flight(self) -> int:
-        """Requests that have a place now."""
-        return len(self._leases)
+    @classmethod
+    def of(cls, endpoint: Endpoint) -> LimiterState:
+        """With the limits that the config gives an endpoint."""
+        return cls(endpoint.requests_per_minute, endpoint.tokens_per_minute, max_concurrency=endpoint.max_concurrency)
 
-    def acquire(self, now: float, lease: str, tokens: int, holder: str = "") -> float:
-        """Ask for a place for one of a holder's requests.
+    @property
+    def places(self) -> int:
+        """How many requests may be in flight."""
+        return max(1, int(self.concurrency))
+
+    def paused(self, now: float) -> float:
+        """Seconds for which nothing may start."""
+        return max(0.0, self._paused_until - now)
+
+    def start(self, now: float, tokens: int) -> float:
+        """Let a request through.
 
         Returns:
-            0 if it is granted; else the seconds after which to ask again, infinite if only a release can help.
+            0 if it may start; else the seconds after which to ask again.
         """
-        wait = max(self._paused_until - now, self._requests.wait(now, 1), self._tokens.wait(now, tokens))
+        wait = max(self.paused(now), self._requests.wait(now, 1), self._tokens.wait(now, tokens))
         if wait > 1e-9:
             return wait
-        if self.in_flight >= max(1, int(self.concurrency)):
-            return math.inf
         self._requests.take(now, 1)
         self._tokens.take(now, tokens)
-        self._leases[lease] = _Lease(now, tokens, holder)
         return 0.0
 
-    def release(
-        self, now: float, lease: str, signal: Signal, used_tokens: int, retry_after: float | None = None
+    def unused(self, now: float, tokens: int) -> None:
+        """A request that was let through was not sent."""
+        self._requests.take(now, -1)
+        self._tokens.take(now, -tokens)
+
+    def ended(
+        self,
+        now: float,
+        signal: Signal,
+        *,
+        seconds: float,
+        expected_tokens: int,
+        used_tokens: int,
+        retry_after: float | None = None,
     ) -> None:
-        """Give a place back. An unknown lease (lost and dropped before) only passes its signal on."""
-        held = self._leases.pop(lease, None)
-        if held is not None:
-            self._tokens.take(now, used_tokens - held.tokens)
+        """A request that took `seconds` is over."""
+        self._tokens.take(now, used_tokens - expected_tokens)
         if signal == "limited":
             pause = self._pause if retry_after is None else max(retry_after, _SHORTEST_PAUSE_S)
             self._paused_until = max(self._paused_until, now + pause)
-            if held is None or held.started >= self._cut_at:
+            if now - seconds >= self._cut_at:
                 self.concurrency = max(1.0, self.concurrency / 2)
                 self._pause = min(2 * self._pause, _LONGEST_PAUSE_S)
                 self._cut_at = now
@@ -143,73 +166,183 @@ class LimiterState:
             grown = self.concurrency + _GROWTH / max(1.0, self.concurrency)
             self.concurrency = min(float(self.max_concurrency), grown)
 
+
+@dataclass
+class Division:
+    """Divides an endpoint's places fairly among the processes ("holders") that ask it.
+
+    A holder may use what it was last given until it speaks again, so others get only what is left of that.
+    """
+
+    _wanted: dict[str, int] = field(default_factory=dict)
+    _in_flight: dict[str, int] = field(default_factory=dict)
+    _held: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def in_flight(self) -> int:
+        """Requests in flight, as last heard."""
+        return sum(self._in_flight.values())
+
+    def share(self, holder: str, in_flight: int, waiting: int, places: int) -> int:
+        """How many of all `places` a holder may use from now on, which has so many requests in flight and waiting."""
+        self._in_flight[holder], self._wanted[holder] = in_flight, in_flight + waiting
+        left = places - sum(held for other, held in self._held.items() if other != holder)
+        share = max(0, min(in_flight + waiting, left, self._fair(places)))
+        self._held[holder] = max(share, in_flight)
+        return share
+
+    def _fair(self, places: int) -> int:
+        """The most that one may have if nobody is to have more while another who wants it has less."""
+        left = places
+        for behind, wanted in zip(range(len(self._wanted), 0, -1), sorted(self._wanted.values()), strict=True):
+            if wanted * behind >= left:
+                return math.ceil(left / behind)
+            left -= wanted
+        return places
+
     def drop(self, holder: str) -> int:
         """Take back the places of a holder that died; returns how many there were."""
-        lost = [name for name, held in self._leases.items() if held.holder == holder]
-        for lease in lost:
-            del self._leases[lease]
-        return len(lost)
+        self._wanted.pop(holder, None)
+        self._in_flight.pop(holder, None)
+        return self._held.pop(holder, 0)
 
 
-class RateLimiter:
-    """`LimiterState` for the coroutines of one event loop, first come first served."""
+class Gate:
+    """Lets the requests of one event loop through at the rate that a `LimiterState` allows, first come first served."""
 
     def __init__(self, state: LimiterState, clock: Callable[[], float] = time.monotonic) -> None:
         self.state = state
         self._clock = clock
         self._line = asyncio.Lock()
-        self._released = asyncio.Event()
+        self._changed = asyncio.Event()
+
+    async def start_some(self, tokens: Sequence[int]) -> int:
+        """Wait until the first of several requests may start; returns how many of them may, at least one.
+
+        Args:
+            tokens: of each request, in the order in which they want to start; at least one.
+        """
+        async with self._line:
+            while True:
+                self._changed.clear()
+                if not (wait := self.state.start(self._clock(), tokens[0])):
+                    break
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._changed.wait(), wait)
+            through = 1
+            while through < len(tokens) and not self.state.start(self._clock(), tokens[through]):
+                through += 1
+            return through
+
+    def unused(self, tokens: int) -> None:
+        """See `LimiterState.unused`."""
+        self.state.unused(self._clock(), tokens)
+        self._changed.set()
+
+    def ended(
+        self, signal: Signal, seconds: float, expected_tokens: int, used_tokens: int, retry_after: float | None
+    ) -> None:
+        """See `LimiterState.ended`."""
+        self.state.ended(
+            self._clock(),
+            signal,
+            seconds=seconds,
+            expected_tokens=expected_tokens,
+            used_tokens=used_tokens,
+            retry_after=retry_after,
+        )
+        self._changed.set()
+
+    def paused(self) -> float:
+        """See `LimiterState.paused`."""
+        return self.state.paused(self._clock())
+
+
+class Places:
+    """Holds the requests in flight of one event loop to a number, which may change at any time; first come first
+    served.
+
+    Attributes:
+        in_flight: places that are taken.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.in_flight = limit, 0
+        self._line: deque[asyncio.Future[None]] = deque()
+        self._paused_until = -math.inf
+        self._error: Exception | None = None
+
+    async def take(self) -> None:
+        """Wait for a place."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._line.append(future)
+        self._admit()
+        try:
+            await future
+        except asyncio.CancelledError:
+            if future.done() and not future.cancelled() and not future.exception():
+                self.free()
+            raise
+
+    def free(self) -> None:
+        """Give a place back; the next in line has it at once."""
+        self.in_flight -= 1
+        self._admit()
+
+    def allow(self, limit: int, pause_s: float = 0.0) -> None:
+        """Let so many in at once from now on, and none for the next `pause_s` seconds."""
+        self.limit = limit
+        if pause_s > 0:
+            loop = asyncio.get_running_loop()
+            self._paused_until = max(self._paused_until, loop.time() + pause_s)
+            loop.call_later(pause_s, self._admit)
+        self._admit()
+
+    def fail(self, error: Exception) -> None:
+        """There are no places any more: whoever waits, or will, is told why."""
+        self._error = error
+        self._admit()
+
+    def _admit(self) -> None:
+        while self._line and (self._error or self._is_free()):
+            future = self._line.popleft()
+            if future.done():
+                continue
+            if self._error:
+                future.set_exception(self._error)
+            else:
+                self.in_flight += 1
+                future.set_result(None)
+
+    def _is_free(self) -> bool:
+        return self.in_flight < self.limit and asyncio.get_running_loop().time() >= self._paused_until - 1e-3
+
+
+class RateLimiter:
+    """`Limiter` for one event loop that has the endpoint and key to itself."""
+
+    def __init__(self, state: LimiterState, clock: Callable[[], float] = time.monotonic) -> None:
+        self.state = state
+        self._clock = clock
+        self._gate, self._places = Gate(state, clock), Places(state.places)
 
     @classmethod
     def of(cls, endpoint: Endpoint) -> RateLimiter:
         """A limiter with the limits that the config gives an endpoint."""
-        return cls(
-            LimiterState(
-                endpoint.requests_per_minute, endpoint.tokens_per_minute, max_concurrency=endpoint.max_concurrency
-            )
-        )
+        return cls(LimiterState.of(endpoint))
 
-    async def acquire(self, tokens: int) -> str:
+    async def acquire(self, tokens: int) -> Permit:
         """See `Limiter.acquire`."""
-        return (await self.acquire_some([tokens]))[0]
+        await self._places.take()
+        try:
+            await self._gate.start_some([tokens])
+        except BaseException:
+            self._places.free()
+            raise
+        return Permit(tokens, self._clock())
 
-    async def acquire_some(self, tokens: Sequence[int], holder: str = "") -> list[str]:
-        """Wait for a place for the first of several requests, and take those for the next that are free then.
-
-        Args:
-            tokens: of each request, in the order in which they want to start; at least one.
-            holder: who has to be alive for the places to stay taken, see `drop`.
-
-        Returns:
-            Leases of the first requests, at least one.
-        """
-        async with self._line:
-            leases = [uuid.uuid4().hex]
-            while True:
-                self._released.clear()
-                wait = self.state.acquire(self._clock(), leases[0], tokens[0], holder)
-                if wait == 0:
-                    break
-                await self._pause(wait)
-            for amount in tokens[1:]:
-                lease = uuid.uuid4().hex
-                if self.state.acquire(self._clock(), lease, amount, holder):
-                    break
-                leases.append(lease)
-            return leases
-
-    async def release(self, lease: str, signal: Signal, used_tokens: int, retry_after: float | None = None) -> None:
+    async def release(self, permit: Permit, signal: Signal, used_tokens: int, retry_after: float | None = None) -> None:
         """See `Limiter.release`."""
-        self.state.release(self._clock(), lease, signal, used_tokens, retry_after)
-        self._released.set()
-
-    def drop(self, holder: str) -> int:
-        """See `LimiterState.drop`."""
-        dropped = self.state.drop(holder)
-        self._released.set()
-        return dropped
-
-    async def _pause(self, seconds: float) -> None:
-        """Sleep until the time is up or a place was given back."""
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._released.wait(), None if math.isinf(seconds) else seconds)
+        self._gate.ended(signal, self._clock() - permit.started, permit.tokens, used_tokens, retry_after)
+        self._places.allow(self.state.places)
+        self._places.free()

@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from cascade.config import Endpoint, Teacher
 from cascade.errors import TeacherError
 from cascade.teachers.endpoint import EndpointClient
-from cascade.teachers.limits import Limiter, Signal
+from cascade.teachers.limits import Limiter, Permit, Signal
 
 _LOOK_AGAIN_S = 1.0
 """After which a request that waits for room looks whether an endpoint has come back or gone."""
@@ -128,14 +128,14 @@ class _Line:
     def has_room(self) -> bool:
         return self.dealt - self._holding < max(4, self._places // 4)
 
-    async def acquire(self, tokens: int) -> str:
+    async def acquire(self, tokens: int) -> Permit:
         """See `Limiter.acquire`."""
-        lease = await self._limiter.acquire(tokens)
+        permit = await self._limiter.acquire(tokens)
         self._holding += 1
         self._placed()
-        return lease
+        return permit
 
-    async def release(self, lease: str, signal: Signal, used_tokens: int, retry_after: float | None = None) -> None:
+    async def release(self, permit: Permit, signal: Signal, used_tokens: int, retry_after: float | None = None) -> None:
         """See `Limiter.release`."""
         self._holding -= 1
-        await self._limiter.release(lease, signal, used_tokens, retry_after)
+        await self._limiter.release(permit, signal, used_tokens, retry_after)
