@@ -13,7 +13,6 @@ from urllib.parse import urlsplit
 
 import httpx2
 import openai
-from openai.types.chat import ChatCompletion
 
 from cascade.config import Endpoint, Teacher
 from cascade.tasks import Message
@@ -96,8 +95,11 @@ class EndpointClient:
         """One call, without retries."""
         began = time.monotonic()
         try:
-            call: Any = {"messages": [m.as_dict() for m in messages], **parameters, "extra_headers": self._headers()}
-            raw = await self.api.chat.completions.create(model=self._teacher.name, **call)
+            body = {"model": self._teacher.name, "messages": [m.as_dict() for m in messages], **parameters}
+            # `chat.completions.create` would send the same, after checking types for a millisecond
+            raw = await self.api.post(
+                "/chat/completions", body=body, options={"headers": self._headers()}, cast_to=object
+            )
             result: Response | Failure = read_response(raw, messages, time.monotonic() - began)
         except openai.APIStatusError as error:
             result = self.status(error)
@@ -177,32 +179,32 @@ class EndpointClient:
 
 
 def read_response(raw: Any, messages: Sequence[Message], seconds: float) -> Response:
-    """What a chat completion says and costs. Tokens that the endpoint does not report are estimated.
+    """What a chat completion, as parsed JSON, says and costs. Tokens that the endpoint does not report are estimated.
 
     Reasoning that comes apart from the content is put before it, in <think>.
 
     Raises:
         ValueError: it is no chat completion, e.g. an error in a response with status 200.
     """
-    choices = getattr(raw, "choices", None)
-    if not isinstance(raw, ChatCompletion) or not choices or getattr(choices[0], "message", None) is None:
+    choices = raw.get("choices") if isinstance(raw, dict) else None
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    if not isinstance(choice, dict) or not isinstance(message := choice.get("message"), dict):
         raise ValueError(f"not a chat completion: {str(raw)[:200]}")
-    choice = choices[0]
-    content = _clean(choice.message.content)
-    reasoning = _clean(getattr(choice.message, "reasoning_content", None) or getattr(choice.message, "reasoning", None))
-    usage, details = raw.usage, getattr(raw.usage, "prompt_tokens_details", None)
+    content, reason = _text(message.get("content")), str(choice.get("finish_reason") or "")
+    reasoning = _text(message.get("reasoning_content") or message.get("reasoning"))
+    usage = _mapping(raw.get("usage"))
     outcome: RequestOutcome = "answered"
-    if choice.finish_reason == "length":
+    if reason == "length":
         outcome = "cut"
-    elif not content.strip() or choice.finish_reason == "content_filter":
+    elif not content.strip() or reason == "content_filter":
         outcome = "empty"
     return Response(
         text=f"<think>\n{reasoning}\n</think>\n{content}" if reasoning else content,
         outcome=outcome,
-        finish_reason=str(choice.finish_reason or ""),
-        prompt_tokens=usage.prompt_tokens if usage else estimate_prompt_tokens(messages),
-        cached_tokens=int(getattr(details, "cached_tokens", None) or 0),
-        completion_tokens=usage.completion_tokens if usage else estimate_tokens(reasoning + content),
+        finish_reason=reason,
+        prompt_tokens=_count(usage.get("prompt_tokens"), estimate_prompt_tokens(messages)),
+        cached_tokens=_count(_mapping(usage.get("prompt_tokens_details")).get("cached_tokens"), 0),
+        completion_tokens=_count(usage.get("completion_tokens"), estimate_tokens(reasoning + content)),
         seconds=seconds,
     )
 
@@ -236,6 +238,16 @@ def _message(error: openai.APIStatusError) -> str:
     return str(said or error.message)[:300]
 
 
-def _clean(text: Any) -> str:
-    """The text without lone surrogates, which can be neither stored nor tokenized."""
-    return str(text or "").encode("utf-8", "replace").decode()
+def _text(content: Any) -> str:
+    """A message's text, in one piece or in parts, without lone surrogates: they can be neither stored nor tokenized."""
+    if isinstance(content, list):
+        content = "".join(str(_mapping(part).get("text") or "") for part in content)
+    return str(content or "").encode("utf-8", "replace").decode()
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _count(value: Any, otherwise: int) -> int:
+    return value if isinstance(value, int) and value >= 0 else otherwise

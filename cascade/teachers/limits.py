@@ -187,18 +187,18 @@ class Division:
         """How many of all `places` a holder may use from now on, which has so many requests in flight and waiting."""
         self._in_flight[holder], self._wanted[holder] = in_flight, in_flight + waiting
         left = places - sum(held for other, held in self._held.items() if other != holder)
-        share = max(0, min(in_flight + waiting, left, self._fair(places)))
+        share = max(0, min(left, self._fair(places)[holder]))
         self._held[holder] = max(share, in_flight)
         return share
 
-    def _fair(self, places: int) -> int:
-        """The most that one may have if nobody is to have more while another who wants it has less."""
-        left = places
-        for behind, wanted in zip(range(len(self._wanted), 0, -1), sorted(self._wanted.values()), strict=True):
-            if wanted * behind >= left:
-                return math.ceil(left / behind)
-            left -= wanted
-        return places
+    def _fair(self, places: int) -> dict[str, int]:
+        """So that nobody has more while another who wants it has less."""
+        fair: dict[str, int] = {}
+        behind = len(self._wanted)
+        for holder, wanted in sorted(self._wanted.items(), key=lambda item: (item[1], item[0])):
+            fair[holder] = min(wanted, places // behind)
+            places, behind = places - fair[holder], behind - 1
+        return fair
 
     def drop(self, holder: str) -> int:
         """Take back the places of a holder that died; returns how many there were."""

@@ -10,26 +10,34 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cascade.teachers.limits import LimiterState, RateLimiter
+from cascade.teachers.limits import Division, Gate, LimiterState, Places, RateLimiter
 
 
 def simulate(state: LimiterState, seconds: float, latency: float, tokens: int, workers: int) -> list[float]:
     """Start times of requests under a fake clock, with `workers` always wanting one."""
-    now, starts, running, idle, count = 0.0, [], [], workers, 0
+    now, starts, running = 0.0, [], []
     while now < seconds:
-        while running and running[0][0] <= now:
-            _, lease = heapq.heappop(running)
-            state.release(now, lease, "ok", tokens)
-            idle += 1
-        wait = state.acquire(now, str(count), tokens) if idle else math.inf
+        while running and running[0] <= now:
+            heapq.heappop(running)
+            state.ended(now, "ok", seconds=latency, expected_tokens=tokens, used_tokens=tokens)
+        wait = state.start(now, tokens) if len(running) < min(workers, state.places) else math.inf
         if wait == 0:
             starts.append(now)
-            heapq.heappush(running, (now + latency, str(count)))
-            idle, count = idle - 1, count + 1
+            heapq.heappush(running, now + latency)
             continue
-        ahead = running[0][0] - now if running else math.inf
-        now += max(1e-6, min(wait, ahead))
+        now += max(1e-6, min(wait, running[0] - now if running else math.inf))
     return starts
+
+
+def end(state: LimiterState, now: float, signal: str, started: float, retry_after: float | None = None) -> None:
+    state.ended(
+        now,
+        signal,
+        seconds=now - started,
+        expected_tokens=1,
+        used_tokens=1,
+        retry_after=retry_after,  # type: ignore[arg-type]
+    )
 
 
 def most_in_a_minute(starts: list[float]) -> int:
@@ -60,86 +68,145 @@ def test_the_limit_holds_for_any_rate_latency_and_crowd(per_minute: int, latency
 
 def test_tokens_used_beyond_the_estimate_are_paid_back_by_waiting() -> None:
     state = LimiterState(10**6, 6000, max_concurrency=10)
-    assert state.acquire(0, "a", 100) == 0
-    state.release(1, "a", "ok", used_tokens=1000)
-    assert state.acquire(1, "b", 100) > 5
+    assert state.start(0, 100) == 0
+    state.ended(1, "ok", seconds=1, expected_tokens=100, used_tokens=1000)
+    assert state.start(1, 100) > 5
     generous = LimiterState(10**6, 6000, max_concurrency=10)
-    assert generous.acquire(0, "a", 300) == 0
-    assert generous.acquire(0, "b", 100) > 0
-    generous.release(0, "a", "ok", used_tokens=50)
-    assert generous.acquire(0, "b", 100) == 0
+    assert generous.start(0, 300) == 0
+    assert generous.start(0, 100) > 0
+    generous.ended(0, "ok", seconds=0, expected_tokens=300, used_tokens=50)
+    assert generous.start(0, 100) == 0
+
+
+def test_what_was_let_through_and_not_sent_costs_nothing() -> None:
+    state = LimiterState(20, 6000, max_concurrency=10)
+    assert state.start(0, 300) == 0
+    assert state.start(0, 1) > 0
+    state.unused(0, 300)
+    assert state.start(0, 300) == 0
 
 
 def test_a_request_larger_than_a_minute_passes_and_leaves_a_debt() -> None:
     state = LimiterState(1000, 600, max_concurrency=2)
-    assert state.acquire(0, "a", 5000) == 0
-    assert state.acquire(100, "b", 1) > 100
+    assert state.start(0, 5000) == 0
+    assert state.start(100, 1) > 100
 
 
 def test_429_halves_once_for_a_burst_and_pauses_for_retry_after() -> None:
     state = LimiterState(10**6, 10**9, max_concurrency=32)
-    for i in range(32):
-        assert state.acquire(0, str(i), 1) == 0
-    for i in range(10):
-        state.release(1, str(i), "limited", 0, retry_after=7)
-    assert state.concurrency == 16
-    assert state.acquire(2, "x", 1) == pytest.approx(6)
-    for i in range(10, 32):
-        state.release(3, str(i), "ok", 1)
+    for _ in range(10):
+        end(state, 1, "limited", started=0, retry_after=7)
+    assert state.concurrency == state.places == 16
+    assert state.start(2, 1) == state.paused(2) == pytest.approx(6)
+    for _ in range(22):
+        end(state, 3, "ok", started=0)
     assert 16 < state.concurrency < 18
-    assert state.acquire(8.01, "x", 1) == 0
-    state.release(9, "x", "limited", 0)
+    assert state.start(8.01, 1) == state.paused(8.01) == 0
+    end(state, 9, "limited", started=8.01)
     assert state.concurrency < 9
-    assert state.acquire(9, "y", 1) == pytest.approx(1.0)
+    assert state.start(9, 1) == pytest.approx(1.0)
 
 
 def test_concurrency_grows_back_to_its_maximum_and_no_further() -> None:
     state = LimiterState(10**9, 10**12, max_concurrency=8)
-    for lease in "abc":
-        state.acquire(0, lease, 1)
-        state.release(0, lease, "limited", 0, retry_after=0)
-    assert state.concurrency == 1
+    for _ in "abc":
+        end(state, 0, "limited", started=0, retry_after=0)
+    assert state.concurrency == state.places == 1
     for i in range(200):
-        assert state.acquire(1 + i, str(i), 1) == 0
-        state.release(1 + i, str(i), "ok", 1)
-    assert state.concurrency == 8
+        assert state.start(1 + i, 1) == 0
+        end(state, 1 + i, "ok", started=1 + i)
+    assert state.concurrency == state.places == 8
 
 
 def test_an_endpoint_that_goes_on_refusing_is_asked_ever_more_rarely() -> None:
     state, now, waits = LimiterState(10**6, 10**9, max_concurrency=8), 0.0, []
-    for lease in range(8):
-        assert state.acquire(now, str(lease), 1) == 0
-        state.release(now, str(lease), "limited", 0)
-        waits.append(state.acquire(now, "x", 1))
+    for _ in range(8):
+        assert state.start(now, 1) == 0
+        end(state, now, "limited", started=now)
+        waits.append(state.start(now, 1))
         now += waits[-1]
     assert waits == pytest.approx([1, 2, 4, 8, 16, 30, 30, 30])
-    assert state.acquire(now, "a", 1) == 0
-    state.release(now, "a", "ok", 1)
-    assert state.acquire(now, "b", 1) == 0
-    state.release(now, "b", "limited", 0, retry_after=0)
-    assert state.acquire(now, "c", 1) == pytest.approx(0.05)
+    end(state, now, "ok", started=now)
+    assert state.start(now, 1) == 0
+    end(state, now, "limited", started=now, retry_after=0)
+    assert state.start(now, 1) == pytest.approx(0.05)
+
+
+def test_places_are_divided_fairly_and_given_up_before_others_get_them() -> None:
+    division = Division()
+    assert division.share("one", 0, 100, places=10) == 10
+    assert division.share("two", 0, 3, places=10) == 0  # one may be using all of them
+    assert division.share("one", 10, 90, places=10) == 7
+    assert division.share("two", 0, 3, places=10) == 0  # it is, still
+    assert division.share("one", 7, 93, places=10) == 7
+    assert division.share("two", 0, 3, places=10) == 3
+    assert division.in_flight == 7
+    assert division.share("two", 0, 0, places=10) == 0
+    assert division.share("one", 7, 93, places=10) == 10
 
 
 def test_places_of_a_holder_that_died_come_back() -> None:
-    state = LimiterState(10**6, 10**9, max_concurrency=2)
-    assert state.acquire(0, "a", 1, "one") == state.acquire(0, "b", 1, "two") == 0
-    assert state.acquire(50, "c", 1, "two") == math.inf
-    assert state.drop("one") == 1
-    assert state.acquire(50, "c", 1, "two") == 0
-    state.release(102, "a", "ok", 1)
-    assert state.in_flight == 2
+    division = Division()
+    assert division.share("dead", 0, 9, places=4) == 4
+    assert division.share("alive", 0, 9, places=4) == 0
+    assert division.drop("dead") == 4
+    assert division.share("alive", 0, 9, places=4) == 4
 
 
-async def test_several_get_what_is_free_at_once() -> None:
-    limiter = RateLimiter(LimiterState(10**6, 10**9, max_concurrency=4))
-    first = await limiter.acquire_some([1] * 3)
-    assert len(first) == 3
-    assert len(await limiter.acquire_some([1] * 3, "dead")) == 1
-    waiting = asyncio.ensure_future(limiter.acquire_some([1] * 3))
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 20), st.lists(st.tuples(st.integers(0, 4), st.integers(0, 30)), min_size=1, max_size=60))
+def test_whatever_holders_want_they_never_hold_more_than_there_is(places: int, turns: list[tuple[int, int]]) -> None:
+    """Each holder uses all that it was last given, the worst that it may do."""
+    division, given_to, wants = Division(), [0] * 5, [0] * 5
+    for holder, wanted in turns:
+        in_flight = min(given_to[holder], wanted)
+        wants[holder] = wanted
+        given_to[holder] = division.share(str(holder), in_flight, wanted - in_flight, places)
+        assert sum(given_to) <= places
+        assert given_to[holder] <= wanted
+    for _ in range(3):  # when everybody has spoken again, nothing that is wanted lies idle, and shares are even
+        for holder, wanted in enumerate(wants):
+            in_flight = min(given_to[holder], wanted)
+            given_to[holder] = division.share(str(holder), in_flight, wanted - in_flight, places)
+    assert sum(given_to) == min(places, sum(wants))
+    short = [got for got, wanted in zip(given_to, wants, strict=True) if got < wanted]
+    assert not short or max(given_to) <= min(short) + 1
+
+
+async def test_a_gate_lets_several_through_at_once() -> None:
+    gate = Gate(LimiterState(100, 10**9, max_concurrency=4))
+    assert await gate.start_some([1] * 3) == 3
+    assert await gate.start_some([1] * 3) == 2
+    waiting = asyncio.ensure_future(gate.start_some([1] * 3))
     await asyncio.sleep(0.01)
     assert not waiting.done()
-    assert limiter.drop("dead") == 1
-    assert len(await waiting) == 1
+    gate.unused(1)
+    assert await waiting == 1
+
+
+async def test_places_can_become_fewer_and_pause_and_vanish() -> None:
+    places = Places(2)
+    await places.take()
+    await places.take()
+    third = asyncio.ensure_future(places.take())
+    await asyncio.sleep(0)
+    places.allow(1)
+    places.free()
+    await asyncio.sleep(0)
+    assert not third.done()
+    places.free()
+    await third
+    places.allow(5, pause_s=0.1)
+    began = time.monotonic()
+    await places.take()
+    assert time.monotonic() - began >= 0.09
+    places.allow(0)
+    lost = asyncio.ensure_future(places.take())
+    await asyncio.sleep(0)
+    places.fail(RuntimeError("gone"))
+    for waiting in (lost, places.take()):
+        with pytest.raises(RuntimeError, match="gone"):
+            await waiting
 
 
 async def test_coroutines_never_exceed_the_concurrency_and_all_get_their_turn() -> None:

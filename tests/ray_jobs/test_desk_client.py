@@ -1,0 +1,142 @@
+"""A teacher actor's side of the desk, against a desk in the same event loop: nothing here starts Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from ray.exceptions import RayError
+
+from cascade.config import Endpoint
+from cascade.teachers.limits import Division, Gate, LimiterState, limiter_key
+from ray_jobs._desk import DeskClient, Ended, Share, Unused
+
+ENDPOINT = Endpoint(base_url="http://somewhere/v1", max_concurrency=4)
+KEY = limiter_key(ENDPOINT)
+
+
+class _Method:
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self.remote = call
+
+
+class FakeDesk:
+    """Limits alone, as `Desk` keeps them, a few milliseconds away."""
+
+    def __init__(self, **limits: float) -> None:
+        self.state = LimiterState(**({"requests_per_minute": 10**6, "tokens_per_minute": 10**9} | limits))  # type: ignore[arg-type]
+        self.gate, self.division = Gate(self.state), Division()
+        self.start, self.note = _Method(self._start), _Method(self._note)
+        self.unused = self.notes = 0
+        self.gone = False
+
+    async def _start(self, holder: str, limiter: str, tokens: list[int]) -> int:
+        assert limiter == KEY
+        await asyncio.sleep(0.002)
+        return await self.gate.start_some(tokens)
+
+    async def _note(self, holder: str, news: list[Any], demands: dict[str, Any]) -> dict[str, Share]:
+        await asyncio.sleep(0.002)
+        if self.gone:
+            raise RayError("the desk is gone")
+        self.notes += 1
+        for item in news:
+            if isinstance(item, Ended):
+                self.gate.ended(item.signal, item.seconds, item.expected_tokens, item.used_tokens, item.retry_after)
+            self.unused += isinstance(item, Unused)
+        places = self.state.places
+        return {k: Share(self.division.share(holder, *d, places), self.gate.paused()) for k, d in demands.items()}
+
+
+class Crowd:
+    """Requests of some actors, and how many were in flight at once."""
+
+    def __init__(self, desk: FakeDesk, actors: int) -> None:
+        self.clients = [DeskClient(desk) for _ in range(actors)]
+        self.in_flight = [0] * actors
+        self.most = 0
+        self.done: list[int] = []
+        self.held = self.latency = 0.0
+
+    async def ask(self, actor: int, latency: float) -> None:
+        limiter = self.clients[actor].limiter(ENDPOINT)
+        permit = await limiter.acquire(10)
+        self.in_flight[actor] += 1
+        self.most = max(self.most, sum(self.in_flight))
+        await asyncio.sleep(latency)
+        self.in_flight[actor] -= 1
+        self.held += latency
+        self.done.append(actor)
+        await limiter.release(permit, "ok", 10)
+
+
+async def test_a_free_place_is_taken_at_once_and_never_are_there_more() -> None:
+    crowd = Crowd(FakeDesk(max_concurrency=4), 1)
+    began = time.monotonic()
+    await asyncio.gather(*(crowd.ask(0, 0.05) for _ in range(40)))
+    assert crowd.most == 4
+    assert crowd.held / (4 * (time.monotonic() - began)) > 0.6  # one round trip in between would make it 0.5 at best
+
+
+async def test_actors_share_and_one_that_comes_later_gets_its_part() -> None:
+    crowd = Crowd(FakeDesk(max_concurrency=4), 2)
+    first = [asyncio.ensure_future(crowd.ask(0, 0.02)) for _ in range(60)]
+    await asyncio.sleep(0.1)
+    second = [asyncio.ensure_future(crowd.ask(1, 0.02)) for _ in range(20)]
+    await asyncio.gather(*second)
+    assert any(not request.done() for request in first)
+    await asyncio.gather(*first)
+    assert crowd.most == 4
+
+
+async def test_after_a_429_fewer_are_in_flight_and_none_starts_too_early() -> None:
+    desk = FakeDesk(max_concurrency=4)
+    limiter = DeskClient(desk).limiter(ENDPOINT)
+    permits = [await limiter.acquire(10) for _ in range(4)]
+    await limiter.release(permits.pop(), "limited", 0, retry_after=0.3)
+    began = time.monotonic()
+    waiting = asyncio.ensure_future(limiter.acquire(10))
+    await asyncio.sleep(0.05)
+    for permit in permits[:2]:
+        await limiter.release(permit, "ok", 10)
+    await waiting
+    assert time.monotonic() - began >= 0.29
+    assert desk.state.places == 2
+
+
+async def test_idle_actors_hardly_talk() -> None:
+    desk = FakeDesk(max_concurrency=4)
+    crowd = Crowd(desk, 1)
+    slow = [asyncio.ensure_future(crowd.ask(0, 0.5)) for _ in range(20)]
+    await asyncio.sleep(0.3)
+    assert desk.notes <= 4
+    for request in slow:
+        request.cancel()
+
+
+async def test_a_start_whose_request_is_gone_is_given_back() -> None:
+    desk = FakeDesk(max_concurrency=1)
+    limiter = DeskClient(desk).limiter(ENDPOINT)
+    permit = await limiter.acquire(10)
+    waiting = asyncio.ensure_future(limiter.acquire(10))
+    await asyncio.sleep(0.05)
+    waiting.cancel()
+    await asyncio.sleep(0.05)
+    assert desk.unused == 1
+    await limiter.release(permit, "ok", 10)
+    await asyncio.wait_for(limiter.acquire(10), 1)
+
+
+async def test_whoever_waits_is_told_when_the_desk_is_gone() -> None:
+    desk = FakeDesk(max_concurrency=1)
+    limiter = DeskClient(desk).limiter(ENDPOINT)
+    permit = await limiter.acquire(10)
+    waiting = asyncio.ensure_future(limiter.acquire(10))
+    await asyncio.sleep(0.02)
+    desk.gone = True
+    await limiter.release(permit, "limited", 0)
+    with pytest.raises(RayError, match="gone"):
+        await asyncio.wait_for(waiting, 2)
