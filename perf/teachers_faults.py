@@ -20,7 +20,8 @@ from teachers_tasks import config_for, questions
 
 from cascade.tasks import Example, Verdict
 from cascade.teachers.ledger import Ledger
-from ray_jobs._generate import EXAMPLES, VERDICTS, generate_answers
+from ray_jobs._generate import generate_answers
+from ray_jobs._teacher_actor import EXAMPLES, VERDICTS
 
 _NODES = 2
 

@@ -13,7 +13,8 @@ from teachers_tasks import config_for
 from cascade import benchmarks
 from cascade.scoring.statistics import wilson
 from cascade.tasks import Example, Task
-from ray_jobs._generate import EXAMPLES, generate_answers
+from ray_jobs._generate import generate_answers
+from ray_jobs._teacher_actor import EXAMPLES
 
 _WRONG_SHARE = 0.4
 Made = tuple[list[Task], dict[str, str], set[str]]

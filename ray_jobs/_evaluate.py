@@ -26,7 +26,7 @@ from cascade.compression.packed import CompressedAdapter
 from cascade.config import Config, Execution, PromptStyle
 from cascade.models.base import load_base
 from cascade.models.student import Student, WorkedExamples
-from cascade.tasks import Completion, Task, Verdict, from_table, to_table
+from cascade.tasks import Task, Verdict, from_table, to_table
 from ray_jobs._context import Job
 
 
@@ -136,7 +136,7 @@ class StudentActor:
         tasks = from_table(Task, block)
         self._use(adapter)
         completions = self._student(label).answer(tasks, style, self.examples)
-        verdicts = [score(t, c) for t, c in zip(tasks, completions, strict=True)]
+        verdicts = [benchmarks.score(t, c) for t, c in zip(tasks, completions, strict=True)]
         self.run.write_part(f"{name}_completions", completions)
         self.run.write_part(f"{name}_verdicts", verdicts)
         return to_table(Verdict, verdicts).append_column("assignment", pa.array([name] * len(verdicts)))
@@ -169,11 +169,6 @@ def read_adapter(store: Store, path: str) -> AdapterWeights | CompressedAdapter:
     """An adapter from the store: a PEFT folder, or a compressed modifier file."""
     local = store.local_copy(path, tempfile.gettempdir())
     return load_peft_folder(local) if local.is_dir() else load_modifier(local)
-
-
-def score(task: Task, completion: Completion) -> Verdict:
-    """The verdict of the task's own benchmark."""
-    return benchmarks.get(task.benchmark).score(task, completion)
 
 
 def limit_threads(execution: Execution, cpus: float) -> None:

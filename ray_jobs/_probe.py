@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import ray
 
+from cascade import benchmarks
 from cascade.artifacts import Run
 from cascade.config import Config, PromptStyle
 from cascade.models.base import end_token_ids, load_base
@@ -22,7 +23,7 @@ from cascade.training.loop import TargetLoss, TorchEngine, run_steps
 from cascade.training.lora import add_lora
 from cascade.training.packing import plan_steps
 from ray_jobs._context import Job
-from ray_jobs._evaluate import limit_threads, score
+from ray_jobs._evaluate import limit_threads
 
 VERDICTS = "probe_verdicts"
 COMPLETIONS = "probe_completions"
@@ -111,5 +112,5 @@ def _probe_fold(
     )
     completions = student.answer(mine, style)
     run.write_part(COMPLETIONS, completions)
-    run.write_part(VERDICTS, [score(t, c) for t, c in zip(mine, completions, strict=True)])
+    run.write_part(VERDICTS, [benchmarks.score(t, c) for t, c in zip(mine, completions, strict=True)])
     yield "testing", total, total

@@ -9,8 +9,9 @@ from cascade.teachers.predictor import Sent, measure, send_past, task_features, 
 from ray_jobs._context import Job
 from ray_jobs._failures import embed_failures, failure_vectors
 from ray_jobs._runs import Runs
+from ray_jobs._teacher_actor import ANSWERS, VERDICTS
 
-ANSWERS, VERDICTS, SENT = "answers", "verdicts", "sent_past"
+SENT = "sent_past"
 
 
 def without_sent_past(job: Job, tier: int, tasks: list[Task]) -> list[Task]:

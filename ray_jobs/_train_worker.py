@@ -21,6 +21,7 @@ import torch
 from ray.train import Checkpoint
 from ray.train.torch import get_device
 
+from cascade import benchmarks
 from cascade.artifacts import Run
 from cascade.config import Config, PromptStyle
 from cascade.errors import DataError
@@ -36,7 +37,7 @@ from cascade.training.loop import StepReport, TargetLoss, run_steps, summed_loss
 from cascade.training.lora import add_lora, save_adapter
 from cascade.training.packing import Step, pack, plan_steps
 from cascade.training.trackers import Trackers
-from ray_jobs._evaluate import limit_threads, score
+from ray_jobs._evaluate import limit_threads
 
 ADAPTER = "adapter"
 """Folder of the finished PEFT adapter, in the last checkpoint and in the run."""
@@ -194,7 +195,7 @@ class _Session:
         with torch.compiler.set_stance("force_eager"):
             answers = student.answer(tasks, self.assigned.style)
         self.model.train(was_training)
-        return sum(score(t, a).passed for t, a in zip(tasks, answers, strict=True))
+        return sum(benchmarks.score(t, a).passed for t, a in zip(tasks, answers, strict=True))
 
     def _save_adapter(self, folder: Path) -> None:
         """Write the adapter as it is now. Every worker calls it, the first writes."""

@@ -107,6 +107,11 @@ def get(name: str) -> Benchmark:
     return benchmark
 
 
+def score(task: Task, completion: Completion) -> Verdict:
+    """The verdict of the task's own benchmark."""
+    return get(task.benchmark).score(task, completion)
+
+
 def needs_judge(task: Task) -> bool:
     """Whether a task has no exact scorer, so that only a judge model's opinion can be had of an answer."""
     return isinstance(task.reference, dict) and task.reference.get("kind") == "open"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -140,3 +142,9 @@ async def test_whoever_waits_is_told_when_the_desk_is_gone() -> None:
     await limiter.release(permit, "limited", 0)
     with pytest.raises(RayError, match="gone"):
         await asyncio.wait_for(waiting, 2)
+
+
+def test_an_actor_that_waits_for_teachers_does_not_load_torch() -> None:
+    code = "import sys, ray_jobs._teacher_actor; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
