@@ -24,6 +24,7 @@ from cascade.errors import BudgetExceeded, TeacherError
 from cascade.tasks import Completion, Task, Verdict, to_table
 from cascade.teachers.budget import budget_state
 from cascade.teachers.client import Answer
+from cascade.teachers.conversation import by_head
 from cascade.teachers.judge import Judgement
 from cascade.teachers.ledger import Ledger
 from cascade.teachers.offline import answer_key_server
@@ -69,7 +70,7 @@ def _pending(job: Job, tasks: list[Task]) -> list[Task]:
 
 def _ask_all(job: Job, tier: int, tasks: list[Task], resolve: dict[str, str], *, total: int) -> None:
     """Fan out the tasks that have no verdict; raises only after all that was in flight has come back."""
-    if not (pending := _pending(job, tasks)):
+    if not (pending := by_head(_pending(job, tasks), job.config.tier(tier))):
         return
     desk = open_desk(job.config, tier)
     meter, gauges = _meter(job, tier, total), TierGauges(job.config.domain)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from cascade.config import Teacher
 from cascade.tasks import Message, Task
 
+_HEAD = 1024
 _REASONING_MODEL = re.compile(r"(^|/)(gpt-[5-9]|o[1-9])")
 _THINK = re.compile(r"<(think|thinking|reasoning)>.*?</\1>", re.DOTALL | re.IGNORECASE)
 _THINK_END = re.compile(r"^.*</(?:think|thinking|reasoning)>", re.DOTALL | re.IGNORECASE)
@@ -32,6 +34,19 @@ def teacher_messages(task: Task, teacher: Teacher) -> tuple[Message, ...]:
         system.append(f"Begin your answer with exactly this text and go on from there:\n{rest.pop().content}")
     head = [Message("system", "\n\n".join(system))] if system else []
     return (*head, *rest)
+
+
+def by_head(tasks: Sequence[Task], teacher: Teacher) -> list[Task]:
+    """The tasks, those whose conversations begin alike one after the other: the endpoint has the beginning cached.
+
+    The beginning is all messages but the last, and of a longer last one its first 1,024 characters. Among those that
+    begin alike, and of the groups by their first task, the order stays.
+    """
+    groups: dict[tuple[str, ...], list[Task]] = defaultdict(list)
+    for task in tasks:
+        *head, last = (m.content for m in teacher_messages(task, teacher))
+        groups[*head, last[:_HEAD] if len(last) > _HEAD else ""].append(task)
+    return [task for alike in groups.values() for task in alike]
 
 
 def without_prefill(task: Task, text: str) -> str:

@@ -193,6 +193,8 @@ def read_response(raw: Any, messages: Sequence[Message], seconds: float) -> Resp
     content, reason = _text(message.get("content")), str(choice.get("finish_reason") or "")
     reasoning = _text(message.get("reasoning_content") or message.get("reasoning"))
     usage = _mapping(raw.get("usage"))
+    cached = _mapping(usage.get("prompt_tokens_details")).get("cached_tokens")
+    cached = usage.get("prompt_cache_hit_tokens") if cached is None else cached  # DeepSeek's word for it
     outcome: RequestOutcome = "answered"
     if reason == "length":
         outcome = "cut"
@@ -203,7 +205,7 @@ def read_response(raw: Any, messages: Sequence[Message], seconds: float) -> Resp
         outcome=outcome,
         finish_reason=reason,
         prompt_tokens=_count(usage.get("prompt_tokens"), estimate_prompt_tokens(messages)),
-        cached_tokens=_count(_mapping(usage.get("prompt_tokens_details")).get("cached_tokens"), 0),
+        cached_tokens=_count(cached, 0),
         completion_tokens=_count(usage.get("completion_tokens"), estimate_tokens(reasoning + content)),
         seconds=seconds,
     )

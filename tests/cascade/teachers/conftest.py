@@ -136,26 +136,34 @@ class FakeServer:
 
 
 @pytest.fixture
-def fake_server() -> Iterator[Callable[[], FakeServer]]:
+def serve_app() -> Iterator[Callable[[Starlette], str]]:
+    """Serves an application until the test ends; returns its URL."""
     servers: list[tuple[uvicorn.Server, threading.Thread]] = []
 
-    def start() -> FakeServer:
-        fake = FakeServer()
-        app = Starlette(routes=[Route("/v1/chat/completions", fake.chat, methods=["POST"])])
+    def start(app: Starlette) -> str:
         listener = socket.create_server(("127.0.0.1", 0))
-        fake.url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
         server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         while not server.started:
             time.sleep(0.01)
         servers.append((server, thread))
-        return fake
+        return f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
 
     yield start
     for server, thread in servers:
         server.should_exit = True
         thread.join(5)
+
+
+@pytest.fixture
+def fake_server(serve_app) -> Callable[[], FakeServer]:
+    def start() -> FakeServer:
+        fake = FakeServer()
+        fake.url = serve_app(Starlette(routes=[Route("/v1/chat/completions", fake.chat, methods=["POST"])]))
+        return fake
+
+    return start
 
 
 def choice(content: str | None, finish: str = "stop", **message: Any) -> dict[str, Any]:

@@ -2,14 +2,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
-import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
-import uvicorn
 from mock_openai import MockOpenAI, Settings
 
 from cascade.artifacts import Store
@@ -29,18 +26,10 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def server() -> Iterator[MockOpenAI]:
+def server(serve_app: Callable[..., str]) -> MockOpenAI:
     mock = MockOpenAI(Settings(batch_s=0.1, prices=[10.0, 10.0, 100.0]))
-    listener = socket.create_server(("127.0.0.1", 0))
-    mock.url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"  # type: ignore[attr-defined]
-    running = uvicorn.Server(uvicorn.Config(mock.app(), log_level="error", timeout_graceful_shutdown=1))
-    thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]}, daemon=True)
-    thread.start()
-    while not running.started:
-        time.sleep(0.01)
-    yield mock
-    running.should_exit = True
-    thread.join(5)
+    mock.url = serve_app(mock.app())  # type: ignore[attr-defined]
+    return mock
 
 
 @pytest.fixture

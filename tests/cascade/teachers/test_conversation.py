@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cascade.tasks import Message
+from cascade.tasks import Message, Task
 from cascade.teachers.conversation import (
+    by_head,
     estimate_tokens,
     final_answer,
     most_prompt_tokens,
@@ -91,3 +92,17 @@ def test_key_is_equal_exactly_for_equal_requests(a, b, first: int, second: int) 
 @given(_text)
 def test_worst_case_of_tokens_is_above_one_per_byte(text: str) -> None:
     assert most_prompt_tokens([Message("user", text)]) > len(text.encode()) >= estimate_tokens(text)
+
+
+def test_tasks_that_begin_alike_stand_together_and_keep_their_order(make_task, make_teacher) -> None:
+    def task(number: int, *said: str) -> Task:
+        roles = ("system", "user")[-len(said) :]
+        messages = tuple(Message(role, text) for role, text in zip(roles, said, strict=True))
+        return dataclasses.replace(make_task(number), messages=messages)
+
+    long = "x" * 2000
+    tasks = [task(0, "a", "?"), task(1, long + "1"), task(2, "b", "?"), task(3, "a", "!"), task(4, long + "2")]
+    for teacher in (make_teacher("http://x/v1"), make_teacher("http://x/v1", system="Be right.")):
+        assert [t.reference // 2 for t in by_head(tasks, teacher)] == [0, 3, 1, 4, 2]
+        alike = [make_task(n) for n in (3, 1, 2)]
+        assert by_head(alike, teacher) == alike

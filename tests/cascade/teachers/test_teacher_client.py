@@ -175,10 +175,13 @@ async def test_reasoning_that_comes_apart_is_kept_in_the_ledger(
     assert len(server.calls) == 1
 
 
-async def test_cached_tokens_are_priced_as_such(fake_server, make_teacher, make_task, open_client, tmp_path) -> None:
+@pytest.mark.parametrize("cached", [{"prompt_tokens_details": {"cached_tokens": 60}}, {"prompt_cache_hit_tokens": 60}])
+async def test_cached_tokens_are_priced_as_such(
+    fake_server, make_teacher, make_task, open_client, tmp_path, cached
+) -> None:
     server = fake_server()
     details = {"prompt_tokens": 100, "completion_tokens": 0, "total_tokens": 100}
-    server.script.append({"usage": details | {"prompt_tokens_details": {"cached_tokens": 60}}})
+    server.script.append({"usage": details | cached})
     async with open_client(make_teacher(server.url, cached_input_usd_per_million=1.0)) as client:
         assert (await client.answer(make_task(1))).cost_usd == pytest.approx((40 * 10 + 60) / 1e6)
     assert rows(tmp_path)[0].cached_tokens == 60
