@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mimetypes
 import os
 import shutil
 import time
@@ -110,7 +111,8 @@ class Store:
         """Write a file whole or not at all: object stores do so themselves, elsewhere by rename."""
         fs, target = self.filesystem, self.path(relative)
         if not self.is_local:
-            with fs.open_output_stream(target) as stream:
+            kind = mimetypes.guess_type(target)[0]  # so that a browser shows a page rather than saves it
+            with fs.open_output_stream(target, metadata={"Content-Type": kind} if kind else None) as stream:
                 stream.write(data)
             return
         os.makedirs(os.path.dirname(target), exist_ok=True)

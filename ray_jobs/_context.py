@@ -20,8 +20,9 @@ from cascade.benchmarks.protected import protected_tasks
 from cascade.config import Config, load_config
 from cascade.errors import CascadeError
 from cascade.scoring.sandbox import WEAK_SWITCH, require_walls
+from ray_jobs._live_page import showing
 from ray_jobs._progress import Progress
-from ray_jobs._runs import Runs
+from ray_jobs._runs import JOBS, Runs
 
 Metrics = dict[str, Any]
 
@@ -68,7 +69,7 @@ def run_job(name: str, work: Work, runs: Runs, progress: Progress | None = None)
     return metrics
 
 
-def connect_ray(config: Config) -> None:
+def connect_ray(config: Config, progress: Progress | None = None) -> None:
     """Join the cluster that this process was submitted to (or RAY_ADDRESS names), else start Ray on this machine."""
     if ray.is_initialized():
         return
@@ -85,13 +86,15 @@ def connect_ray(config: Config) -> None:
     if not os.environ.get("RAY_ADDRESS"):
         # "local": a Ray that somebody else started on this machine, perhaps long dead, is not ours to join unasked.
         local = {"address": "local", "num_cpus": max(2, os.cpu_count() or 1), "object_store_memory": 512 * 2**20}
-    ray.init(
+    context = ray.init(
         log_to_driver=not quiet,
         logging_level=logging.ERROR if quiet else logging.INFO,
         configure_logging=True,
         runtime_env={"env_vars": _worker_environment(config)},
         **local,
     )
+    if progress and context.dashboard_url:
+        progress.connected(f"http://{context.dashboard_url}")
     data = DataContext.get_current()
     data.enable_progress_bars = not quiet
     data.execution_options.verbose_progress = not quiet
@@ -144,8 +147,8 @@ def parse_config(name: str) -> str:
 def run_one(name: str, work: Work, path: str) -> None:
     """One job of a config file, with a progress display and its figures at the end."""
     runs = Runs(load_config(path))
-    connect_ray(runs.config)
-    with Progress.live(f"{runs.config.domain}: {name}") as progress:
+    with showing(runs, f"{runs.config.domain}: {name}", (name,), before=JOBS[: JOBS.index(name)]) as progress:
+        connect_ray(runs.config, progress)
         metrics = run_job(name, work, runs, progress)
     for key, value in metrics.items():
         if isinstance(value, int | float | str):

@@ -6,7 +6,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -17,6 +18,9 @@ from ray_jobs._meter import TierState
 
 class Progress:
     """Takes the jobs' reports. The base class says nothing; `Progress.live` shows them."""
+
+    def connected(self, dashboard: str) -> None:
+        """Ray is there, and has its pages at this address."""
 
     def started(self, job: str) -> None:
         """A job begins."""
@@ -91,25 +95,91 @@ class _Lines(Progress):
         self._say(f"{job}: done. {headline(metrics)}")
 
 
-class _LiveTable(Progress):
-    """A table with a row per job."""
+class Several(Progress):
+    """Tells all of several displays."""
 
-    def __init__(self, title: str, jobs: tuple[str, ...]) -> None:
-        self.title = title
-        self.rows: dict[str, dict[str, Any]] = {job: {"state": ""} for job in jobs}
-        self.tiers: dict[int, TierState] = {}
+    def __init__(self, *displays: Progress) -> None:
+        self.displays = displays
 
-    def _row(self, job: str) -> dict[str, Any]:
-        return self.rows.setdefault(job, {"state": ""})
+    def connected(self, dashboard: str) -> None:
+        for display in self.displays:
+            display.connected(dashboard)
 
     def started(self, job: str) -> None:
-        self._row(job).update(state="running", began=time.perf_counter())
+        for display in self.displays:
+            display.started(job)
 
     def reused(self, job: str) -> None:
-        self._row(job).update(state="reused")
+        for display in self.displays:
+            display.reused(job)
 
     def update(self, job: str, done: int, total: int, note: str = "") -> None:
-        self._row(job).update(done=done, total=total, note=note)
+        for display in self.displays:
+            display.update(job, done, total, note)
+
+    def tier(self, job: str, state: TierState) -> None:
+        for display in self.displays:
+            display.tier(job, state)
+
+    def finished(self, job: str, metrics: dict[str, Any]) -> None:
+        for display in self.displays:
+            display.finished(job, metrics)
+
+
+@dataclass
+class Row:
+    """What is known of a job. `done` and `total` are of its present stage; times are of `time.perf_counter`."""
+
+    state: Literal["", "running", "done", "reused"] = ""
+    done: int = 0
+    total: int = 0
+    note: str = ""
+    began: float | None = None
+    ended: float | None = None
+    stage_began: float = 0.0
+    stage_from: int = 0
+
+    @property
+    def seconds(self) -> float | None:
+        """That the job has taken, None if it was not run here."""
+        if self.began is None:
+            return None
+        return (time.perf_counter() if self.ended is None else self.ended) - self.began
+
+    @property
+    def seconds_left(self) -> float | None:
+        """To the end of the present stage at its pace so far, None if there is no pace yet."""
+        made = self.done - self.stage_from
+        if self.state != "running" or made <= 0 or self.done >= self.total:
+            return None
+        return (time.perf_counter() - self.stage_began) * (self.total - self.done) / made
+
+    def update(self, done: int, total: int, note: str) -> None:
+        """Another total, or fewer done, is another stage."""
+        if total != self.total or done < self.done:
+            self.stage_began, self.stage_from = time.perf_counter(), done
+        self.done, self.total, self.note = done, total, note
+
+
+class Tracked(Progress):
+    """A display that keeps what it is told, a row per job."""
+
+    def __init__(self, jobs: tuple[str, ...]) -> None:
+        self.rows = {job: Row() for job in jobs}
+        self.tiers: dict[int, TierState] = {}
+
+    def _row(self, job: str) -> Row:
+        return self.rows.setdefault(job, Row())
+
+    def started(self, job: str) -> None:
+        row = self._row(job)
+        row.state, row.began = "running", time.perf_counter()
+
+    def reused(self, job: str) -> None:
+        self._row(job).state = "reused"
+
+    def update(self, job: str, done: int, total: int, note: str = "") -> None:
+        self._row(job).update(done, total, note)
 
     def tier(self, job: str, state: TierState) -> None:
         self.tiers[state.tier] = state
@@ -117,25 +187,31 @@ class _LiveTable(Progress):
 
     def finished(self, job: str, metrics: dict[str, Any]) -> None:
         row = self._row(job)
-        row.update(state="done", seconds=time.perf_counter() - row.get("began", time.perf_counter()))
-        row["note"] = headline(metrics)
+        row.state, row.ended, row.note = "done", time.perf_counter(), headline(metrics)
+
+
+class _LiveTable(Tracked):
+    """A table with a row per job."""
+
+    def __init__(self, title: str, jobs: tuple[str, ...]) -> None:
+        super().__init__(jobs)
+        self.title = title
 
     def render(self) -> Group:
         return Group(self._steps(), *([tier_table(list(self.tiers.values()))] if self.tiers else []))
 
     def _steps(self) -> Table:
         table = Table(title=self.title, expand=False)
-        for column in ("step", "", "progress", "seconds", ""):
-            table.add_column(column, justify="right" if column == "seconds" else "left")
+        for column in ("step", "", "progress", "seconds", "ETA", ""):
+            table.add_column(column, justify="right" if column in ("seconds", "ETA") else "left")
         marks = {"": "·", "running": "▶", "done": "✓", "reused": "✓"}
-        for job, row in self.rows.items():
-            done, total = row.get("done", 0), row.get("total", 0)
-            filled = round(20 * done / total) if total else 0
-            bar = "━" * filled + "─" * (20 - filled) if row["state"] == "running" and total else ""
-            seconds = row.get("seconds") or (time.perf_counter() - row["began"] if row["state"] == "running" else None)
-            count = f" {done}/{total}" if bar else ""
-            note = "reused" if row["state"] == "reused" else str(row.get("note", ""))
-            table.add_row(job, marks[row["state"]], bar + count, f"{seconds:.0f}" if seconds else "", note)
+        for job, row in list(self.rows.items()):
+            filled = round(20 * row.done / row.total) if row.total else 0
+            shown = row.state == "running" and row.total
+            bar = "━" * filled + "─" * (20 - filled) + f" {row.done}/{row.total}" if shown else ""
+            seconds = f"{row.seconds:.0f}" if row.seconds is not None else ""
+            left = f"{row.seconds_left:.0f} s" if row.seconds_left is not None else ""
+            table.add_row(job, marks[row.state], bar, seconds, left, "reused" if row.state == "reused" else row.note)
         return table
 
 

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from cascade.config import load_config
 from cascade.reports.console import print_summary
+from cascade.reports.data import tables_folder
 from cascade.reports.html import write_report
 from cascade.reports.summary import Summary
 from ray_jobs import (
@@ -28,8 +29,8 @@ from ray_jobs import (
     validate_modifier,
 )
 from ray_jobs._context import Work, connect_ray, exit_with_message, parse_config, run_job
+from ray_jobs._live_page import showing
 from ray_jobs._memory import PeakMemory
-from ray_jobs._progress import Progress
 from ray_jobs._report import report_data
 from ray_jobs._runs import JOBS, Runs
 
@@ -53,15 +54,15 @@ def run_pipeline(config_path: str) -> Summary:
     runs = Runs(load_config(config_path))
     with PeakMemory() as memory:
         account = _Account(runs, memory, began)
-        with Progress.live(f"cascade: {runs.config.domain}", JOBS) as progress:
+        with showing(runs, f"cascade: {runs.config.domain}", JOBS) as progress:
             for name in JOBS:
                 if not runs.run(name).done:
-                    connect_ray(runs.config)
+                    connect_ray(runs.config, progress)
                     run_job(name, WORK[name], runs, progress)
                     account.note()
                 else:
                     progress.reused(name)
-    summary = _write_report(runs, config_path, account)
+            summary = _write_report(runs, config_path, account)
     print_summary(summary)
     _say_what_next(runs, config_path)
     return summary
@@ -99,8 +100,10 @@ def _write_report(runs: Runs, config_path: str, account: _Account) -> Summary:
         peak_rss_bytes=account.now["peak_rss_bytes"],
     )
     with tempfile.TemporaryDirectory() as folder:
-        write_report(data, Path(folder) / "report.html")
-        store.upload_folder(folder, domain)
+        page = write_report(data, Path(folder) / "report.html")
+        store.write_bytes(f"{domain}/{page.name}", page.read_bytes())
+        tables = tables_folder(page)
+        store.upload_folder(tables, f"{domain}/{tables.name}")
     text = data.summary.model_dump_json(indent=2).encode() + b"\n"
     for path in ("summary.json", f"{domain}/summary.json"):
         store.write_bytes(path, text)

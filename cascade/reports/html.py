@@ -45,14 +45,37 @@ def render(data: ReportData, *, tables: str) -> str:
     Args:
         tables: name of the folder beside the page that holds the tables.
     """
-    environment = Environment(
+    return (
+        environment()
+        .get_template("report.html")
+        .render(
+            data=data,
+            summary=data.summary,
+            models=MODELS,
+            p_value=p_value(data.summary),
+            figure=_figures(data),
+            categories=by_group(data, "category"),
+            difficulties=by_group(data, "difficulty"),
+            outcomes=outcomes(data),
+            policies=policies(data.router),
+            router_rows=router_rows(data.router) if data.router else [],
+            samples=list(data.samples)[:MAX_SAMPLES],
+            any_skipped=any(t.skipped for t in data.tiers),
+            tables=tables,
+        )
+    )
+
+
+def environment() -> Environment:
+    """The templates, with the filters for their figures; everything that is put in is escaped."""
+    made = Environment(
         loader=PackageLoader("cascade.reports"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
+    made.filters |= {
         "percent": lambda x: f"{x:.1%}",
         "points": points,
         "megabytes": megabytes,
@@ -60,21 +83,7 @@ def render(data: ReportData, *, tables: str) -> str:
         "usd": usd,
         "count": lambda n: f"{n:,}",
     }
-    return environment.get_template("report.html").render(
-        data=data,
-        summary=data.summary,
-        models=MODELS,
-        p_value=p_value(data.summary),
-        figure=_figures(data),
-        categories=by_group(data, "category"),
-        difficulties=by_group(data, "difficulty"),
-        outcomes=outcomes(data),
-        policies=policies(data.router),
-        router_rows=router_rows(data.router) if data.router else [],
-        samples=list(data.samples)[:MAX_SAMPLES],
-        any_skipped=any(t.skipped for t in data.tiers),
-        tables=tables,
-    )
+    return made
 
 
 def usd(value: float) -> str:

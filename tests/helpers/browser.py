@@ -51,9 +51,18 @@ class Browser:
     def wait_for(self, script: str, seconds: float = 60) -> None:
         """Wait until an expression is true."""
         end = time.monotonic() + seconds
-        while not self.run(script):
+        while not self._is_true(script):
             assert time.monotonic() < end, f"never came true: {script}"
             time.sleep(0.05)
+
+    def _is_true(self, script: str) -> bool:
+        """Of a page that may just be loading itself again, which is not yet."""
+        try:
+            return bool(self.run(script))
+        except AssertionError as error:
+            if "navigated" in str(error) or "context was destroyed" in str(error):
+                return False
+            raise
 
     def screenshot(self, path: Path) -> None:
         path.write_bytes(base64.b64decode(self._call("Page.captureScreenshot", format="png")["data"]))

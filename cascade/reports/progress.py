@@ -1,0 +1,105 @@
+"""The page that shows a pipeline at work: steps, progress, money, time left, and where to look further."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from cascade.reports.html import environment
+
+State = Literal["", "running", "done", "reused", "failed"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One job of the pipeline.
+
+    Attributes:
+        state: "" if it has not begun; "reused" if it was done before.
+        done: pieces of its present stage, of `total`; both 0 if it does not say.
+        note: what the pieces are, or the figures of a finished job.
+        seconds: that it has taken so far, None if that is not known.
+        seconds_left: of its present stage at the present pace, None if there is none.
+        link: relative address of what it left, "" if there is nothing yet.
+    """
+
+    name: str
+    state: State = ""
+    done: int = 0
+    total: int = 0
+    note: str = ""
+    seconds: float | None = None
+    seconds_left: float | None = None
+    link: str = ""
+
+
+@dataclass(frozen=True)
+class Tier:
+    """One tier of teachers.
+
+    Attributes:
+        done: tasks with a verdict, of `total` that it is asked.
+        spent_usd: on these tasks.
+        budget_usd: its own limit, None if it has none besides the domain's.
+        requests_per_minute: 0 if nothing is asked now.
+        seconds_left: at the present pace, None if there is none.
+    """
+
+    number: int
+    teacher: str
+    done: int
+    total: int
+    verified: int
+    spent_usd: float
+    budget_usd: float | None = None
+    requests_per_minute: float = 0.0
+    seconds_left: float | None = None
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A pipeline at one moment.
+
+    Attributes:
+        state: of the whole.
+        message: why it failed.
+        budget_usd: of the domain.
+        seconds: since this process began with it.
+        refresh_s: how often the page is written, and looks for news.
+        links: text and address of pages to go on to.
+        commands: what a command shows, and the command.
+    """
+
+    domain: str
+    state: State
+    steps: Sequence[Step]
+    tiers: Sequence[Tier]
+    budget_usd: float
+    seconds: float
+    refresh_s: float
+    message: str = ""
+    links: Sequence[tuple[str, str]] = ()
+    commands: Sequence[tuple[str, str]] = ()
+
+    @property
+    def finished(self) -> int:
+        """Steps that are done."""
+        return sum(step.state in ("done", "reused") for step in self.steps)
+
+    @property
+    def spent_usd(self) -> float:
+        """By all tiers on these tasks."""
+        return sum(tier.spent_usd for tier in self.tiers)
+
+
+def render_progress(pipeline: Pipeline, now: float | None = None) -> str:
+    """The page as text; while the pipeline runs it loads itself again every `refresh_s`.
+
+    Args:
+        now: Unix time that the page is of; left out, the present.
+    """
+    written = time.time() if now is None else now
+    stamp = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(written))
+    return environment().get_template("progress.html").render(p=pipeline, written=round(written), stamp=stamp)
