@@ -1,4 +1,4 @@
-"""What a tier's teachers are doing, as Prometheus metrics on Ray's own metrics port.
+"""What a tier's teachers are doing, as Prometheus metrics on Ray's own metrics port; `grafana.json` shows them.
 
 cascade_teacher_requests_total{domain, tier, endpoint, outcome}   outcome: ok, limited (429) or failed
 cascade_teacher_tokens_total{domain, tier, endpoint}
