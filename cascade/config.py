@@ -254,6 +254,9 @@ class Execution(Section):
     allow_weak_sandbox: bool = Field(
         False, description="run model code even where the kernel grants no namespaces or no seccomp; false: refuse"
     )
+    logs: Literal["text", "json"] = Field(
+        "text", description="what jobs say: a table or lines for people, or JSON lines with the ids of run and step"
+    )
     threads: Positive | None = Field(None, description="CPU threads of torch in an actor; null: the CPUs it was given")
 
 

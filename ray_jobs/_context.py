@@ -20,6 +20,7 @@ from cascade.benchmarks.protected import protected_tasks
 from cascade.config import Config, load_config
 from cascade.errors import CascadeError
 from cascade.scoring.sandbox import WEAK_SWITCH, require_walls
+from ray_jobs._json_lines import ray_logs
 from ray_jobs._live_page import showing
 from ray_jobs._progress import Progress
 from ray_jobs._runs import JOBS, Runs
@@ -91,10 +92,11 @@ def connect_ray(config: Config, progress: Progress | None = None) -> None:
         logging_level=logging.ERROR if quiet else logging.INFO,
         configure_logging=True,
         runtime_env={"env_vars": _worker_environment(config)},
+        **ray_logs(config, quiet=quiet),
         **local,
     )
-    if progress and context.dashboard_url:
-        progress.connected(f"http://{context.dashboard_url}")
+    if progress:
+        progress.connected(f"http://{context.dashboard_url}" if context.dashboard_url else "")
     data = DataContext.get_current()
     data.enable_progress_bars = not quiet
     data.execution_options.verbose_progress = not quiet
@@ -150,7 +152,7 @@ def run_one(name: str, work: Work, path: str) -> None:
     with showing(runs, f"{runs.config.domain}: {name}", (name,), before=JOBS[: JOBS.index(name)]) as progress:
         connect_ray(runs.config, progress)
         metrics = run_job(name, work, runs, progress)
-    for key, value in metrics.items():
+    for key, value in metrics.items() if runs.config.execution.logs == "text" else ():
         if isinstance(value, int | float | str):
             print(f"{key}: {value}")
 

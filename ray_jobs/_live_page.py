@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from cascade.reports.progress import Pipeline, State, Step, Tier, render_progress
+from ray_jobs._json_lines import JsonLines
 from ray_jobs._meter import TierState
 from ray_jobs._progress import Progress, Several, Tracked, headline, polling
 from ray_jobs._runs import JOBS, Runs
@@ -21,7 +22,7 @@ _EVERY_S, _EVERY_REMOTE_S = 2.0, 10.0
 
 @contextmanager
 def showing(runs: Runs, title: str, jobs: tuple[str, ...], before: tuple[str, ...] = ()) -> Iterator[Progress]:
-    """A display on the terminal and a page in the store, for the time of the block.
+    """A display on the terminal (or JSON lines) and a page in the store, for the time of the block.
 
     Args:
         jobs: those that are to be run, in their order.
@@ -31,7 +32,9 @@ def showing(runs: Runs, title: str, jobs: tuple[str, ...], before: tuple[str, ..
     for job in before:
         if runs.run(job).done:
             page.reused(job)
-    with Progress.live(title, jobs) as shown, page.kept():
+    as_json = runs.config.execution.logs == "json"
+    display = JsonLines(runs).told() if as_json else Progress.live(title, jobs)
+    with display as shown, page.kept():
         yield Several(shown, page)
 
 

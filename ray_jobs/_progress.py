@@ -20,7 +20,7 @@ class Progress:
     """Takes the jobs' reports. The base class says nothing; `Progress.live` shows them."""
 
     def connected(self, dashboard: str) -> None:
-        """Ray is there, and has its pages at this address."""
+        """Ray is there; `dashboard` is the address of its pages, "" if it has none."""
 
     def started(self, job: str) -> None:
         """A job begins."""
@@ -69,12 +69,24 @@ def polling(look: Callable[[], None], every_s: float = 1.0) -> Iterator[None]:
         watcher.join()
 
 
+class Tenths:
+    """Tells what is worth a line: a stage's beginning, and each tenth of it."""
+
+    def __init__(self) -> None:
+        self._last: tuple[str, str, int] = ("", "", -1)
+
+    def are(self, job: str, done: int, total: int, note: str) -> bool:
+        """Whether these are news."""
+        before, self._last = self._last, (job, note.split(",")[0], 10 * done // max(1, total))
+        return self._last != before
+
+
 class _Lines(Progress):
     """One line when a stage begins, each tenth of it, and when a job ends."""
 
     def __init__(self, console: Console) -> None:
         self.console, self.began = console, time.perf_counter()
-        self.last: tuple[str, str, int] = ("", "", -1)
+        self.news = Tenths()
 
     def _say(self, text: str) -> None:
         self.console.print(f"[{time.perf_counter() - self.began:6.0f} s] {text}", highlight=False, markup=False)
@@ -86,9 +98,7 @@ class _Lines(Progress):
         self._say(f"{job}: done before, reused")
 
     def update(self, job: str, done: int, total: int, note: str = "") -> None:
-        key = (job, note.split(",")[0], 10 * done // max(1, total))
-        if key != self.last:
-            self.last = key
+        if self.news.are(job, done, total, note):
             self._say(f"{job}: {done} of {total} {note}")
 
     def finished(self, job: str, metrics: dict[str, Any]) -> None:

@@ -63,8 +63,9 @@ def run_pipeline(config_path: str) -> Summary:
                 else:
                     progress.reused(name)
             summary = _write_report(runs, config_path, account)
-    print_summary(summary)
-    _say_what_next(runs, config_path)
+    if runs.config.execution.logs == "text":
+        print_summary(summary)
+        _say_what_next(runs, config_path)
     return summary
 
 
