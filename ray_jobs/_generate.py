@@ -26,7 +26,7 @@ from cascade.teachers.budget import budget_state
 from cascade.teachers.client import Answer
 from cascade.teachers.conversation import by_head
 from cascade.teachers.judge import Judgement
-from cascade.teachers.ledger import Ledger
+from cascade.teachers.ledger import Ledger, compact
 from cascade.teachers.offline import answer_key_server
 from cascade.teachers.predictor import first_wave
 from ray_jobs._context import Job, Metrics
@@ -49,6 +49,7 @@ def generate_answers(job: Job, tier: int) -> Metrics:
     """
     teacher = job.config.tier(tier)
     tasks = unsolved_before(job.runs, tier)
+    compact(job.runs.store, job.config.domain)  # what a killed job left; each actor is about to read it
     with ExitStack() as stack:
         resolve: dict[str, str] = {}
         if teacher.is_answer_key and _pending(job, tasks):
@@ -58,6 +59,7 @@ def generate_answers(job: Job, tier: int) -> Metrics:
             _ask_all(job, tier, first_wave(tasks, job.config.predictor, job.config.seed), resolve, total=len(tasks))
             tasks = without_sent_past(job, tier, tasks)
         _ask_all(job, tier, tasks, resolve, total=len(tasks))
+    compact(job.runs.store, job.config.domain)
     verdicts = job.run.read(VERDICTS, Verdict)
     return _metrics(job.run, tier, teacher.name, verdicts)
 

@@ -269,13 +269,18 @@ class Ledger:
     def entries(self) -> Iterator[LedgerEntry]:
         """All rows on disk, other writers' included, errors too; one file at a time in memory."""
         seen: set[str] = set()
-        for name in journal.list_names(self.store, self._folder):
-            origins = set()
-            for origin, _, line in journal.lines(name, journal.read_if_there(self.store, name) or b""):
-                if origin not in seen and isinstance(row := parse_line(line), LedgerEntry):
-                    yield row
-                origins.add(origin)
-            seen |= origins
+        complete = False
+        while not complete:  # an object was compacted away after it had been listed: look again for its rows
+            complete = True
+            for name in journal.list_names(self.store, self._folder):
+                data = b"" if name in seen else journal.read_if_there(self.store, name)
+                complete = complete and data is not None
+                origins = set()
+                for origin, _, line in journal.lines(name, data or b""):
+                    if origin not in seen and isinstance(row := parse_line(line), LedgerEntry):
+                        yield row
+                    origins.add(origin)
+                seen |= origins
 
     def spent(self, tier: int | None = None, domain: str | None = None) -> float:
         """US dollars paid so far, in all or for one tier or domain."""

@@ -161,6 +161,7 @@ def test_every_job_submitted_to_a_cluster_with_all_state_in_a_bucket(
     assert again.stdout.count("done before, reused") == len(JOBS)
     check_results(runs)
     assert max(answered(runs.store).values()) == 1
+    assert sum(n.endswith(".json") for n in runs.store.list("ledger/sums", recursive=True)) < 64, "not compacted"
     assert not (tmp_path / "out").exists()
 
 

@@ -253,6 +253,19 @@ def test_two_who_compact_at_once_count_nothing_twice(tmp_path: Path, monkeypatch
     assert len(list(Ledger(store).entries())) == 6
 
 
+def test_rows_that_are_compacted_while_they_are_read_are_read_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = ObjectStore(str(tmp_path))
+    writer = Ledger(store)
+    for i in range(6):
+        writer.record(entry(str(i)))
+    reading = Ledger(store).entries()
+    first = next(reading)
+    assert compact(store, "code", at_least=2) == 6
+    assert sorted([first.key, *(e.key for e in reading)]) == [str(i) for i in range(6)]
+
+
 def test_fields_of_a_later_version_are_passed_over() -> None:
     line = b'{"key":"a","domain":"d","tier":1,"task_id":"t","attempt":0,"teacher":"m","endpoint":"u","judge":"x"}'
     row = parse_line(line)

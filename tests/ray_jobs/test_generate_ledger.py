@@ -1,0 +1,61 @@
+"""A `generate_*` job puts the ledger's many small objects together where files cannot be appended to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pyarrow.fs as pafs
+import pytest
+from moto.server import ThreadedMotoServer
+from stand_in import free_port
+
+from cascade.config import check_config
+from cascade.tasks import Task
+from cascade.teachers.ledger import Ledger, LedgerEntry
+from ray_jobs._context import Job
+from ray_jobs._generate import generate_answers
+from ray_jobs._runs import Runs
+from ray_jobs._test import UNSOLVED
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    server = ThreadedMotoServer("127.0.0.1", port := free_port(), verbose=False)
+    server.start()
+    where = f"127.0.0.1:{port}"
+    filesystem = pafs.S3FileSystem(
+        endpoint_override=where, scheme="http", region="us-east-1", allow_bucket_creation=True
+    )
+    filesystem.create_dir("ledger-test")
+    yield f"s3://ledger-test/team?endpoint_override={where.replace(':', '%3A')}&scheme=http&region=us-east-1"
+    server.stop()
+
+
+def test_small_objects_are_put_together(bucket: str) -> None:
+    tier = {"name": "m", "endpoints": [{"base_url": "http://x/v1"}]}
+    tier |= {"input_usd_per_million": 1.0, "output_usd_per_million": 1.0}
+    tasks = {split: {"sources": [{"benchmark": "jsonl"}]} for split in ("train", "validation", "test")}
+    raw = {"domain": "sums", "storage": bucket, "base": {"model": "none"}, "budget_usd": 50.0}
+    config = check_config(raw | {"tasks": tasks, "tiers": [tier] * 3})
+    runs = Runs(config)
+    runs.__dict__.update(base_sha256="none", train_tasks=[], validation_tasks=[], test_tasks=[])
+    runs.test_domain.start(config)
+    runs.test_domain.write_table(UNSOLVED, Task, [])
+    runs.test_domain.finish({})
+    ledger = Ledger(runs.store, config.domain)
+    for n in range(70):
+        ledger.record(LedgerEntry(str(n), config.domain, 1, f"t/{n}", 0, "m", "u", price_usd=0.5, text=f"{n}"))
+    ledger.close()
+    assert len(_objects(runs)) == 70
+    generate_answers(Job(config, runs, runs.generate_tier1), 1)
+    assert len(_objects(runs)) == 1
+    again = Ledger(runs.store, config.domain)
+    assert again.spent() == pytest.approx(35)
+    assert {again.get(str(n)).text for n in range(70)} == {str(n) for n in range(70)}  # type: ignore[union-attr]
+
+
+def _objects(runs: Runs) -> list[str]:
+    return [n for n in runs.store.list(f"ledger/{runs.config.domain}", recursive=True) if n.endswith(".json")]
