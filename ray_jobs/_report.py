@@ -16,10 +16,10 @@ from cascade.training.looks import Look
 from cascade.training.loop import StepReport
 from ray_jobs._kinds import kinds_of_failures, probe_seconds, with_provenance
 from ray_jobs._runs import Runs
-from ray_jobs._search import TRIALS, Trial
 from ray_jobs._shortcut import shortcuts
 from ray_jobs._test import by_id
 from ray_jobs._train_worker import LOOKS
+from ray_jobs._trial import TRIALS, Trial
 
 SAMPLES = 12
 
@@ -105,6 +105,7 @@ def _trials(runs: Runs) -> list[TrialRow]:
             loss=t.loss,
             accuracy=accuracy.get(t.recipe),
             chosen=t.recipe == run.metrics["recipe"],
+            share=t.share,
         )
         for t in run.read(TRIALS, Trial)
     ]

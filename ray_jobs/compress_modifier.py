@@ -12,9 +12,10 @@ from cascade.scoring.statistics import Score
 from cascade.tasks import Example, Verdict
 from ray_jobs._context import Job, Metrics, main
 from ray_jobs._evaluate import Assignment, evaluate, read_adapter
-from ray_jobs._search import Groundwork, Trial, lay_groundwork, pareto_front, search
+from ray_jobs._search import Groundwork, lay_groundwork, search
 from ray_jobs._test import training_style
 from ray_jobs._train_worker import ADAPTER
+from ray_jobs._trial import Trial, pareto_front
 
 FILE = "modifier.safetensors"
 
@@ -42,6 +43,7 @@ def work(job: Job) -> Metrics:
         "ratio": len(data) / full,
         "resident_ratio": winner.resident_bytes / full,
         "trials": len(trials),
+        "ended_early": sum(t.share < 1 for t in trials),
         "front": len(pareto_front(trials)),
         "base_loss": ground.base_loss,
         "trained_loss": ground.trained_loss,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -21,6 +22,19 @@ def front(items: Sequence[Item], key: Callable[[Item], Point]) -> list[Item]:
         if second < lowest:
             best.append(item)
             lowest = second
+    return best
+
+
+def leaders(items: Sequence[Item], key: Callable[[Item], Point], share: float) -> list[Item]:
+    """The best share of some items by non-dominated sorting: whole fronts, until there are that many.
+
+    An item whose values are not numbers is never among them.
+    """
+    rest, best = [i for i in items if not any(map(math.isnan, key(i)))], list[Item]()
+    while rest and len(best) < share * len(items):
+        foremost = front(rest, key)
+        best += foremost
+        rest = [i for i in rest if not any(i is f for f in foremost)]
     return best
 
 

@@ -46,6 +46,7 @@ class TrialRow:
         loss: cross-entropy (nats) on held-out examples with the compressed adapter.
         accuracy: on validation tasks, if it was a finalist.
         chosen: whether it became the compressed modifier.
+        share: of those examples that the loss is over; below 1 the search gave the recipe up.
     """
 
     recipe: str
@@ -53,6 +54,7 @@ class TrialRow:
     loss: float
     accuracy: float | None = None
     chosen: bool = False
+    share: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

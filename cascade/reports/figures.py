@@ -19,6 +19,7 @@ from matplotlib.patches import PathPatch, Rectangle
 from matplotlib.path import Path as Outline
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
+from cascade.compression.pareto import front
 from cascade.reports.data import CurvePoint, KindRow, TrialRow
 from cascade.reports.summary import MODELS, TierRow
 from cascade.scoring.statistics import Score
@@ -247,23 +248,18 @@ def loss_curve(curve: Sequence[CurvePoint]) -> str:
     return to_svg(figure, "Training loss")
 
 
-def pareto_front(trials: Sequence[TrialRow]) -> list[TrialRow]:
-    """Trials than which no other is both smaller and better, by rising size."""
-    front: list[TrialRow] = []
-    for trial in sorted(trials, key=lambda t: (t.bytes, t.loss)):
-        if not front or trial.loss < front[-1].loss:
-            front.append(trial)
-    return front
-
-
 @mpl.rc_context(_STYLE)
 def pareto(trials: Sequence[TrialRow], limit_bytes: float | None) -> str:
     """Size against held-out loss of every recipe tried; the chosen one is marked, the size limit drawn."""
     figure, axes = _figure(2.9)
     unit, name = (1e6, "MB") if max(t.bytes for t in trials) >= 1e6 else (1e3, "kB")
-    axes.scatter([t.bytes / unit for t in trials], [t.loss for t in trials], s=26, color=MUTED, label="tried")
-    front = pareto_front(trials)
-    axes.plot([t.bytes / unit for t in front], [t.loss for t in front], color=MODIFIER, linewidth=1.2, label="best")
+    whole, given_up = [t for t in trials if t.share == 1], [t for t in trials if t.share < 1]
+    for some, face, label in ((whole, MUTED, "tried"), (given_up, "none", "given up early")):
+        if some:
+            x, y = [t.bytes / unit for t in some], [t.loss for t in some]
+            axes.scatter(x, y, s=26, edgecolors=MUTED, facecolors=face, label=label)
+    best = front(whole, lambda t: (t.bytes, t.loss))
+    axes.plot([t.bytes / unit for t in best], [t.loss for t in best], color=MODIFIER, linewidth=1.2, label="best")
     for t in trials:
         if t.chosen:
             axes.scatter([t.bytes / unit], [t.loss], s=130, marker="*", color=COMPRESSED, label="chosen", zorder=3)
@@ -272,7 +268,7 @@ def pareto(trials: Sequence[TrialRow], limit_bytes: float | None) -> str:
     axes.set_xlabel(f"size on disk ({name})")
     axes.set_ylabel("held-out loss (nats)")
     axes.margins(0.12)
-    figure.legend(loc="outside upper left", ncols=4, labelcolor=INK)
+    figure.legend(loc="outside upper left", ncols=5, labelcolor=INK)
     return to_svg(figure, "Size against loss of the recipes tried")
 
 

@@ -26,8 +26,9 @@ from cascade.config import load_config
 from cascade.tasks import Example, Message
 from cascade.training.seeded_init import initial_lora_a
 from ray_jobs._runs import Runs
-from ray_jobs._search import FRONT, STUDY, TRIALS, Trial, pareto_front
+from ray_jobs._search import STUDY
 from ray_jobs._train import ADAPTER
+from ray_jobs._trial import FRONT, TRIALS, Trial, pareto_front
 from ray_jobs.compress_modifier import FILE
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cascade.compression.pareto import front, hypervolume
+from cascade.compression.pareto import front, hypervolume, leaders
 
 POINTS = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)), max_size=30)
 
@@ -33,3 +33,19 @@ def test_values_that_are_no_numbers_are_never_on_the_front():
     assert front([(1.0, math.nan), (2.0, 3.0)], lambda p: p) == [(2.0, 3.0)]
     assert hypervolume([(0.5, math.nan), (math.nan, 0.5)], (1.0, 1.0)) == 0
     assert hypervolume([(0.5, 0.5)], (1.0, 1.0)) == pytest.approx(0.25)
+
+
+@given(st.sets(st.tuples(st.integers(0, 12), st.integers(0, 12)), max_size=20), st.floats(0, 1))
+def test_leaders_are_whole_fronts_until_there_are_enough(points, share):
+    rest, expected = set(points), set()
+    while rest and len(expected) < share * len(points):
+        layer = {p for p in rest if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in rest)}
+        expected |= layer
+        rest -= layer
+    found = leaders(sorted(points), lambda p: p, share)
+    assert len(found) == len(set(found))
+    assert set(found) == expected
+
+
+def test_what_is_no_number_never_leads():
+    assert leaders([(1.0, math.nan), (2.0, 2.0), (1.0, 3.0)], lambda p: p, 1.0) == [(1.0, 3.0), (2.0, 2.0)]

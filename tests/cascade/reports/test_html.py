@@ -272,6 +272,9 @@ def test_judged_answers_are_called_an_opinion(report_data):
     assert "judge model" not in render(report_data, tables="t")
 
 
-def test_the_pareto_front_holds_what_nothing_beats():
-    trials = [TrialRow("r", size, loss) for size, loss in ((5, 1.0), (3, 2.0), (4, 3.0), (6, 1.0), (7, 0.5), (3, 2.5))]
-    assert [(t.bytes, t.loss) for t in figures.pareto_front(trials)] == [(3, 2.0), (5, 1.0), (7, 0.5)]
+def test_a_recipe_that_was_given_up_says_so_and_is_never_on_the_front(report_data):
+    given_up = TrialRow("far too small", 1, 0.01, share=0.25)
+    html = render(dataclasses.replace(report_data, trials=(*report_data.trials, given_up)), tables="t")
+    assert "far too small (given up after 25 % of the examples)" in html
+    assert "given up early" in figures.pareto([*report_data.trials, given_up], None)
+    assert "given up early" not in figures.pareto(report_data.trials, None)

@@ -1,0 +1,211 @@
+"""One trial of the pruning search: compress by a recipe, then measure on ever more of the held-out rows.
+
+A trial that is clearly behind after a quarter or half of the rows ends there: it goes on only if it is among the
+better half of all that were measured as far, in the order of non-dominated sorting by bytes and loss. That is
+asynchronous successive halving for two objectives (MO-ASHA, Schmucker et al., arXiv:2106.12639).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ray import tune
+
+from cascade.artifacts import Run
+from cascade.compression.adapter import AdapterWeights, fp16_bytes
+from cascade.compression.apply import LoraSlot
+from cascade.compression.format import encode_modifier
+from cascade.compression.packed import CompressedAdapter
+from cascade.compression.pareto import front, leaders
+from cascade.compression.recipe import Limits, compress, recipe_from
+from cascade.compression.truncate import Calibration
+from cascade.config import Config, PromptStyle
+from cascade.models.base import LoadedBase, end_token_ids, load_base
+from cascade.tasks import Message
+from cascade.training.examples import encode_example
+from cascade.training.loop import TargetLoss, mean_loss
+from cascade.training.packing import Row, pack
+from ray_jobs._evaluate import limit_threads
+
+TRIALS = "trials"
+"""Table of the recipes that were tried; each trial adds its own row."""
+STAGES = "stages"
+"""Table of how each trial stood after a part of the held-out rows."""
+FRONT = "front"
+"""Folder of the modifier files of the Pareto front."""
+_SHARES = (0.25, 0.5)
+_KEEP = 0.5
+Conversation = tuple[str, tuple[Message, ...]]
+"""Task id and messages up to the answer."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One recipe that was tried; also what Tune shows of it.
+
+    Attributes:
+        recipe: the recipe as JSON text; params: the point of the search space that it came from, the same.
+        disk_bytes: exact size of its modifier file; resident_bytes: what serving holds of it.
+        fits: whether both keep their limit.
+        loss: mean held-out loss per target token, nats.
+        share: of the held-out rows that the loss is over; below 1 the trial ended early.
+        seconds: of compressing and measuring, without what Tune needs around it.
+    """
+
+    recipe: str
+    params: str
+    disk_bytes: int
+    resident_bytes: int
+    loss: float
+    fits: bool
+    share: float
+    seconds: float
+
+    @property
+    def file(self) -> str:
+        """Of the modifier file, inside the run; kept for the Pareto front."""
+        return f"{FRONT}/{hashlib.sha256(self.params.encode()).hexdigest()[:12]}.safetensors"
+
+
+def pareto_front(trials: Sequence[Trial]) -> list[Trial]:
+    """Of the whole trials that fit, those that no other one beats in both bytes and loss; smallest first."""
+    return front([t for t in trials if t.fits and t.share == 1], lambda t: (t.disk_bytes, t.loss))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all trials of a search share: one copy in Ray's object store.
+
+    Attributes:
+        held_out: validation tasks with their reference answers.
+        calibration: how much each component of the adapter matters on training examples.
+    """
+
+    config: Config
+    run: Run
+    style: PromptStyle
+    adapter: AdapterWeights
+    held_out: tuple[Conversation, ...]
+    calibration: Calibration
+    limits: Limits
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How a trial stood after a part of the held-out rows.
+
+    Attributes:
+        params: of the `Trial`.
+        share: of the rows, above 0 and below 1.
+        loss: over these rows, nats per target token.
+    """
+
+    params: str
+    share: float
+    disk_bytes: int
+    loss: float
+
+
+def run_trial(params: dict[str, Any], setting: Setting) -> None:
+    """One trial. The base is loaded once per Tune actor, which goes on to the next trial (`reuse_actors`)."""
+    key = json.dumps(params, sort_keys=True)
+    # Tune notes its state every few seconds: what ended after the last note of a killed search is proposed again.
+    known = [t for t in setting.run.read(TRIALS, Trial) if t.params == key]
+    trial = known[0] if known else _measure(params, setting, key)
+    if not known:
+        setting.run.write_part(TRIALS, [trial])
+    tune.report(dataclasses.asdict(trial))
+
+
+def _measure(params: dict[str, Any], setting: Setting, key: str) -> Trial:
+    bench = load_bench(setting.config.model_dump_json(), setting.style, setting.held_out)
+    began = time.perf_counter()
+    recipe = recipe_from(
+        params,
+        resident=setting.limits.resident / fp16_bytes(setting.adapter),
+        bytes_per_number=bench.loaded.model.dtype.itemsize,
+    )
+    compressed = compress(setting.adapter, recipe, setting.calibration)
+    data, resident = encode_modifier(compressed), bench.slot.bytes_for(compressed)
+    fits = len(data) <= setting.limits.disk and resident <= setting.limits.resident
+    share, loss = _loss(setting.run, key, bench, compressed, len(data), hopeless=not fits)
+    trial = Trial(recipe.model_dump_json(), key, len(data), resident, loss, fits, share, time.perf_counter() - began)
+    if fits and share == 1:
+        setting.run.store.write_bytes(f"{setting.run.folder}/{trial.file}", data)
+    return trial
+
+
+def _loss(
+    run: Run, key: str, bench: Bench, compressed: CompressedAdapter, size: int, *, hopeless: bool
+) -> tuple[float, float]:
+    """Share of the held-out rows that the trial got to, and the mean loss over them."""
+    bench.slot.fill(compressed)
+    total, targets, begun = 0.0, 0, 0
+    for share in (*_SHARES, 1.0):
+        rows = bench.rows[begun : round(share * len(bench.rows))]
+        if not rows:
+            continue
+        begun += len(rows)
+        targets += (new := sum(row.targets for row in rows))
+        total += new * bench.mean_loss(rows)
+        loss = total / targets
+        if share < 1:
+            run.write_part(STAGES, [Stage(key, share, size, loss)])
+            if hopeless or not _is_promoted(key, [s for s in run.read(STAGES, Stage) if s.share == share]):
+                return share, loss
+    return 1.0, loss
+
+
+def _is_promoted(key: str, stages: Sequence[Stage]) -> bool:
+    """Whether a trial is among the better ones of those that were measured as far."""
+    latest = list({s.params: s for s in stages}.values())  # of a trial that was killed and begun again
+    return any(s.params == key for s in leaders(latest, lambda s: (s.disk_bytes, s.loss), _KEEP))
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A base with a slot, and the rows on which loss is measured: any first part of them is a fair sample."""
+
+    loaded: LoadedBase
+    slot: LoraSlot
+    rows: list[Row]
+
+    def loss(self, adapter: AdapterWeights | CompressedAdapter | None) -> float:
+        """Held-out loss with an adapter, or of the bare base; nats per target token."""
+        if adapter is None:
+            self.slot.clear()
+        else:
+            self.slot.fill(adapter)
+        return self.mean_loss(self.rows)
+
+    def mean_loss(self, rows: Sequence[Row]) -> float:
+        """Over some rows, with what is in the slot."""
+        return mean_loss(TargetLoss(self.loaded.model), rows, self.loaded.device)
+
+
+@functools.lru_cache(maxsize=1)
+def load_bench(config_json: str, style: PromptStyle, held_out: tuple[Conversation, ...]) -> Bench:
+    config = Config.model_validate(json.loads(config_json))
+    limit_threads(config.execution, config.execution.cpus_per_actor)
+    loaded = load_base(config.base)
+    rows = packed_rows(loaded, config, style, held_out)
+    return Bench(loaded, LoraSlot(loaded.model), [*rows[::4], *rows[2::4], *rows[1::2]])
+
+
+def packed_rows(
+    loaded: LoadedBase, config: Config, style: PromptStyle, conversations: Sequence[Conversation]
+) -> list[Row]:
+    """Packed rows of the conversations that have something to learn and are not too long."""
+    ends, longest = end_token_ids(loaded), config.training.lora.max_length
+    encoded = [
+        encode_example(task_id, messages, loaded.tokenizer, system=style.system, end_ids=ends)
+        for task_id, messages in conversations
+    ]
+    return pack([e for e in encoded if e.targets and len(e) <= longest], longest)
