@@ -254,7 +254,8 @@ KEYS = {
     "Answer": ("task_id", "attempt", "round"),
     "StepReport": ("step",),
     "Look": ("step",),
-    "Trial": ("recipe",),
+    "Stage": ("params", "share"),
+    "Trial": ("params",),
 }
 """What a row is about, per record: rows that a killed job wrote twice are known by it (see `cascade.artifacts`)."""
 

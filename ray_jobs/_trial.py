@@ -165,8 +165,7 @@ def _loss(
 
 def _is_promoted(key: str, stages: Sequence[Stage]) -> bool:
     """Whether a trial is among the better ones of those that were measured as far."""
-    latest = list({s.params: s for s in stages}.values())  # of a trial that was killed and begun again
-    return any(s.params == key for s in leaders(latest, lambda s: (s.disk_bytes, s.loss), _KEEP))
+    return any(s.params == key for s in leaders(stages, lambda s: (s.disk_bytes, s.loss), _KEEP))
 
 
 @dataclass(frozen=True)
