@@ -55,8 +55,8 @@ class Trial:
         disk_bytes: exact size of its modifier file; resident_bytes: what serving holds of it.
         fits: whether both keep their limit.
         loss: mean held-out loss per target token, nats.
-        share: of the held-out rows that the loss is over; below 1 the trial ended early.
         seconds: of compressing and measuring, without what Tune needs around it.
+        share: of the held-out rows that the loss is over; below 1 the trial ended early.
     """
 
     recipe: str
@@ -65,8 +65,8 @@ class Trial:
     resident_bytes: int
     loss: float
     fits: bool
-    share: float
     seconds: float
+    share: float = 1.0
 
     @property
     def file(self) -> str:
@@ -136,7 +136,7 @@ def _measure(params: dict[str, Any], setting: Setting, key: str) -> Trial:
     data, resident = encode_modifier(compressed), bench.slot.bytes_for(compressed)
     fits = len(data) <= setting.limits.disk and resident <= setting.limits.resident
     share, loss = _loss(setting.run, key, bench, compressed, len(data), hopeless=not fits)
-    trial = Trial(recipe.model_dump_json(), key, len(data), resident, loss, fits, share, time.perf_counter() - began)
+    trial = Trial(recipe.model_dump_json(), key, len(data), resident, loss, fits, time.perf_counter() - began, share)
     if fits and share == 1:
         setting.run.store.write_bytes(f"{setting.run.folder}/{trial.file}", data)
     return trial
