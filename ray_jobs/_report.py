@@ -6,7 +6,7 @@ from collections import Counter
 
 from cascade import benchmarks, modifiers
 from cascade.compression.methods import Recipe
-from cascade.reports.data import CurvePoint, FailureRow, ReferenceRow, ReportData, Sample, TrialRow
+from cascade.reports.data import CostRow, CurvePoint, FailureRow, ReferenceRow, ReportData, Sample, TrialRow
 from cascade.reports.summary import MODELS, Summary
 from cascade.scoring.statistics import Score
 from cascade.tasks import Completion, Task, Verdict
@@ -36,6 +36,7 @@ def report_data(runs: Runs, config_path: str, *, wall_seconds: float, peak_rss_b
         tasks=tasks,
         verdicts=verdicts,
         tiers=cascade.tiers,
+        costs=[CostRow(i, cascade.settled[i] or 0, cascade.paid.get(i, 0.0), usd) for i, usd in cascade.single.items()],
         curve=_curve(runs),
         trials=_trials(runs),
         router=runs.train_router.require().metrics["report"],
@@ -82,6 +83,7 @@ def _summary(
         config=config_path,
         prompt_style=runs.test_domain.metrics["style"],
         probe_seconds=probe_seconds(runs),
+        saving_interval=(cascade.saving_interval.low, cascade.saving_interval.high),
         seed=config.seed,
     )
 

@@ -80,6 +80,22 @@ class FailureRow:
 
 
 @dataclass(frozen=True, slots=True)
+class CostRow:
+    """One task that the base failed, and what its answers have cost.
+
+    Attributes:
+        tier: at which it came to rest; 0 if it is unsolved.
+        paid_usd: of all requests about it.
+        single_usd: what the last tier alone would have cost for it.
+    """
+
+    task_id: str
+    tier: int
+    paid_usd: float
+    single_usd: float
+
+
+@dataclass(frozen=True, slots=True)
 class KindRow:
     """One kind of task that the base fails (a cluster of its failures).
 
@@ -162,6 +178,7 @@ class ReportData:
         tasks: the test tasks.
         verdicts: of "base", "modifier" and "compressed" on them.
         router: `cascade.routing.train.RouterReport.as_dict()`, or nothing.
+        costs: of every task that the base failed; the saving's interval is drawn from them.
         shortcuts: what sending tasks past a tier has saved, per tier.
         kinds: of the tasks that the base failed, the largest first; nothing if they were not clustered.
     """
@@ -170,6 +187,7 @@ class ReportData:
     tasks: Sequence[Task]
     verdicts: Mapping[str, Sequence[Verdict]]
     tiers: Sequence[TierRow]
+    costs: Sequence[CostRow] = ()
     curve: Sequence[CurvePoint] = ()
     trials: Sequence[TrialRow] = ()
     router: Mapping[str, Any] = field(default_factory=dict)
@@ -188,6 +206,7 @@ class ReportData:
 _ROWS: dict[str, type] = {
     "tasks": Task,
     "tiers": TierRow,
+    "costs": CostRow,
     "curve": CurvePoint,
     "trials": TrialRow,
     "samples": Sample,

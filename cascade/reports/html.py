@@ -13,7 +13,7 @@ from cascade.reports import figures
 from cascade.reports.console import duration, megabytes, p_value, points
 from cascade.reports.data import ReportData, plain, save_tables, tables_folder
 from cascade.reports.summary import MODELS, ModelScore
-from cascade.scoring.statistics import Score, breakdown
+from cascade.scoring.statistics import Score, breakdown, wilson
 
 MAX_SAMPLES = 24
 """Sample answers shown; the table beside the page has all that were given."""
@@ -60,6 +60,7 @@ def render(data: ReportData, *, tables: str) -> str:
             policies=policies(data.router),
             router_rows=router_rows(data.router) if data.router else [],
             samples=list(data.samples)[:MAX_SAMPLES],
+            tier_shares={t.tier: wilson(t.settled, data.summary.failures) for t in data.tiers},
             any_skipped=any(t.skipped for t in data.tiers),
             tables=tables,
         )
@@ -82,6 +83,7 @@ def environment() -> Environment:
         "duration": duration,
         "usd": usd,
         "count": lambda n: f"{n:,}",
+        "interval": lambda bounds: f"{bounds[0]:.1%} – {bounds[1]:.1%}",
     }
     return made
 

@@ -132,6 +132,7 @@ class Summary(_Record):
     cost_usd: float
     cost_single_teacher_usd: float = Field(description="all failures by the last tier alone, same tokens")
     saving: float = Field(description="1 - cost_usd / cost_single_teacher_usd")
+    saving_interval: tuple[float, float] | None = Field(None, description="95 % bootstrap over the failures")
     probe_seconds: float = Field(0.0, description="compute of the probes between the tiers; one teacher needs none")
     judged: int = Field(0, description="verified answers that a judge model accepted, for want of an exact scorer")
     teachers: tuple[TeacherName, ...]
@@ -158,6 +159,7 @@ class Summary(_Record):
         config: str = "",
         prompt_style: str = "",
         probe_seconds: float = 0.0,
+        saving_interval: tuple[float, float] | None = None,
         seed: int = 0,
     ) -> Summary:
         """Every derived figure from the verdicts on the test tasks, the tiers' rows and the measured sizes.
@@ -179,6 +181,7 @@ class Summary(_Record):
             max_ratio=max_ratio,
             examples=examples,
             probe_seconds=probe_seconds,
+            saving_interval=saving_interval,
             **_comparison(dict(zip(MODELS, (base, modifier, compressed), strict=True)), seed),
             **_economy(tiers, cost_single_teacher_usd),
         )

@@ -85,7 +85,7 @@ def tier_report(
         cost_usd=cost,
         cost_single_teacher_usd=alone,
         saving=1 - cost / alone if alone else 0.0,
-        saving_interval=_saving_interval([paid[t] for t in failures], [single[t] for t in failures]),
+        saving_interval=saving_interval([paid[t] for t in failures], [single[t] for t in failures]),
         settled=settled,
         paid=paid,
         single=single,
@@ -160,7 +160,7 @@ def _single_cost(rows: Sequence[LedgerEntry], teacher: Teacher, tier: int) -> fl
     return (sum(priced) / len(priced) if priced else 0.0) + judging
 
 
-def _saving_interval(paid: Sequence[float], single: Sequence[float], resamples: int = 2000) -> Interval:
+def saving_interval(paid: Sequence[float], single: Sequence[float], resamples: int = 2000) -> Interval:
     """95 % percentile bootstrap of 1 - sum(paid) / sum(single) over tasks."""
     if not sum(single):
         return Interval(0.0, 0.0)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from cascade.reports.data import (
+    CostRow,
     CurvePoint,
     FailureRow,
     KindRow,
@@ -23,6 +24,7 @@ from cascade.routing.calibration import reliability
 from cascade.routing.train import CurvePoint as ThresholdPoint
 from cascade.routing.train import Figure, OutputReport, RouterReport
 from cascade.tasks import Message, Outcome, Task, Verdict
+from cascade.teachers.economics import saving_interval
 
 FAMILIES = ("chain_sum", "gcd", "letter_counting", "number_sorting", "spell_backward", "word_sequence_reversal")
 PASS_RATES = {"base": 0.05, "modifier": 0.45, "compressed": 0.44}
@@ -94,6 +96,8 @@ def report_data() -> ReportData:
         TierRow(2, "answer-key-medium", True, 270, 181, 89, 275, 17_000, 1_900, 0.0054),
         TierRow(3, "answer-key-large", True, 89, 80, 9, 90, 6_000, 720, 0.0124),
     ]
+    costs = [CostRow(f"t/{n}", n % 4, 0.00003 * (n % 7), 0.00001 * (n % 11 + 1)) for n in range(1000)]
+    saved = saving_interval([c.paid_usd for c in costs], [c.single_usd for c in costs])
     summary = Summary.of(
         domain="reasoning",
         base_model="SmolLM2-135M-Instruct",
@@ -110,6 +114,7 @@ def report_data() -> ReportData:
         config="configs/quickstart.yaml",
         prompt_style="three worked examples",
         probe_seconds=75.0,
+        saving_interval=(saved.low, saved.high),
     )
     curve = [
         CurvePoint(s, 2.4 * 0.985**s + 0.3 * rng.random(), 1e-3, 290.0, 2.5 * 0.987**s if s % 20 == 0 else None)
@@ -131,6 +136,7 @@ def report_data() -> ReportData:
         tasks=tasks,
         verdicts=verdicts,
         tiers=tiers,
+        costs=costs,
         curve=curve,
         trials=trials,
         router=_router().as_dict(),

@@ -16,6 +16,8 @@ from cascade.reports import figures
 from cascade.reports.data import ReportData, TrialRow, load_tables
 from cascade.reports.html import render, write_report
 from cascade.reports.summary import TierRow
+from cascade.scoring.statistics import wilson
+from cascade.teachers.economics import saving_interval
 
 MODELS = ("base", "modifier", "compressed")
 
@@ -108,6 +110,11 @@ def test_every_number_of_the_tiers_is_recomputed_from_parquet(report, page):
     assert page.figures["cost_usd"] == f"${cost:.4f}"
     single = float(page.figures["cost_single_teacher_usd"].removeprefix("$"))
     assert page.figures["saving"] == page.figures["saving/text"] == percent(1 - cost / single)
+    rows = tables(report)["costs"]
+    low_high = saving_interval([r["paid_usd"] for r in rows], [r["single_usd"] for r in rows])
+    assert page.figures["saving_interval"] == f"{percent(low_high.low)} – {percent(low_high.high)}"
+    share = wilson(tiers[0]["tasks_in"] - tiers[0]["escalated"], failures)
+    assert f"{percent(share.low)} – {percent(share.high)}" in report.read_text()
 
 
 def test_every_number_of_the_kinds_is_recomputed_from_parquet(report, page):
@@ -135,7 +142,7 @@ def test_tasks_of_every_kind_can_be_read(report):
 
 def test_every_marked_number_is_covered_by_these_tests(report, page):
     covered = set(from_verdicts(tables(report))) | {
-        *("cost_usd", "cost_single_teacher_usd", "saving", "saving/text", "ratio", "probe_seconds")
+        *("cost_usd", "cost_single_teacher_usd", "saving", "saving/text", "saving_interval", "ratio", "probe_seconds")
     }
     others = {
         n
