@@ -237,23 +237,35 @@ class Run:
         pq.write_table(content, sink, compression="zstd")
         self.store.write_bytes(f"{self.folder}/{name}.parquet", sink.getvalue().to_pybytes())
 
-    def _get(self, file: str) -> pa.Table:
-        return pq.read_table(pa.BufferReader(self.store.read_bytes(f"{self.folder}/{file}")))
+    def _get(self, file: str, columns: Sequence[str] | None = None) -> pa.Table:
+        """A file's table, or some columns of it and those of the key."""
+        source = pa.BufferReader(self.store.read_bytes(f"{self.folder}/{file}"))
+        if columns is not None:
+            columns = list(dict.fromkeys([*columns, *_key_columns(pq.read_schema(source))]))
+            source.seek(0)
+        return pq.read_table(source, columns=columns)
 
     def _parts(self, table: str) -> list[str]:
         """File names of a table's parts, oldest first."""
         names = self.store.list(self.folder)
         return [n for n in names if n.startswith(f"{table}.") and n.endswith(".parquet") and n != f"{table}.parquet"]
 
-    def read_arrow(self, table: str) -> pa.Table | None:
-        """The table, with what parts were added since it was last merged; None if there is neither."""
+    def read_arrow(self, table: str, columns: Sequence[str] | None = None) -> pa.Table | None:
+        """The table, with what parts were added since it was last merged; None if there is neither.
+
+        Args:
+            columns: those that are wanted; None: all.
+        """
         pieces, merged = [], set()
         parts = self._parts(table)
         if self.store.exists(f"{self.folder}/{table}.parquet"):
-            pieces.append(self._get(f"{table}.parquet"))
+            pieces.append(self._get(f"{table}.parquet", columns))
             merged = set(json.loads((pieces[0].schema.metadata or {}).get(_MERGED, b"[]")))
-        pieces += [self._get(part) for part in parts if part not in merged]
-        return _newest_of_each_key(pieces) if pieces else None
+        pieces += [self._get(part, columns) for part in parts if part not in merged]
+        if not pieces:
+            return None
+        found = _newest_of_each_key(pieces)
+        return found if columns is None else found.select(list(columns))
 
     def read(self, table: str, record: type[Record]) -> list[Record]:
         """The records of a table, empty if nothing was written."""
@@ -302,9 +314,10 @@ class Run:
 
 def _newest_of_each_key(pieces: Sequence[pa.Table]) -> pa.Table:
     """Tables put together, oldest first; a later table's rows take the place of earlier rows of the same key."""
-    columns = json.loads((pieces[0].schema.metadata or {}).get(b"key", b"[]"))
-    if not columns or len(pieces) == 1:
-        return pa.concat_tables(pieces, promote_options="default")
+    columns = _key_columns(pieces[0].schema)
+    whole = pa.concat_tables(pieces, promote_options="default")
+    if not columns or len(pieces) == 1 or len(whole.group_by(columns).aggregate([])) == len(whole):
+        return whole
     kept: list[pa.Table] = []
     seen: set[tuple[Any, ...]] = set()
     for piece in reversed(pieces):
@@ -312,6 +325,11 @@ def _newest_of_each_key(pieces: Sequence[pa.Table]) -> pa.Table:
         kept.append(piece.filter(pa.array([key not in seen for key in keys], pa.bool_())))
         seen.update(keys)
     return pa.concat_tables(kept[::-1], promote_options="default")
+
+
+def _key_columns(schema: pa.Schema) -> list[str]:
+    """What the rows of a table are about, see `cascade.tasks.KEYS`."""
+    return list(json.loads((schema.metadata or {}).get(b"key", b"[]")))
 
 
 def open_run(store: Store, domain: str, job: str, **decides: Any) -> Run:

@@ -22,12 +22,12 @@ import ray.data
 from rich.console import Console
 from rich.table import Table
 from teachers_faults import faults
-from teachers_lab import Figures, Lab, Server, mock_server, storage
+from teachers_lab import Figures, Lab, Server, mock_server
 from teachers_parts import budget, kills, limits, memory, throughput
 from teachers_plan import estimate
 from teachers_precision import precision
-from teachers_tasks import config_for, questions
 
+from cascade.config import load_config
 from ray_jobs._generate import generate_answers
 
 PARTS = ("throughput", "limits", "faults", "kills", "budget", "precision", "plan", "memory")
@@ -73,10 +73,10 @@ def local_ray() -> Iterator[None]:
         ray.shutdown()
 
 
-def drive(url: str, count: int) -> None:
+def drive(config: str) -> None:
     """A driver by itself, for its memory to be looked at."""
-    with local_ray(), storage() as folder:
-        generate_answers(Lab.of(config_for(url, folder, actors=2, max_concurrency=64), questions(count, "m")).job, 1)
+    with local_ray():
+        generate_answers(Lab.opened(load_config(config)).job, 1)
 
 
 def show(figures: dict[str, dict[str, Any]]) -> None:
@@ -102,10 +102,10 @@ def main() -> None:
     parser.add_argument("--precision-tasks", type=int, default=720, help="of each kind")
     parser.add_argument("--plan-seeds", type=int, default=600, help="cascades that are planned and run")
     parser.add_argument("--memory-tasks", type=int, default=100_000)
-    parser.add_argument("--driver", nargs=2, metavar=("URL", "COUNT"), help=argparse.SUPPRESS)
+    parser.add_argument("--driver", metavar="CONFIG", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.driver:
-        drive(options.driver[0], int(options.driver[1]))
+        drive(options.driver)
         return
     figures: dict[str, dict[str, Any]] = {}
     with mock_server() as server:

@@ -85,21 +85,22 @@ class Lab:
     @classmethod
     def of(cls, config: Config, tasks: Sequence[Task]) -> Lab:
         """Write what `test_domain` would have left, so that `generate_tier1` can begin."""
-        runs = Runs(config)
-        for name, value in {
-            "base_sha256": "none",
-            "train_tasks": list(tasks),
-            "validation_tasks": [],
-            "test_tasks": [],
-        }.items():
-            runs.__dict__[name] = value  # in place of what would be loaded from a base and from benchmarks
-        tested = runs.test_domain
+        lab = cls.opened(config)
+        tested = lab.job.runs.test_domain
         tested.start(config)
         tested.write_table(UNSOLVED, Task, tasks)
         tested.finish({})
-        run = runs.generate_tier1
-        run.start(config)
-        return cls(config, Job(config, runs, run), runs.store)
+        lab.job.run.start(config)
+        return lab
+
+    @classmethod
+    def opened(cls, config: Config) -> Lab:
+        """A lab that is there already."""
+        runs = Runs(config)
+        runs.__dict__["base_sha256"] = "none"  # in place of what would be loaded from a base and from benchmarks
+        for split in ("train", "validation", "test"):
+            runs.__dict__[f"{split}_tasks"] = []
+        return cls(config, Job(config, runs, runs.generate_tier1), runs.store)
 
 
 @contextmanager

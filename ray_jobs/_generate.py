@@ -1,17 +1,20 @@
 """The `generate_*` jobs: a tier's teacher answers what is unsolved, and what passes the task's scorer is an example.
 
 Teachers are asked by async actors over Ray Data. All actors share one limiter per endpoint and key and one budget,
-which live in an actor of their own; every response is in the ledger before anything else happens to it.
+which live in an actor of their own; every response is in the ledger before anything else happens to it. The driver
+holds the tasks as an Arrow table alone, a few hundred bytes each.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from typing import Any, cast
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext
@@ -21,11 +24,9 @@ from cascade.artifacts import Run
 from cascade.benchmarks import needs_judge
 from cascade.config import ANSWER_KEY, Config
 from cascade.errors import BudgetExceeded, TeacherError
-from cascade.tasks import Completion, Task, Verdict, to_table
+from cascade.tasks import Completion, Task, from_table, to_table
 from cascade.teachers.budget import budget_state
-from cascade.teachers.client import Answer
-from cascade.teachers.conversation import by_head
-from cascade.teachers.judge import Judgement
+from cascade.teachers.conversation import order_by_head
 from cascade.teachers.ledger import Ledger, compact
 from cascade.teachers.offline import answer_key_server
 from cascade.teachers.predictor import first_wave
@@ -35,7 +36,7 @@ from ray_jobs._meter import TierGauges, TierMeter
 from ray_jobs._progress import polling
 from ray_jobs._shortcut import without_sent_past
 from ray_jobs._teacher_actor import ANSWERS, JUDGEMENTS, VERDICTS, TeacherActor
-from ray_jobs._test import unsolved_before
+from ray_jobs._test import UNSOLVED
 
 _STOPPED = {"budget": BudgetExceeded, "teacher": TeacherError}
 
@@ -47,33 +48,47 @@ def generate_answers(job: Job, tier: int) -> Metrics:
         BudgetExceeded: a budget is reached. What was bought is kept, and used when the job runs again.
         TeacherError: the teacher cannot be asked (key refused, model unknown, nobody answering).
     """
-    teacher = job.config.tier(tier)
-    tasks = unsolved_before(job.runs, tier)
+    teacher, last = job.config.tier(tier), len(job.config.tiers)
+    tasks = job.runs.test(tier - 1).require().read_arrow(UNSOLVED) or to_table(Task, [])
     compact(job.runs.store, job.config.domain)  # what a killed job left; each actor is about to read it
     with ExitStack() as stack:
         resolve: dict[str, str] = {}
-        if teacher.is_answer_key and _pending(job, tasks):
+        if teacher.is_answer_key and len(_pending(job, tasks)):
             server = answer_key_server(job.runs.train_tasks, job.config.tiers, job.config.seed)
             resolve[ANSWER_KEY] = stack.enter_context(server)
-        if job.config.predictor.enabled and tier < len(job.config.tiers):
-            _ask_all(job, tier, first_wave(tasks, job.config.predictor, job.config.seed), resolve, total=len(tasks))
-            tasks = without_sent_past(job, tier, tasks)
+        if job.config.predictor.enabled and tier < last:
+            wave = first_wave(from_table(Task, tasks), job.config.predictor, job.config.seed)
+            _ask_all(job, tier, to_table(Task, wave), resolve, total=len(tasks))
+            tasks = to_table(Task, without_sent_past(job, tier, from_table(Task, tasks)))
         _ask_all(job, tier, tasks, resolve, total=len(tasks))
     compact(job.runs.store, job.config.domain)
-    verdicts = job.run.read(VERDICTS, Verdict)
-    return _metrics(job.run, tier, teacher.name, verdicts)
+    return _metrics(job.run, tier, teacher.name)
 
 
-def _pending(job: Job, tasks: list[Task]) -> list[Task]:
+def _pending(job: Job, tasks: pa.Table) -> pa.Table:
     """The tasks without a verdict."""
-    decided = {v.task_id for v in job.run.read(VERDICTS, Verdict)}
-    return [t for t in tasks if t.id not in decided]
+    decided = pa.array(_column(job.run, VERDICTS, "task_id"), pa.string())
+    return tasks.filter(pc.invert(pc.is_in(tasks.column("id"), value_set=decided)))
 
 
-def _ask_all(job: Job, tier: int, tasks: list[Task], resolve: dict[str, str], *, total: int) -> None:
+def _column(run: Run, table: str, name: str) -> list[Any]:
+    """One column of a run's table, [] if nothing was written."""
+    found = run.read_arrow(table, [name])
+    return [] if found is None else found.column(name).to_pylist()
+
+
+def _each(tasks: pa.Table) -> Iterator[Task]:
+    """The tasks of a table, a thousand of them in memory."""
+    for batch in tasks.to_batches(max_chunksize=1000):
+        yield from from_table(Task, pa.Table.from_batches([batch]))
+
+
+def _ask_all(job: Job, tier: int, tasks: pa.Table, resolve: dict[str, str], *, total: int) -> None:
     """Fan out the tasks that have no verdict; raises only after all that was in flight has come back."""
-    if not (pending := by_head(_pending(job, tasks), job.config.tier(tier))):
+    pending = _pending(job, tasks)
+    if not len(pending):
         return
+    pending = pending.take(order_by_head(_each(pending), job.config.tier(tier)))
     desk = open_desk(job.config, tier)
     meter, gauges = _meter(job, tier, total), TierGauges(job.config.domain)
 
@@ -86,34 +101,34 @@ def _ask_all(job: Job, tier: int, tasks: list[Task], resolve: dict[str, str], *,
 
     try:
         with polling(look):
-            stopped = [row for row in _answers(job, tier, pending, resolve, desk) if row["stopped"]]
+            stopped: dict[str, str] | None = None
+            for row in _answers(job, tier, pending, resolve, desk):
+                stopped = stopped or (row if row["stopped"] else None)
         look()
     finally:
         ray.kill(desk)
     if stopped:
-        raise _STOPPED[stopped[0]["stopped"]](stopped[0]["note"])
+        raise _STOPPED[stopped["stopped"]](stopped["note"])
 
 
 def _meter(job: Job, tier: int, total: int) -> TierMeter:
     """A meter that goes on where an earlier start of the job stopped."""
-    config, before = job.config, job.run.read(VERDICTS, Verdict)
+    config, before = job.config, _column(job.run, VERDICTS, "outcome")
     budget = budget_state(config, Ledger(job.runs.store, config.domain))
     left = [budget.domain_usd - budget.total_spent()]
     left += [budget.tier_usd[tier] - budget.total_spent(tier)] if tier in budget.tier_usd else []
-    spent = sum(a.cost_usd for a in job.run.read(ANSWERS, Answer))
-    spent += sum(j.cost_usd for j in job.run.read(JUDGEMENTS, Judgement))
-    passed = sum(v.passed for v in before)
-    return TierMeter(tier, config.tier(tier).name, total, len(before), passed, min(left), spent_usd=spent)
+    spent = sum(_column(job.run, ANSWERS, "cost_usd")) + sum(_column(job.run, JUDGEMENTS, "cost_usd"))
+    return TierMeter(tier, config.tier(tier).name, total, len(before), before.count("pass"), min(left), spent_usd=spent)
 
 
-def _answers(job: Job, tier: int, tasks: list[Task], resolve: dict[str, str], desk: Any) -> Iterator[dict[str, str]]:
+def _answers(job: Job, tier: int, tasks: pa.Table, resolve: dict[str, str], desk: Any) -> Iterator[dict[str, str]]:
     """What `TeacherActor` says of each task, as it is known."""
     execution = job.config.execution
     block = execution.task_block
     if job.config.tier(tier).mode == "batch":  # all in as few batches as possible, and days without a result
         block = len(tasks)
         DataContext.get_current().execution_no_progress_timeout_s = -1
-    blocks = [to_table(Task, tasks[i : i + block]) for i in range(0, len(tasks), block)]
+    blocks = [tasks.slice(i, block) for i in range(0, len(tasks), block)]
     rows = ray.data.from_arrow(blocks).map_batches(
         TeacherActor,
         batch_size=None,
@@ -142,24 +157,25 @@ def _actor_pool(config: Config, tier: int, blocks: int) -> ActorPoolStrategy:
     return ActorPoolStrategy(size=actors, max_concurrent_calls_per_actor=calls, max_tasks_in_flight_per_actor=calls + 1)
 
 
-def _base_answers(job: Job, tasks: list[Task]) -> dict[str, str]:
+def _base_answers(job: Job, tasks: pa.Table) -> dict[str, str]:
     """What the base said to the tasks that need a judge: their answers are compared with it."""
-    judged = {t.id for t in tasks if needs_judge(t)}
+    judged = {t.id for t in _each(tasks) if needs_judge(t)}
     said = job.runs.test_domain.read("base_completions", Completion) if judged else []
     return {c.task_id: c.text for c in said if c.task_id in judged}
 
 
-def _metrics(run: Run, tier: int, teacher: str, verdicts: list[Verdict]) -> Metrics:
-    answers, opinions = run.read(ANSWERS, Answer), run.read(JUDGEMENTS, Judgement)
+def _metrics(run: Run, tier: int, teacher: str) -> Metrics:
+    outcomes = Counter(_column(run, VERDICTS, "outcome"))
+    rounds, judging = _column(run, ANSWERS, "round"), _column(run, JUDGEMENTS, "cost_usd")
     return {
         "tier": tier,
         "teacher": teacher,
-        "asked": len(verdicts),
-        "verified": sum(v.passed for v in verdicts),
-        "unparsed": sum(v.outcome == "unparsed" for v in verdicts),
-        "errors": sum(v.outcome == "error" for v in verdicts),
-        "requests": len(answers),
-        "repairs": sum(a.round > 0 for a in answers),
-        "judged": len(opinions),
-        "cost_usd": sum(a.cost_usd for a in answers) + sum(j.cost_usd for j in opinions),
+        "asked": outcomes.total(),
+        "verified": outcomes["pass"],
+        "unparsed": outcomes["unparsed"],
+        "errors": outcomes["error"],
+        "requests": len(rounds),
+        "repairs": sum(n > 0 for n in rounds),
+        "judged": len(judging),
+        "cost_usd": sum(_column(run, ANSWERS, "cost_usd")) + sum(judging),
     }

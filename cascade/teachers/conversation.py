@@ -36,17 +36,18 @@ def teacher_messages(task: Task, teacher: Teacher) -> tuple[Message, ...]:
     return (*head, *rest)
 
 
-def by_head(tasks: Sequence[Task], teacher: Teacher) -> list[Task]:
-    """The tasks, those whose conversations begin alike one after the other: the endpoint has the beginning cached.
+def order_by_head(tasks: Iterable[Task], teacher: Teacher) -> list[int]:
+    """Positions of the tasks, those whose conversations begin alike one after the other: endpoints cache beginnings.
 
     The beginning is all messages but the last, and of a longer last one its first 1,024 characters. Among those that
     begin alike, and of the groups by their first task, the order stays.
     """
-    groups: dict[tuple[str, ...], list[Task]] = defaultdict(list)
-    for task in tasks:
+    groups: dict[bytes, list[int]] = defaultdict(list)
+    for position, task in enumerate(tasks):
         *head, last = (m.content for m in teacher_messages(task, teacher))
-        groups[*head, last[:_HEAD] if len(last) > _HEAD else ""].append(task)
-    return [task for alike in groups.values() for task in alike]
+        beginning = json.dumps([*head, last[:_HEAD] if len(last) > _HEAD else ""])
+        groups[hashlib.sha256(beginning.encode()).digest()].append(position)
+    return [position for alike in groups.values() for position in alike]
 
 
 def without_prefill(task: Task, text: str) -> str:

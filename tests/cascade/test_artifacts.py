@@ -72,6 +72,23 @@ def test_parts_are_read_together_and_merged_in_order(run):
     assert run.store.list(run.folder) == ["manifest.json", "verdicts.parquet"]
 
 
+def test_a_column_is_read_by_itself_and_of_each_key_the_newest_row(run):
+    assert run.read_arrow("verdicts", ["outcome"]) is None
+    run.write_part("verdicts", verdicts(1, 2, outcome="fail"))
+    run.write_part("verdicts", verdicts(3))
+    assert run.read_arrow("verdicts", ["outcome"]).to_pydict() == {"outcome": ["fail", "fail", "pass"]}
+    run.write_part("verdicts", verdicts(2, 4))
+    found = run.read_arrow("verdicts", ["outcome", "task_id"]).to_pydict()
+    assert dict(zip(found["task_id"], found["outcome"], strict=True)) == {
+        "t001": "fail",
+        "t002": "pass",
+        "t003": "pass",
+        "t004": "pass",
+    }
+    run.finish({})
+    assert sorted(run.read_arrow("verdicts", ["outcome"]).to_pydict()["outcome"]) == ["fail", "pass", "pass", "pass"]
+
+
 def test_what_was_never_written_is_empty(run):
     assert run.read("verdicts", Verdict) == []
     assert run.read_arrow("verdicts") is None

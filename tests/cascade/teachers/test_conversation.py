@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 
 from cascade.tasks import Message, Task
 from cascade.teachers.conversation import (
-    by_head,
     estimate_tokens,
     final_answer,
     most_prompt_tokens,
+    order_by_head,
     request_key,
     request_parameters,
     teacher_messages,
@@ -103,6 +103,5 @@ def test_tasks_that_begin_alike_stand_together_and_keep_their_order(make_task, m
     long = "x" * 2000
     tasks = [task(0, "a", "?"), task(1, long + "1"), task(2, "b", "?"), task(3, "a", "!"), task(4, long + "2")]
     for teacher in (make_teacher("http://x/v1"), make_teacher("http://x/v1", system="Be right.")):
-        assert [t.reference // 2 for t in by_head(tasks, teacher)] == [0, 3, 1, 4, 2]
-        alike = [make_task(n) for n in (3, 1, 2)]
-        assert by_head(alike, teacher) == alike
+        assert order_by_head(tasks, teacher) == [0, 3, 1, 4, 2]
+        assert order_by_head([make_task(n) for n in (3, 1, 2)], teacher) == [0, 1, 2]

@@ -12,7 +12,7 @@ from cascade.artifacts import Store
 from cascade.tasks import Message, Task
 from cascade.teachers.budget import BudgetState, LocalBudget
 from cascade.teachers.client import TeacherClient
-from cascade.teachers.conversation import by_head
+from cascade.teachers.conversation import order_by_head
 from cascade.teachers.ledger import Ledger
 
 _PRICES = [10.0, 1.0, 100.0]
@@ -41,7 +41,8 @@ async def test_the_bill_falls_when_prompts_that_begin_alike_are_asked_together(
     ]
     dear, _ = await _bill(server, teacher, mixed, str(tmp_path / "mixed"))
     assert server.counts.cached_tokens == 0
-    cheap, ledger = await _bill(server, teacher, by_head(mixed, teacher), str(tmp_path / "together"))
+    together = [mixed[n] for n in order_by_head(mixed, teacher)]
+    cheap, ledger = await _bill(server, teacher, together, str(tmp_path / "together"))
     assert cheap < 0.5 * dear
     entries = list(ledger.entries())
     assert sum(e.cached_tokens for e in entries) == server.counts.cached_tokens > 0
