@@ -235,7 +235,11 @@ class Execution(Section):
     student_tokens: Positive | None = Field(
         None, description="prompt and answer tokens in a student's memory at once; null: as suits the device"
     )
-    task_block: Positive = Field(64, description="tasks per Ray Data batch: what a killed actor may have to repeat")
+    task_block: Positive = Field(
+        64,
+        description="tasks per Ray Data batch: what a killed actor may have to repeat; more for teachers in a long run, "
+        "whose answers are kept",
+    )
     teacher_actors: Positive = Field(1, description="Ray Data actors that ask teachers, 0.25 CPU each")
     train_workers: Positive = Field(1, description="Ray Train workers, one GPU each with use_gpu")
     train_workers_min: Positive | None = Field(

@@ -38,6 +38,8 @@ from ray_jobs._shortcut import without_sent_past
 from ray_jobs._teacher_actor import ANSWERS, JUDGEMENTS, VERDICTS, TeacherActor
 from ray_jobs._test import UNSOLVED
 
+_MOST_BLOCKS = 400
+"""Ray Data holds some 50 kB for each in the driver."""
 _STOPPED = {"budget": BudgetExceeded, "teacher": TeacherError}
 
 
@@ -124,7 +126,7 @@ def _meter(job: Job, tier: int, total: int) -> TierMeter:
 def _answers(job: Job, tier: int, tasks: pa.Table, resolve: dict[str, str], desk: Any) -> Iterator[dict[str, str]]:
     """What `TeacherActor` says of each task, as it is known."""
     execution = job.config.execution
-    block = execution.task_block
+    block = max(execution.task_block, math.ceil(len(tasks) / max(_MOST_BLOCKS, 8 * execution.teacher_actors)))
     if job.config.tier(tier).mode == "batch":  # all in as few batches as possible, and days without a result
         block = len(tasks)
         DataContext.get_current().execution_no_progress_timeout_s = -1
@@ -133,7 +135,7 @@ def _answers(job: Job, tier: int, tasks: pa.Table, resolve: dict[str, str], desk
         TeacherActor,
         batch_size=None,
         batch_format="pyarrow",
-        compute=_actor_pool(job.config, tier, len(blocks)),
+        compute=_actor_pool(job.config, tier, len(blocks), block),
         num_cpus=0.25,
         fn_constructor_kwargs={
             "config": job.config,
@@ -148,12 +150,11 @@ def _answers(job: Job, tier: int, tasks: pa.Table, resolve: dict[str, str], desk
         yield from cast(pa.Table, batch).to_pylist()
 
 
-def _actor_pool(config: Config, tier: int, blocks: int) -> ActorPoolStrategy:
+def _actor_pool(config: Config, tier: int, blocks: int, block: int) -> ActorPoolStrategy:
     """Teacher actors, each at work on so many blocks at once that the end of one never leaves the endpoint idle."""
-    execution = config.execution
-    actors = min(execution.teacher_actors, blocks)
+    actors = min(config.execution.teacher_actors, blocks)
     at_once = sum(e.max_concurrency for e in config.tier(tier).endpoints)
-    calls = 1 + math.ceil(at_once / (actors * execution.task_block))
+    calls = 1 + math.ceil(at_once / (actors * block))
     return ActorPoolStrategy(size=actors, max_concurrent_calls_per_actor=calls, max_tasks_in_flight_per_actor=calls + 1)
 
 
