@@ -237,8 +237,8 @@ class Execution(Section):
     )
     task_block: Positive = Field(
         64,
-        description="tasks per Ray Data batch: what a killed actor may have to repeat; teachers, whose answers are kept, "
-        "take more in a long run",
+        description="tasks per Ray Data batch: what a killed actor may have to repeat (more for teachers in a "
+        "long run: their answers are kept)",
     )
     teacher_actors: Positive = Field(1, description="Ray Data actors that ask teachers, 0.25 CPU each")
     train_workers: Positive = Field(1, description="Ray Train workers, one GPU each with use_gpu")
