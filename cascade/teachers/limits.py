@@ -171,11 +171,13 @@ class LimiterState:
 class Division:
     """Divides an endpoint's places fairly among the processes ("holders") that ask it.
 
-    A holder may use what it was last given until it speaks again, so others get only what is left of that.
+    While a smaller share is on its way to a holder, it may still fill the one that it had. So others get a place only
+    when its holder has spoken again.
     """
 
     _wanted: dict[str, int] = field(default_factory=dict)
     _in_flight: dict[str, int] = field(default_factory=dict)
+    _shares: dict[str, int] = field(default_factory=dict)
     _held: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -188,7 +190,8 @@ class Division:
         self._in_flight[holder], self._wanted[holder] = in_flight, in_flight + waiting
         left = places - sum(held for other, held in self._held.items() if other != holder)
         share = max(0, min(left, self._fair(places)[holder]))
-        self._held[holder] = max(share, in_flight)
+        self._held[holder] = max(share, self._shares.get(holder, 0), in_flight)
+        self._shares[holder] = share
         return share
 
     def _fair(self, places: int) -> dict[str, int]:
@@ -204,6 +207,7 @@ class Division:
         """Take back the places of a holder that died; returns how many there were."""
         self._wanted.pop(holder, None)
         self._in_flight.pop(holder, None)
+        self._shares.pop(holder, None)
         return self._held.pop(holder, 0)
 
 

@@ -136,11 +136,13 @@ def test_places_are_divided_fairly_and_given_up_before_others_get_them() -> None
     division = Division()
     assert division.share("one", 0, 100, places=10) == 10
     assert division.share("two", 0, 3, places=10) == 0  # one may be using all of them
-    assert division.share("one", 10, 90, places=10) == 7
-    assert division.share("two", 0, 3, places=10) == 0  # it is, still
+    assert division.share("one", 5, 95, places=10) == 7
+    assert division.share("two", 0, 3, places=10) == 0  # one may have filled them before it heard
     assert division.share("one", 7, 93, places=10) == 7
     assert division.share("two", 0, 3, places=10) == 3
     assert division.in_flight == 7
+    assert division.share("two", 0, 0, places=10) == 0
+    assert division.share("one", 7, 93, places=10) == 7
     assert division.share("two", 0, 0, places=10) == 0
     assert division.share("one", 7, 93, places=10) == 10
 
@@ -156,21 +158,26 @@ def test_places_of_a_holder_that_died_come_back() -> None:
 @settings(max_examples=200, deadline=None)
 @given(st.integers(1, 20), st.lists(st.tuples(st.integers(0, 4), st.integers(0, 30)), min_size=1, max_size=60))
 def test_whatever_holders_want_they_never_hold_more_than_there_is(places: int, turns: list[tuple[int, int]]) -> None:
-    """Each holder uses all that it was last given, the worst that it may do."""
-    division, given_to, wants = Division(), [0] * 5, [0] * 5
-    for holder, wanted in turns:
-        in_flight = min(given_to[holder], wanted)
+    """Each fills the larger of its last two shares before it hears of the last, the worst that it may do."""
+    division, shares, filled, wants = Division(), [0] * 5, [0] * 5, [0] * 5
+
+    def speak(holder: int, wanted: int) -> None:
+        in_flight = min(filled[holder], wanted)
         wants[holder] = wanted
-        given_to[holder] = division.share(str(holder), in_flight, wanted - in_flight, places)
-        assert sum(given_to) <= places
-        assert given_to[holder] <= wanted
-    for _ in range(3):  # when everybody has spoken again, nothing that is wanted lies idle, and shares are even
+        before, shares[holder] = shares[holder], division.share(str(holder), in_flight, wanted - in_flight, places)
+        filled[holder] = min(wanted, max(before, shares[holder], in_flight))
+
+    for holder, wanted in turns:
+        speak(holder, wanted)
+        assert sum(filled) <= places
+        assert shares[holder] <= wanted
+    for _ in range(3):  # those in flight end; when all have spoken, nothing wanted lies idle, and shares are even
         for holder, wanted in enumerate(wants):
-            in_flight = min(given_to[holder], wanted)
-            given_to[holder] = division.share(str(holder), in_flight, wanted - in_flight, places)
-    assert sum(given_to) == min(places, sum(wants))
-    short = [got for got, wanted in zip(given_to, wants, strict=True) if got < wanted]
-    assert not short or max(given_to) <= min(short) + 1
+            filled[holder] = shares[holder]
+            speak(holder, wanted)
+    assert sum(shares) == min(places, sum(wants))
+    short = [got for got, wanted in zip(shares, wants, strict=True) if got < wanted]
+    assert not short or max(shares) <= min(short) + 1
 
 
 async def test_a_gate_lets_several_through_at_once() -> None:
