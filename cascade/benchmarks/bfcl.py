@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cascade.benchmarks import bfcl_multi_turn as multi_turn
-from cascade.benchmarks.jsonl import Judged, first_call, judge_calls, reference_calls
+from cascade.benchmarks.function_calls import Judged, first_call, judge_calls, reference_calls
 from cascade.benchmarks.options import parse_options
 from cascade.benchmarks.ordering import only_split, shuffled
 from cascade.config_sections import Section

@@ -37,19 +37,20 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
+from cascade.benchmarks.function_calls import Judged, judge_calls, reference_calls
 from cascade.benchmarks.mbpp import SETUP
 from cascade.benchmarks.options import parse_options
 from cascade.benchmarks.ordering import shuffled
 from cascade.benchmarks.sources import local_files, read_rows
 from cascade.config_sections import Section
 from cascade.errors import ConfigError, DataError
-from cascade.scoring.calls import PYTHON_TYPES, Call, CallSyntaxError, format_calls, match_calls, parse_calls
+from cascade.scoring.calls import PYTHON_TYPES
 from cascade.scoring.extraction import Reading, read_choice, read_number, read_text
 from cascade.scoring.fences import read_code, read_javascript
 from cascade.scoring.function_tests import run_cases
 from cascade.scoring.python_tests import run_tests
 from cascade.scoring.sandbox import Limits
-from cascade.tasks import Completion, Message, Outcome, Split, Task, Verdict
+from cascade.tasks import Completion, Message, Split, Task, Verdict
 
 CALLS_PROMPT = """You can call these functions (JSON descriptions):
 {functions}
@@ -246,38 +247,6 @@ class Jsonl:
         return reference_calls(reference["expected"], reference["functions"])
 
 
-def reference_calls(expected: list[dict[str, dict[str, list[Any]]]], functions: list[dict[str, Any]]) -> str:
-    """The expected calls with the first accepted values; what may be left out and is not required is left out."""
-    if not expected:
-        return "None of the functions fits."
-    required = {f["name"]: f["parameters"].get("required", []) for f in functions}
-    return format_calls([first_call(call, required) for call in expected])
-
-
-def first_call(accepted: dict[str, dict[str, list[Any]]], required: Mapping[str, list[str]]) -> Call:
-    """The call with the first accepted value of each parameter that must be given."""
-    name, values = next(iter(accepted.items()))
-    needed = {k: v for k, v in values.items() if "" not in v or k in required[name]}
-    return Call(name, {k: _first_value(v) for k, v in needed.items()})
-
-
-def _first_value(accepted: list[Any]) -> Any:
-    """The first accepted value that is not the mark of an optional one; inside dicts the same."""
-    value = next((a for a in accepted if a != ""), "")
-    return _plain_value(value)
-
-
-def _plain_value(value: Any) -> Any:
-    """Accepted dicts hold lists of accepted values per key; a real value holds one."""
-    if isinstance(value, dict):
-        return {k: _first_value(v) if isinstance(v, list) else v for k, v in value.items() if not _optional(v)}
-    return [_plain_value(v) for v in value] if isinstance(value, list) else value
-
-
-def _optional(accepted: Any) -> bool:
-    return isinstance(accepted, list) and "" in accepted
-
-
 def _tasks(file: Path, split: Split, domain: str) -> list[Task]:
     tasks, seen = [], set[str]()
     for number, row in enumerate(read_rows(file), 1):
@@ -326,10 +295,6 @@ def _task(line: Any, file: Path, split: Split, domain: str) -> Task:
         category=line.category or line.kind,
         max_tokens=line.max_tokens,
     )
-
-
-Judged = tuple[Outcome, str, str]
-"""Outcome, answer and evidence."""
 
 
 def _same(answer: str, accepted: str) -> bool:
@@ -397,21 +362,6 @@ def _calls(reference: Any, text: str) -> Judged:
 def _open(reference: Any, text: str) -> Judged:
     """No scorer: says nothing of the answer."""
     return "error", "", "this task has no exact scorer"
-
-
-def judge_calls(text: str, expected: Any, functions: Any, *, lenient: bool = True) -> Judged:
-    """Outcome, answer and evidence of calls in a text; with nothing expected, of there being none."""
-    try:
-        calls = parse_calls(text, lenient=lenient)
-    except CallSyntaxError as error:
-        if not expected and (text.strip() or not lenient):
-            return "pass", text.strip()[:200], ""
-        return "unparsed", "", f"no calls could be read: {error}"
-    shown = format_calls(calls)
-    if not expected:
-        return "fail", shown, "no function fits, but one was called"
-    result = match_calls(calls, expected, functions)
-    return ("pass", shown, "") if result.valid else ("fail", shown, result.reason)
 
 
 BENCHMARK = Jsonl()

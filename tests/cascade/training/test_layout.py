@@ -180,6 +180,7 @@ def test_packed_attention_shares_keys_between_groups_of_heads():
     torch.testing.assert_close(out, (scores.softmax(-1) @ v).transpose(1, 2))
 
 
+@pytest.mark.integration  # it starts a compiler
 def test_compiled_layers_compute_the_same_in_one_graph(module):
     row = ROWS["a shared prefix"]
     expected = module(**shared(row, CPU))
