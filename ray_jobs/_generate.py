@@ -69,9 +69,8 @@ def generate_answers(job: Job, tier: int) -> Metrics:
 
 def _pending(job: Job, tasks: pa.Table) -> pa.Table:
     """The tasks without a verdict."""
-    if not (decided := _column(job.run, VERDICTS, "task_id")):
-        return tasks  # not a copy
-    return tasks.filter(pc.invert(pc.is_in(tasks.column("id"), value_set=pa.array(decided, pa.string()))))
+    decided = pa.array(_column(job.run, VERDICTS, "task_id"), pa.string())
+    return tasks.filter(pc.invert(pc.is_in(tasks.column("id"), value_set=decided)))
 
 
 def _column(run: Run, table: str, name: str) -> list[Any]:
@@ -91,10 +90,7 @@ def _ask_all(job: Job, tier: int, tasks: pa.Table, resolve: dict[str, str], *, t
     pending = _pending(job, tasks)
     if not len(pending):
         return
-    order = order_by_head(_each(pending), job.config.tier(tier))
-    if order != list(range(len(order))):
-        pending = pending.take(order)
-    del order
+    pending = pending.take(order_by_head(_each(pending), job.config.tier(tier)))
     desk = open_desk(job.config, tier)
     meter, gauges = _meter(job, tier, total), TierGauges(job.config.domain)
 
