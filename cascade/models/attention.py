@@ -74,7 +74,7 @@ def can_share(model: torch.nn.Module) -> bool:
     return getattr(getattr(model, "config", None), "_attn_implementation", "") == NAME
 
 
-def _attention(
+def attention(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -156,7 +156,7 @@ def _merge(one: torch.Tensor, one_total: torch.Tensor, two: torch.Tensor, two_to
     return torch.lerp(one, two, share)
 
 
-AttentionInterface.register(NAME, _attention)
+AttentionInterface.register(NAME, attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 

@@ -18,6 +18,7 @@ from cascade.models.attention import Prefix, RowCache, Shared, can_share
 from cascade.models.base import LoadedBase, end_token_ids
 from cascade.models.beginnings import Group, shared_beginnings
 from cascade.models.rows import Generated, OnToken, Request, Row, append, choose
+from cascade.models.steps import LlamaSteps
 
 _CPU_TOKENS = 32_768
 """Tokens in memory at once on a CPU, where many rows are computed no faster than some."""
@@ -37,6 +38,7 @@ class Batch:
         self._mask = torch.empty(0)  # (rows, cached tokens of their own), False where padded
         self._logits = torch.empty(0)  # (rows, vocabulary) of the token to choose next
         self._shared: Shared | None = None
+        self._steps = LlamaSteps.of(loaded.model) if self._shares and loaded.device.type == "cpu" else None
 
     @property
     def open(self) -> bool:
@@ -81,9 +83,15 @@ class Batch:
         if self.rows:
             self._mask = torch.cat([self._mask, self._mask.new_ones(len(self.rows), 1)], dim=1)
             positions = torch.tensor([[row.length - 1] for row in self.rows], device=self._loaded.device)
-            mask = self._mask[:, None, None] if self._shares else self._mask
-            self._logits = _forward(self._loaded.model, chosen[:, None], mask, positions, self._cache, self._shared)
+            self._logits = self._forward_one(chosen[:, None], positions)
         return done
+
+    def _forward_one(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Logits after one more token of every row."""
+        if self._steps is not None and isinstance(self._cache, RowCache):
+            return self._steps(ids, self._mask, positions, self._cache, self._shared)
+        mask = self._mask[:, None, None] if self._shares else self._mask
+        return _forward(self._loaded.model, ids, mask, positions, self._cache, self._shared)
 
     @torch.inference_mode()
     def leave(self, indices: Container[int]) -> None:

@@ -164,7 +164,7 @@ def packed_attention(
         generates, it is `cascade.models.attention`.
     """
     if starts is None and cu_seq_lens_q is None:
-        return attention._attention(module, query, key, value, attention_mask, scaling=scaling, **more)
+        return attention.attention(module, query, key, value, attention_mask, scaling=scaling, **more)
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)

@@ -11,6 +11,7 @@ import torch
 from cascade.models import generation
 from cascade.models.generation import Batch, generate, stream
 from cascade.models.rows import Request, Row, choose
+from cascade.models.steps import LlamaSteps
 
 
 def random_prompt(length, seed):
@@ -122,7 +123,7 @@ def test_on_token_sees_every_token_and_ends_an_answer(loaded):
 def forwarded(monkeypatch):
     """Shapes of everything that goes through the model in a batch, and of the beginnings that are computed apart."""
     shapes, beginnings = [], []
-    forward, prefix = generation._forward, generation.compute_prefix
+    forward, prefix, step = generation._forward, generation.compute_prefix, LlamaSteps.__call__
 
     def spy_forward(model, ids, *more):
         shapes.append(tuple(ids.shape))
@@ -132,7 +133,12 @@ def forwarded(monkeypatch):
         beginnings.append(len(tokens))
         return prefix(loaded, tokens)
 
+    def spy_step(steps, ids, *more):
+        shapes.append(tuple(ids.shape))
+        return step(steps, ids, *more)
+
     monkeypatch.setattr(generation, "_forward", spy_forward)
+    monkeypatch.setattr(LlamaSteps, "__call__", spy_step)
     monkeypatch.setattr(generation, "compute_prefix", spy_prefix)
     return shapes, beginnings
 

@@ -1,0 +1,134 @@
+"""One more token of every row, computed without the modules around a model's arithmetic.
+
+On a CPU, a step of a small model is bound by the calls that lead to its kernels: some 5,000 of Python's, hooks and
+views included, for 30 layers. Decoders of Llama's kind are simple enough to be written out. The numbers are those of
+the model's own `forward`, but for the order of a few roundings; prompts are still computed by that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
+from transformers import LlamaForCausalLM, PreTrainedModel
+
+from cascade.models.attention import RowCache, Shared, attention
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """The modules of one layer that hold numbers."""
+
+    attention_norm: Any
+    query: nn.Module
+    key: nn.Module
+    value: nn.Module
+    output: nn.Module
+    attention: nn.Module
+    mlp_norm: Any
+    gate: nn.Module
+    up: nn.Module
+    down: nn.Module
+
+
+class LlamaSteps:
+    """Steps of a Llama-like model. Adapters that hang on its linear layers as forward hooks take part."""
+
+    def __init__(self, model: LlamaForCausalLM) -> None:
+        self._model = model
+        self._layers = [
+            _Layer(
+                layer.input_layernorm,
+                layer.self_attn.q_proj,
+                layer.self_attn.k_proj,
+                layer.self_attn.v_proj,
+                layer.self_attn.o_proj,
+                layer.self_attn,
+                layer.post_attention_layernorm,
+                layer.mlp.gate_proj,
+                layer.mlp.up_proj,
+                layer.mlp.down_proj,
+            )
+            for layer in model.model.layers
+        ]
+        attention = self._layers[0].attention
+        self._width: int = attention.head_dim
+        self._scaling: float = attention.scaling
+        self._heads: int = model.config.num_attention_heads
+        self._key_heads: int = model.config.num_key_value_heads
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> LlamaSteps | None:
+        """Steps of a model that is of this kind, else None."""
+        plain = type(model) is LlamaForCausalLM and model.config.hidden_act == "silu"
+        return cls(model) if plain else None
+
+    def __call__(
+        self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: RowCache, shared: Shared | None
+    ) -> torch.Tensor:
+        """Logits of the next token, shape (rows, vocabulary). Extends the cache.
+
+        Args:
+            ids, positions: shape (rows, 1).
+            mask: True where a token is seen, shape (rows, tokens of the cache and the new one).
+        """
+        core, rows = self._model.model, len(ids)
+        hidden = nn.functional.embedding(ids[:, 0], core.embed_tokens.weight)
+        cos, sin = self._turn(hidden, positions)
+        bias = _bias(mask, hidden.dtype)
+        for layer, cached in zip(self._layers, cache.row_layers, strict=True):
+            query, key, value = self._states(layer, _normed(layer.attention_norm, hidden), cos, sin)
+            keys, values = cached.update(key, value)
+            if shared is None:
+                query = query.view(rows, self._key_heads, -1, self._width)
+                found = scaled_dot_product_attention(query, keys, values, attn_mask=bias, scale=self._scaling)
+            else:
+                query = query.view(rows, self._heads, 1, self._width)
+                seen = mask[:, None, None]
+                found, _ = attention(layer.attention, query, keys, values, seen, self._scaling, shared)
+            hidden = hidden + _linear(layer.output, found.reshape(rows, -1))
+            normed = _normed(layer.mlp_norm, hidden)
+            gated = silu(_linear(layer.gate, normed)).mul_(_linear(layer.up, normed))
+            hidden = hidden + _linear(layer.down, gated)
+        return _linear(self._model.lm_head, _normed(core.norm, hidden)).float()
+
+    def _turn(self, hidden: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of the rotary embedding, shape (rows, 1, width); the first half of the sines is negated."""
+        cos, sin = self._model.model.rotary_emb(hidden, positions)
+        half = sin.shape[-1] // 2
+        return cos, torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
+
+    def _states(
+        self, layer: _Layer, normed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries of shape (rows, heads, width), keys and values of shape (rows, key heads, 1, width)."""
+        rows, width = len(normed), self._width
+        both = torch.cat([_linear(layer.query, normed), _linear(layer.key, normed)], dim=1).view(rows, -1, width)
+        turned = torch.addcmul(both * cos, both.roll(width // 2, -1), sin)
+        value = _linear(layer.value, normed).view(rows, self._key_heads, 1, width)
+        return turned[:, : self._heads], turned[:, self._heads :, None], value
+
+
+def _linear(module: nn.Module, rows: torch.Tensor) -> torch.Tensor:
+    """A linear layer with what hangs on it; another module in its place is called."""
+    if type(module) is not nn.Linear:
+        return module(rows)  # type: ignore[no-any-return]
+    output = linear(rows, module.weight, module.bias)
+    for hook in module._forward_hooks.values():
+        changed = hook(module, (rows,), output)
+        output = output if changed is None else changed
+    return output
+
+
+def _normed(norm: Any, rows: torch.Tensor) -> torch.Tensor:
+    return rms_norm(rows, norm.weight.shape, norm.weight, norm.variance_epsilon)
+
+
+def _bias(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+    """What is added to the scores, shape (rows, 1, 1, tokens); None where every token is seen."""
+    if mask.all():
+        return None
+    return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, float("-inf"))[:, None, None]
