@@ -37,6 +37,7 @@ from serve.jobs import BARE, Group, Job, Key
 from serve.live import LiveModifiers
 from serve.steering import Grammars, Steering
 from serve.text import TextStream
+from serve.threads import Threads
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +77,8 @@ class Engine:
     def __init__(self, loaded: LoadedBase, store: Store, cache: Path, limits: Limits = Limits()) -> None:
         """Prepare every modifier in use, and start the thread.
 
+        It computes with no more threads than PyTorch is set to use when this is called.
+
         Args:
             cache: local folder for modifiers in their serving form.
         """
@@ -99,6 +102,7 @@ class Engine:
         self._groups: dict[Key, Group] = {}
         self._held: Key = BARE
         self._serial = 0
+        self._threads = Threads(torch.get_num_threads() if loaded.device.type == "cpu" else 1)
         self._changed = threading.Condition()
         self._closed = False
         self._beat: float | None = None  # start of the step being computed, None while idle
@@ -280,7 +284,9 @@ class Engine:
         if group.batch.open:
             self._admit(group, swap_ms)
         if group.batch.rows:
-            for row in group.batch.step(lambda index, token: group.running[index].push(token)):
+            with self._threads.computing("step", len(group.batch.rows)):
+                done = group.batch.step(lambda index, token: group.running[index].push(token))
+            for row in done:
                 job = group.running.pop(row.index)
                 job.finish(row.text)
                 job.emit(Finished(row.finish or "stop", len(row.tokens)))
@@ -309,7 +315,10 @@ class Engine:
         for _, job in joining:
             waited = (time.perf_counter() - job.arrived) * 1e3
             job.emit(Started(job.key[1], len(job.request.prompt), waited, swap_ms))
-        group.batch.join([row for row, _ in joining])
+        rows = [row for row, _ in joining]
+        if rows:
+            with self._threads.computing("prompts", len(rows) * max(len(row.own) for row in rows)):
+                group.batch.join(rows)
 
     def _somebody_starves(self) -> bool:
         """Whether a group finds no room, so that nobody may take what becomes free before it does."""
