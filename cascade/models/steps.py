@@ -54,17 +54,18 @@ class LlamaSteps:
             )
             for layer in model.model.layers
         ]
-        attention = self._layers[0].attention
+        attention: Any = self._layers[0].attention
         self._width: int = attention.head_dim
         self._scaling: float = attention.scaling
         self._heads: int = model.config.num_attention_heads
-        self._key_heads: int = model.config.num_key_value_heads
+        self._key_heads = int(model.config.num_key_value_heads or self._heads)
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> LlamaSteps | None:
         """Steps of a model that is of this kind, else None."""
-        plain = type(model) is LlamaForCausalLM and model.config.hidden_act == "silu"
-        return cls(model) if plain else None
+        if type(model) is LlamaForCausalLM and model.config.hidden_act == "silu":
+            return cls(model)
+        return None
 
     def __call__(
         self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: RowCache, shared: Shared | None
