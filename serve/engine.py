@@ -293,11 +293,14 @@ class Engine:
 
     def _hold(self, key: Key, group: Group) -> None:
         """Put a group's modifier into the slot, or nothing for the base."""
-        self._held = BARE
+        self._held, size = BARE, self._slot.resident_bytes
         self._slot.clear()
         if group.live is not None:
             assert group.live.form is not None
             self._slot.fill(group.live.form)
+        if self._slot.resident_bytes != size:  # it grew, so it moved
+            for other in self._groups.values():
+                other.batch.forget_graphs()
         self._held = key
 
     def _admit(self, group: Group, swap_ms: float) -> None:

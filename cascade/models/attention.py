@@ -9,7 +9,8 @@ and the memory traffic of short rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +59,11 @@ class Shared:
         groups = tuple((p, torch.tensor(rows, device=device)) for p, rows in members)
         return cls(groups) if groups else None
 
+    @property
+    def by_all(self) -> bool:
+        """Whether all rows have one and the same prefix."""
+        return len(self.groups) == 1 and self.groups[0][1] is None
+
 
 def enable_sharing(model: PreTrainedModel) -> None:
     """Let a model take `shared=` in its forward, if its attention is of the plain kind; others stay as they are."""
@@ -85,6 +91,8 @@ def attention(
     **more: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: (rows, heads, queries, width) in, (rows, queries, heads, width) out."""
+    if shared is None and query.is_cuda and query.shape[2] == 1 and attention_mask is not None:
+        return _one_query(query, key, value, attention_mask, scaling), None
     if shared is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **more)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -100,6 +108,17 @@ def attention(
     return output.transpose(1, 2).to(query.dtype).contiguous(), None
 
 
+def _one_query(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scaling: float | None
+) -> torch.Tensor:
+    """Attention of one token per row. The query heads of a key head are taken for queries of one head, so that keys
+    and values need no copy for each (as transformers makes wherever there is a mask)."""
+    rows, heads, _, width = query.shape
+    query = query.reshape(rows, key.shape[1], heads // key.shape[1], width)
+    output = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+    return output.reshape(rows, 1, heads, -1)
+
+
 def _attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -113,7 +132,7 @@ def _attend(
         query = query.reshape(rows, key.shape[1], groups * queries, width)
     else:
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    attend = _fused_on_cpu if query.device.type == "cpu" else _step_by_step
+    attend = {"cpu": _fused_on_cpu, "cuda": _fused_on_gpu}.get(query.device.type, _step_by_step)
     output, total = attend(query, key, value, mask)
     return output.reshape(rows, heads, queries, -1), total.reshape(rows, heads, queries, 1)
 
@@ -128,6 +147,21 @@ def _fused_on_cpu(
         query, key, value, attn_mask=mask, scale=1.0
     )
     return output.float(), total.float()
+
+
+def _fused_on_gpu(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As on the CPU; this kernel wants its mask in full shape, and rows of it aligned to 16 bytes."""
+    if mask is not None:
+        if mask.shape[-1] % 8:
+            return _step_by_step(query, key, value, mask)
+        mask = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
+        mask = mask.expand(*query.shape[:3], key.shape[2])
+    output, total = torch.ops.aten._scaled_dot_product_efficient_attention(
+        query, key, value, mask, compute_log_sumexp=True, scale=1.0
+    )[:2]
+    return output.float(), total[..., : query.shape[2], None]
 
 
 def _step_by_step(
@@ -171,6 +205,20 @@ def _states(layer: object) -> tuple[torch.Tensor, torch.Tensor]:
 # --------------------------------------------------------------------------------------------- rows that come and go
 
 
+@dataclass(frozen=True)
+class Window:
+    """What a step of fixed shape reads and writes of a `RowCache`.
+
+    Attributes:
+        rows, columns: the first so many, in use or not, are read.
+        column: where the new token's states are written; a tensor of one number, so that it can change in place.
+    """
+
+    rows: int
+    columns: int
+    column: torch.Tensor
+
+
 class _RowLayer(CacheLayerMixin):
     """One layer of a `RowCache`: keys and values of shape (room for rows, heads, room for tokens, width)."""
 
@@ -178,10 +226,12 @@ class _RowLayer(CacheLayerMixin):
 
     def __init__(self) -> None:
         super().__init__()
-        self.rows = self.used = 0
+        self.rows = self.used = self.version = 0
+        self.window: Window | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.keys, self.values = (x.new_empty(0, x.shape[1], 0, x.shape[3]) for x in (key_states, value_states))
+        self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
     def _tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -203,11 +253,14 @@ class _RowLayer(CacheLayerMixin):
             grown.append(new)
         self.keys, self.values = grown
         self.used = kept
+        self.version += 1
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Add the states of new tokens of every row; returns those of all tokens."""
+        if self.window is not None:
+            return self._update_through(self.window, key_states, value_states)
         end = self.used + key_states.shape[2]
         self.reserve(self.rows, end)
         keys, values = self._tensors()
@@ -215,6 +268,15 @@ class _RowLayer(CacheLayerMixin):
         values[: self.rows, :, self.used : end] = value_states
         self.used = end
         return keys[: self.rows, :, :end], values[: self.rows, :, :end]
+
+    def _update_through(
+        self, window: Window, key_states: torch.Tensor, value_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same in fixed shapes; `used` is the caller's to count."""
+        keys, values = (x[: window.rows] for x in self._tensors())
+        keys.index_copy_(2, window.column, key_states)
+        values.index_copy_(2, window.column, value_states)
+        return keys[:, :, : window.columns], values[:, :, : window.columns]
 
     def add(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Put new rows below ours, all ending in the same column."""
@@ -234,11 +296,12 @@ class _RowLayer(CacheLayerMixin):
         wider = [torch.nn.functional.pad(x[: self.rows, :, : self.used], (0, 0, columns, 0)) for x in self._tensors()]
         self.keys, self.values = wider
         self.used += columns
+        self.version += 1
 
-    def move(self, source: int, target: int) -> None:
-        """Overwrite one row with another."""
+    def move(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
+        """Overwrite rows with others."""
         for tensor in self._tensors():
-            tensor[target, :, : self.used] = tensor[source, :, : self.used]
+            tensor[targets, :, : self.used] = tensor[sources, :, : self.used]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.used + query_length, 0
@@ -262,6 +325,28 @@ class RowCache(Cache):
         """Columns: tokens of the longest row, and what is left of longer ones."""
         return self.row_layers[0].used
 
+    @property
+    def version(self) -> int:
+        """Another number whenever the memory has moved."""
+        return self.row_layers[0].version
+
+    def reserve(self, rows: int, columns: int) -> None:
+        """See that there is memory for so many rows and columns, in use or not."""
+        for layer in self.row_layers:
+            layer.reserve(rows, columns)
+
+    @contextmanager
+    def through(self, window: Window) -> Iterator[None]:
+        """Compute one step in fixed shapes: `window` says what is read, and where the new token's states go."""
+        for layer in self.row_layers:
+            layer.window = window
+        try:
+            yield
+        finally:
+            for layer in self.row_layers:
+                layer.window = None
+                layer.used += 1
+
     def add(self, prefilled: DynamicCache) -> None:
         """Put the rows of another cache below ours."""
         for ours, new in zip(self.row_layers, prefilled.layers, strict=True):
@@ -283,9 +368,11 @@ class RowCache(Cache):
         placed = list(range(len(order)))
         for gap, mover in zip(gaps, movers, strict=True):
             placed[gap] = mover
+        device = self.row_layers[0].device
+        sources, targets = (torch.tensor(rows, device=device) for rows in (movers, gaps))
         for layer in self.row_layers:
-            for gap, mover in zip(gaps, movers, strict=True):
-                layer.move(mover, gap)
+            if gaps:
+                layer.move(sources, targets)
             layer.rows = len(order)
         return placed
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Container, Iterator, Sequence
+from functools import partial
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
@@ -17,6 +18,7 @@ from transformers.cache_utils import Cache
 from cascade.models.attention import Prefix, RowCache, Shared, can_share
 from cascade.models.base import LoadedBase, end_token_ids
 from cascade.models.beginnings import Group, shared_beginnings
+from cascade.models.graphs import StepGraphs
 from cascade.models.rows import Generated, OnToken, Request, Row, append, choose
 from cascade.models.steps import LlamaSteps
 
@@ -38,7 +40,7 @@ class Batch:
         self._mask = torch.empty(0)  # (rows, cached tokens of their own), False where padded
         self._logits = torch.empty(0)  # (rows, vocabulary) of the token to choose next
         self._shared: Shared | None = None
-        self._steps = LlamaSteps.of(loaded.model) if self._shares and loaded.device.type == "cpu" else None
+        self._steps = self._special_steps()
 
     @property
     def open(self) -> bool:
@@ -92,6 +94,19 @@ class Batch:
             return self._steps(ids, self._mask, positions, self._cache, self._shared)
         mask = self._mask[:, None, None] if self._shares else self._mask
         return _forward(self._loaded.model, ids, mask, positions, self._cache, self._shared)
+
+    def _special_steps(self) -> StepGraphs | LlamaSteps | None:
+        """What computes a step with less overhead than the model's own forward, where there is such a thing."""
+        if not self._shares:
+            return None
+        if self._loaded.device.type == "cuda":
+            return StepGraphs(partial(_forward, self._loaded.model))
+        return LlamaSteps.of(self._loaded.model)
+
+    def forget_graphs(self) -> None:
+        """To be called when weights, an adapter's included, have moved to other memory."""
+        if isinstance(self._steps, StepGraphs):
+            self._steps.forget()
 
     @torch.inference_mode()
     def leave(self, indices: Container[int]) -> None:

@@ -1,0 +1,152 @@
+"""Decoding steps as CUDA graphs.
+
+A step of a small model is hundreds of kernels of a few microseconds each; launching them one by one from Python takes
+far longer than computing them. A CUDA graph launches all of a step at once. It is recorded for fixed shapes and
+addresses, so a batch is rounded up to a bucket of rows and columns, and the graphs of a cache are thrown away when
+its memory moves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from transformers.cache_utils import Cache
+
+from cascade.models.attention import RowCache, Shared, Window
+
+Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Cache, Shared | None], torch.Tensor]
+"""(token ids, mask, positions, cache, shared beginnings) -> logits after the last token, shape (rows, vocabulary)."""
+
+_ROWS, _COLUMNS = 4, 64
+"""Smallest differences between two buckets; they keep the mask aligned as attention kernels need it."""
+
+
+@dataclass(frozen=True)
+class _Step:
+    """The tensors that a graph reads, and what it was recorded for.
+
+    Attributes:
+        ids, positions: shape (rows, 1). mask: True where a token is seen, shape (rows, 1, 1, columns).
+        window: where in the cache the step writes and what it reads.
+    """
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    mask: torch.Tensor
+    window: Window
+
+    @classmethod
+    def of(cls, rows: int, columns: int, device: torch.device) -> _Step:
+        whole = torch.zeros(rows, 1, dtype=torch.long, device=device)
+        mask = torch.zeros(rows, 1, 1, columns, dtype=torch.bool, device=device)
+        return cls(whole, whole.clone(), mask, Window(rows, columns, torch.zeros(1, dtype=torch.long, device=device)))
+
+    def set(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> None:
+        """Copy the inputs of this step in; rows beyond them see but their own token, so that nothing is undefined."""
+        rows, used = mask.shape
+        self.ids[:rows] = ids
+        self.positions[:rows] = positions
+        self.mask.zero_()
+        self.mask[:rows, 0, 0, :used] = mask
+        self.mask[rows:, 0, 0, used - 1] = True
+        self.window.column.fill_(used - 1)
+
+
+Recorded = tuple[Callable[[], None], torch.Tensor]
+"""A function that computes a step again, and the tensor where its logits are then."""
+
+
+class StepGraphs:
+    """Computes the decoding steps of one batch, from the second of a bucket on by replaying its graph."""
+
+    def __init__(
+        self, forward: Forward, record: Callable[[Callable[[], torch.Tensor]], Recorded] | None = None
+    ) -> None:
+        """
+        Args:
+            record: makes a graph of a computation; None: a CUDA graph.
+        """
+        self._forward = forward
+        self._record = record or CudaRecorder()
+        self._steps: dict[tuple[int, int], _Step] = {}
+        self._graphs: dict[tuple[int, int], Recorded | None] = {}
+        self._prefix: object = None
+        self._version = -1
+
+    def forget(self) -> None:
+        """Throw the graphs away: something that they read has moved."""
+        self._graphs.clear()
+
+    def __call__(
+        self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: RowCache, shared: Shared | None
+    ) -> torch.Tensor:
+        """Logits of the next token, shape (rows, vocabulary), valid until the next call.
+
+        Args:
+            ids, positions: shape (rows, 1).
+            mask: True where a token is seen, shape (rows, tokens of the cache and the new one).
+        """
+        if shared is not None and not shared.by_all:
+            return self._forward(ids, mask[:, None, None], positions, cache, shared)
+        rows, used = mask.shape
+        bucket = round_up(rows, _ROWS), round_up(used, _COLUMNS)
+        cache.reserve(*bucket)
+        self._drop_stale(cache, shared)
+        step = self._steps.get(bucket)
+        if step is None:
+            step = self._steps[bucket] = _Step.of(*bucket, ids.device)
+        step.set(ids, mask, positions)
+        with cache.through(step.window):
+            compute = partial(self._forward, step.ids, step.mask, step.positions, cache, shared)
+            return self._compute(bucket, compute)[:rows]
+
+    def _compute(self, bucket: tuple[int, int], compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """A bucket's first step is computed as ever, which readies the libraries; its second records the graph."""
+        if bucket not in self._graphs:
+            self._graphs[bucket] = None
+            return compute()
+        recorded = self._graphs[bucket]
+        if recorded is None:
+            recorded = self._graphs[bucket] = self._record(compute)
+        replay, logits = recorded
+        replay()
+        return logits
+
+    def _drop_stale(self, cache: RowCache, shared: Shared | None) -> None:
+        """Forget the graphs of memory that was given up: the cache's, or a beginning's that nobody shares any more."""
+        prefix = None if shared is None else shared.groups[0][0]
+        if cache.version != self._version or prefix is not self._prefix:
+            self.forget()
+            self._version, self._prefix = cache.version, prefix
+
+
+class CudaRecorder:
+    """Records CUDA graphs that share their working memory, since only one of them runs at a time."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, compute: Callable[[], torch.Tensor]) -> Recorded:
+        """Record, without computing. (`torch.cuda.graph` would collect garbage and empty caches each time.)"""
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                logits = compute()
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream().wait_stream(stream)
+        return graph.replay, logits
+
+
+def round_up(count: int, least: int) -> int:
+    """The bucket that `count` falls into: 1, 2, then multiples of `least`, further apart as they grow (at most a
+    quarter of padding)."""
+    if count <= 2 and least <= 4:
+        return count
+    step = max(least, (1 << (count - 1).bit_length()) // 8)
+    return -(-count // step) * step
