@@ -245,7 +245,13 @@ class Execution(Section):
     train_workers_min: Positive | None = Field(
         None, description="elastic training: goes on with so many workers while there are no more; needs zero_stage 0"
     )
-    use_gpu: bool = Field(False, description="a GPU for each student, training worker, trial and engine")
+    use_gpu: bool = Field(False, description="a GPU for each student, probe, training worker, trial and engine")
+    gpu_share: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="of a GPU for each of these: 0.25 lets four share one, where a base is small for it",
+    )
     cpus_per_actor: float = Field(1.0, gt=0, description="CPUs that a student, probe, trial or engine asks Ray for")
     cpus_per_worker: float = Field(1.0, gt=0, description="CPUs that a training worker asks Ray for")
     compile: bool = Field(
@@ -262,6 +268,11 @@ class Execution(Section):
         "text", description="what jobs say: a table or lines for people, or JSON lines with the ids of run and step"
     )
     threads: Positive | None = Field(None, description="CPU threads of torch in an actor; null: the CPUs it was given")
+
+    @property
+    def gpus(self) -> float:
+        """What an actor or task that computes with the base asks Ray for."""
+        return self.gpu_share if self.use_gpu else 0
 
 
 class Config(Section):

@@ -97,7 +97,7 @@ def _run_blocks(
         batch_format="pyarrow",
         compute=ActorPoolStrategy(size=actors),
         num_cpus=execution.cpus_per_actor,
-        num_gpus=1 if execution.use_gpu else 0,
+        num_gpus=execution.gpus,
         fn_constructor_kwargs={
             "config": job.config,
             "run": job.run,
@@ -123,7 +123,7 @@ class StudentActor:
         settings: dict[str, tuple[PromptStyle, str | None, str]],
         examples: WorkedExamples,
     ) -> None:
-        limit_threads(config.execution, config.execution.cpus_per_actor)
+        limit_process(config.execution, config.execution.cpus_per_actor)
         self.config, self.run, self.settings = config, run, settings
         self.examples = examples
         self.loaded = load_base(config.base)
@@ -171,6 +171,8 @@ def read_adapter(store: Store, path: str) -> AdapterWeights | CompressedAdapter:
     return load_peft_folder(local) if local.is_dir() else load_modifier(local)
 
 
-def limit_threads(execution: Execution, cpus: float) -> None:
-    """Let torch use as many CPU threads as the process was given CPUs, not as many as the machine has."""
+def limit_process(execution: Execution, cpus: float) -> None:
+    """Keep torch to what the process was given, not what the machine has: CPU threads, and its share of a GPU's memory."""
     torch.set_num_threads(execution.threads or max(1, int(cpus)))
+    if 0 < execution.gpus < 1 and torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(execution.gpus)

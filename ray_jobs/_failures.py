@@ -18,7 +18,7 @@ from cascade.models.base import load_base
 from cascade.models.embedding import embed
 from cascade.tasks import Task, from_table, to_table
 from ray_jobs._context import Job
-from ray_jobs._evaluate import limit_threads
+from ray_jobs._evaluate import limit_process
 from ray_jobs._runs import Runs
 from ray_jobs._test import UNSOLVED
 
@@ -55,7 +55,7 @@ def embed_failures(job: Job) -> None:
             batch_format="pyarrow",
             compute=ActorPoolStrategy(size=min(execution.student_actors, len(blocks))),
             num_cpus=execution.cpus_per_actor,
-            num_gpus=1 if execution.use_gpu else 0,
+            num_gpus=execution.gpus,
             fn_constructor_kwargs={"config": job.config},
         )
         for batch in results.iter_batches(batch_size=None, batch_format="pyarrow"):
@@ -75,7 +75,7 @@ class EmbeddingActor:
     """Holds one base and embeds blocks of tasks."""
 
     def __init__(self, config: Config) -> None:
-        limit_threads(config.execution, config.execution.cpus_per_actor)
+        limit_process(config.execution, config.execution.cpus_per_actor)
         self.loaded = load_base(config.base)
 
     def __call__(self, block: pa.Table) -> pa.Table:

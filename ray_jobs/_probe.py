@@ -23,7 +23,7 @@ from cascade.training.loop import TargetLoss, TorchEngine, run_steps
 from cascade.training.lora import add_lora
 from cascade.training.packing import plan_steps
 from ray_jobs._context import Job
-from ray_jobs._evaluate import limit_threads
+from ray_jobs._evaluate import limit_process
 
 VERDICTS = "probe_verdicts"
 COMPLETIONS = "probe_completions"
@@ -46,7 +46,7 @@ def cross_fitted_probes(
     found = {v.task_id: v for v in job.run.read(VERDICTS, Verdict)}
     folds = deal_folds([*tasks, *(e for e in examples)], job.config.probe.folds)
     execution = job.config.execution
-    remote: Any = ray.remote(num_cpus=execution.cpus_per_actor, num_gpus=1 if execution.use_gpu else 0)(_probe_fold)
+    remote: Any = ray.remote(num_cpus=execution.cpus_per_actor, num_gpus=execution.gpus)(_probe_fold)
     shared = [ray.put(value) for value in (job.config, job.run, list(examples), list(tasks), folds, style)]
     missing = {fold for t in tasks if t.id not in found and (fold := folds[t.id]) is not None}
     events = [remote.options(num_returns="streaming", max_retries=3).remote(*shared, fold) for fold in sorted(missing)]
@@ -89,7 +89,7 @@ def _probe_fold(
     fold: int,
 ) -> Iterator[Event]:
     """Train and test one fold's probe; verdicts go to the run in one part."""
-    limit_threads(config.execution, config.execution.cpus_per_actor)
+    limit_process(config.execution, config.execution.cpus_per_actor)
     settings = config.probe.lora
     loaded = load_base(config.base)
     seen = [e for e in examples if folds[e.task_id] != fold]

@@ -85,7 +85,7 @@ def lay_groundwork(job: Job, adapter: AdapterWeights, examples: list[Example], s
     conversations = tuple((e.task_id, tuple(e.messages)) for e in examples)
     found: Groundwork = ray.get(
         ray.remote(_groundwork)
-        .options(num_cpus=job.config.execution.cpus_per_actor, num_gpus=1 if job.config.execution.use_gpu else 0)
+        .options(num_cpus=job.config.execution.cpus_per_actor, num_gpus=job.config.execution.gpus)
         .remote(job.config, style, adapter, conversations, _held_out(job))
     )
     return found
@@ -106,7 +106,7 @@ def _groundwork(
 
 
 def _resources(config: Config) -> dict[str, float]:
-    return {"cpu": config.execution.cpus_per_actor, "gpu": 1 if config.execution.use_gpu else 0}
+    return {"cpu": config.execution.cpus_per_actor, "gpu": config.execution.gpus}
 
 
 def _show_progress(job: Job) -> None:

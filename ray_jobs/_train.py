@@ -85,7 +85,7 @@ def write_card(runs: Runs, metrics: Mapping[str, Any], scores: Mapping[str, Scor
 def scaling(execution: Execution) -> ScalingConfig:
     """How many workers, with what; a range of them where a least number is given."""
     most, least = execution.train_workers, execution.train_workers_min
-    resources = {"CPU": execution.cpus_per_worker, **({"GPU": 1} if execution.use_gpu else {})}
+    resources = {"CPU": execution.cpus_per_worker, **({"GPU": execution.gpus} if execution.use_gpu else {})}
     return ScalingConfig(
         num_workers=most if least is None or least == most else (least, most),
         use_gpu=execution.use_gpu,

@@ -37,7 +37,7 @@ from cascade.training.loop import StepReport, TargetLoss, run_steps, summed_loss
 from cascade.training.lora import add_lora, save_adapter
 from cascade.training.packing import Step, pack, plan_steps
 from cascade.training.trackers import Trackers
-from ray_jobs._evaluate import limit_threads
+from ray_jobs._evaluate import limit_process
 
 ADAPTER = "adapter"
 """Folder of the finished PEFT adapter, in the last checkpoint and in the run."""
@@ -70,7 +70,7 @@ class Assigned:
 def train_worker(settings: dict[str, Any]) -> None:
     """Train from the last checkpoint, or the beginning, to the end; every worker runs this."""
     assigned: Assigned = settings["assigned"]
-    limit_threads(assigned.config.execution, assigned.config.execution.cpus_per_worker)
+    limit_process(assigned.config.execution, assigned.config.execution.cpus_per_worker)
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is not None and _had_ended(checkpoint):  # only the hand-over to the driver was missing
         with checkpoint.as_directory() as folder:

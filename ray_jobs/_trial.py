@@ -32,7 +32,7 @@ from cascade.tasks import Message
 from cascade.training.examples import encode_example
 from cascade.training.loop import TargetLoss, mean_loss
 from cascade.training.packing import Row, pack
-from ray_jobs._evaluate import limit_threads
+from ray_jobs._evaluate import limit_process
 
 TRIALS = "trials"
 """Table of the recipes that were tried; each trial adds its own row."""
@@ -192,7 +192,7 @@ class Bench:
 @functools.lru_cache(maxsize=1)
 def load_bench(config_json: str, style: PromptStyle, held_out: tuple[Conversation, ...]) -> Bench:
     config = Config.model_validate(json.loads(config_json))
-    limit_threads(config.execution, config.execution.cpus_per_actor)
+    limit_process(config.execution, config.execution.cpus_per_actor)
     loaded = load_base(config.base)
     rows = packed_rows(loaded, config, style, held_out)
     return Bench(loaded, LoraSlot(loaded.model), [*rows[::4], *rows[2::4], *rows[1::2]])

@@ -99,7 +99,7 @@ def _application(args: Arguments) -> Application:
     )
     options: dict[str, Any] = {"num_cpus": config.execution.cpus_per_actor}
     if config.execution.use_gpu:
-        options["num_gpus"] = 1
+        options["num_gpus"] = config.execution.gpus
     engine = EngineReplica.options(num_replicas=args.replicas, ray_actor_options=options)  # type: ignore[attr-defined]
     return Ingress.bind(served, engine.bind(served))  # type: ignore[attr-defined]
 

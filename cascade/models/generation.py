@@ -192,7 +192,9 @@ def tokens_in_memory(loaded: LoadedBase) -> int:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     per_token = 2 * config.num_hidden_layers * heads * width * loaded.model.dtype.itemsize
-    free = torch.cuda.mem_get_info(loaded.device)[0]
+    free, total = torch.cuda.mem_get_info(loaded.device)
+    allowed = total * torch.cuda.get_per_process_memory_fraction(loaded.device)
+    free = min(free, allowed - torch.cuda.memory_reserved(loaded.device))
     return max(_CPU_TOKENS, int(_GPU_SHARE * free / per_token))
 
 
