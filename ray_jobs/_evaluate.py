@@ -172,7 +172,7 @@ def read_adapter(store: Store, path: str) -> AdapterWeights | CompressedAdapter:
 
 
 def limit_process(execution: Execution, cpus: float) -> None:
-    """Keep torch to what the process was given, not what the machine has: CPU threads, and its share of a GPU's memory."""
+    """Keep torch to what the process was given of the machine: CPU threads, and its share of a GPU's memory."""
     torch.set_num_threads(execution.threads or max(1, int(cpus)))
     if 0 < execution.gpus < 1 and torch.cuda.is_available():
         torch.cuda.set_per_process_memory_fraction(execution.gpus)

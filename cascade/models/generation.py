@@ -194,8 +194,8 @@ def tokens_in_memory(loaded: LoadedBase) -> int:
     per_token = 2 * config.num_hidden_layers * heads * width * loaded.model.dtype.itemsize
     free, total = torch.cuda.mem_get_info(loaded.device)
     allowed = total * torch.cuda.get_per_process_memory_fraction(loaded.device)
-    free = min(free, allowed - torch.cuda.memory_reserved(loaded.device))
-    return max(_CPU_TOKENS, int(_GPU_SHARE * free / per_token))
+    room = min(free, allowed - torch.cuda.memory_reserved(loaded.device))
+    return max(_CPU_TOKENS, int(_GPU_SHARE * room / per_token))
 
 
 def tokens_in_a_pass(device: torch.device) -> int:
