@@ -57,20 +57,20 @@ class _Step:
 
 Recorded = tuple[Callable[[], None], torch.Tensor]
 """A function that computes a step again, and the tensor where its logits are then."""
+Recorder = Callable[[Callable[[], torch.Tensor]], Recorded]
 
 
 class StepGraphs:
     """Computes the decoding steps of one batch, from the second of a bucket on by replaying its graph."""
 
-    def __init__(
-        self, forward: Forward, record: Callable[[Callable[[], torch.Tensor]], Recorded] | None = None
-    ) -> None:
+    def __init__(self, forward: Forward, recorder: Callable[[], Recorder] | None = None) -> None:
         """
         Args:
-            record: makes a graph of a computation; None: a CUDA graph.
+            recorder: makes what makes graphs of computations; None: CUDA graphs.
         """
         self._forward = forward
-        self._record = record or CudaRecorder()
+        self._recorder = recorder or CudaRecorder
+        self._record = self._recorder()
         self._steps: dict[tuple[int, int], _Step] = {}
         self._graphs: dict[tuple[int, int], Recorded | None] = {}
         self._prefix: object = None
@@ -79,6 +79,7 @@ class StepGraphs:
     def forget(self) -> None:
         """Throw the graphs away: something that they read has moved."""
         self._graphs.clear()
+        self._record = self._recorder()
 
     def __call__(
         self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: RowCache, shared: Shared | None
@@ -124,7 +125,10 @@ class StepGraphs:
 
 
 class CudaRecorder:
-    """Records CUDA graphs that share their working memory, since only one of them runs at a time."""
+    """Records CUDA graphs that share their working memory, since only one of them runs at a time.
+
+    CUDA gives that memory up with the last of the graphs, so a new recorder is needed when all have been thrown away.
+    """
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()

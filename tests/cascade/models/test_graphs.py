@@ -45,7 +45,7 @@ def recorder(monkeypatch):
 
     def graphed(self, loaded):
         plain(self, loaded)
-        self._graphs = StepGraphs(partial(generation._forward, loaded.model), recorder)
+        self._steps = StepGraphs(partial(generation._forward, loaded.model), lambda: recorder)
 
     monkeypatch.setattr(generation.Batch, "__init__", graphed)
     return recorder
