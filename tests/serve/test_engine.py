@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import shutil
+import threading
 import time
 
 import pytest
@@ -217,16 +218,29 @@ async def test_the_batches_stay_within_their_bounds(make_engine, work, reference
     assert engine.load == (0, 0)
 
 
-async def test_a_long_answer_is_parked_and_goes_on_where_it_was(make_engine, work, reference):
+async def test_a_long_answer_is_parked_and_goes_on_where_it_was(make_engine, work, reference, monkeypatch):
     engine = make_engine(patience_s=0.0)
     long, short = work("letters", "a long one", 450), work("sums", "a short one", 3)
-    stream = engine.stream(long)
-    events = [await anext(stream)]
-    others = await collect(engine, short)
-    assert engine.load == (1, 0)
-    assert text_of(others) == reference(short)
-    events += [event async for event in stream]
-    assert text_of(events) == reference(long)
+    both_there, stepped = threading.Event(), []
+    original = Batch.step
+
+    def step(batch, on_token=None):
+        assert both_there.wait(30)
+        stepped.append(batch.rows[0].request.max_tokens)
+        return original(batch, on_token)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Batch, "step", step)
+        first = asyncio.create_task(collect(engine, long))
+        while engine.load != (1, 0):
+            await asyncio.sleep(0.005)
+        second = asyncio.create_task(collect(engine, short))
+        while engine.load != (1, 1):
+            await asyncio.sleep(0.005)
+        both_there.set()
+        texts = text_of(await first), text_of(await second)
+    assert texts == (reference(long), reference(short))
+    assert (stepped[0], stepped[-1], stepped.count(3)) == (450, 450, 3)
 
 
 async def test_whoever_leaves_a_parked_group_is_forgotten(make_engine, work):
