@@ -37,7 +37,7 @@ from serve.jobs import BARE, Group, Job, Key
 from serve.live import LiveModifiers
 from serve.steering import Grammars, Steering
 from serve.text import TextStream
-from serve.threads import Threads
+from serve.threads import Threads, give_way
 
 logger = logging.getLogger(__name__)
 
@@ -224,6 +224,7 @@ class Engine:
     # ------------------------------------------------------------------------------------- the one thread
 
     def _run(self) -> None:
+        give_way()
         while True:
             self._forget_running()
             with self._changed:

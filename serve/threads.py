@@ -7,9 +7,12 @@ known beforehand, so the engine goes by what its last steps took.
 
 from __future__ import annotations
 
+import os
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +23,21 @@ _FAR_OFF = 1.3
 """A count that is so many times slower than the best is tried half as often as before."""
 _OFTEN, _SELDOM = 16, 512
 """Steps between two trials of a count that is not the best."""
+
+
+_BEHIND = 5
+"""By how much the thread that computes is nicer than those that answer."""
+
+
+def give_way() -> None:
+    """Let other threads go before the calling one, and those that it starts, where the machine allows it.
+
+    Answering needs little time, but at once; computing takes all there is.
+    """
+    if sys.platform == "linux":  # elsewhere priorities are a process's, not a thread's
+        thread = threading.get_native_id()
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + _BEHIND)
 
 
 @dataclass

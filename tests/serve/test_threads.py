@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import threading
 from collections import Counter
 
 import pytest
 
-from serve.threads import Threads
+from serve.threads import Threads, give_way
 
 
 class Machine:
@@ -68,3 +71,22 @@ def test_what_fails_is_not_taken_for_fast():
 def test_a_single_core_sets_nothing():
     machine = Machine(1)
     assert machine.compute(5, lambda threads: 1.0) == {0: 5}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere priorities are a process's")
+def test_who_computes_gives_way_and_nobody_else():
+    found = []
+
+    def compute():
+        give_way()
+        found.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+        later = threading.Thread(target=lambda: found.append(os.getpriority(os.PRIO_PROCESS, 0)))
+        later.start()
+        later.join()
+
+    before = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    thread = threading.Thread(target=compute)
+    thread.start()
+    thread.join()
+    assert found == [min(before + 5, 19)] * 2
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == before
