@@ -230,10 +230,12 @@ def refusals(answers: list[Answered], **more: Any) -> dict[str, Any]:
 async def watched(url: str, work: Awaitable[list[Answered]]) -> tuple[list[Answered], list[float]]:
     """What came of the work, and how many seconds /health took while it was done, asked by a process of its own."""
     host, port = url.removeprefix("http://").split(":")
-    command = [sys.executable, str(HERE / "serving_health.py"), host, port]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as watchdog:
-        answers = await work
-        said, _ = await asyncio.to_thread(watchdog.communicate)
+    pipe = asyncio.subprocess.PIPE
+    watchdog = await asyncio.create_subprocess_exec(
+        sys.executable, str(HERE / "serving_health.py"), host, port, stdin=pipe, stdout=pipe
+    )
+    answers = await work
+    said, _ = await watchdog.communicate()
     assert watchdog.returncode == 0, "/health failed"
     return answers, json.loads(said)
 

@@ -24,6 +24,14 @@ async def collect(engine, piece):
     return [event async for event in engine.stream(piece)]
 
 
+async def until_load(engine, wanted):
+    """Wait until so many rows run and jobs wait."""
+    end = time.perf_counter() + 30
+    while engine.load != wanted:
+        assert time.perf_counter() < end
+        await asyncio.sleep(0.005)
+
+
 def text_of(events):
     return "".join(e.text for e in events if isinstance(e, Delta))
 
@@ -232,11 +240,9 @@ async def test_a_long_answer_is_parked_and_goes_on_where_it_was(make_engine, wor
     with monkeypatch.context() as patched:
         patched.setattr(Batch, "step", step)
         first = asyncio.create_task(collect(engine, long))
-        while engine.load != (1, 0):
-            await asyncio.sleep(0.005)
+        await until_load(engine, (1, 0))
         second = asyncio.create_task(collect(engine, short))
-        while engine.load != (1, 1):
-            await asyncio.sleep(0.005)
+        await until_load(engine, (1, 1))
         both_there.set()
         texts = text_of(await first), text_of(await second)
     assert texts == (reference(long), reference(short))
