@@ -254,5 +254,5 @@ def _score_again(row: DatasetRow) -> str:
         form=row.form,
     )
     text = row.messages[row.answer_from].content
-    verdict = benchmarks.get(row.benchmark).score(task, Completion(row.task_id, row.teacher, "", text))
+    verdict = benchmarks.score(task, Completion(row.task_id, row.teacher, "", text))
     return "" if verdict.passed else f"{row.task_id}: {verdict.outcome}: {verdict.evidence[:200]}"

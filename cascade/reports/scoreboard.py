@@ -157,7 +157,7 @@ def answer_and_judge(student: Student, tasks: Sequence[Task]) -> tuple[list[Comp
         for completion in student.answers(tasks, PromptStyle(name="plain")):
             task = by_id[completion.task_id]
             completions[task.id] = completion
-            pending[task.id] = pool.submit(benchmarks.get(task.benchmark).score, task, completion)
+            pending[task.id] = pool.submit(benchmarks.score, task, completion)
         return [completions[t.id] for t in tasks], [pending[t.id].result() for t in tasks]
 
 

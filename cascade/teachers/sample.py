@@ -112,4 +112,4 @@ def evenly_by_length(tasks: Sequence[Task], count: int) -> list[Task]:
 
 
 def _passes(task: Task, answer: Answer) -> bool:
-    return answer.ok and benchmarks.get(task.benchmark).score(task, answer.completion()).passed
+    return answer.ok and benchmarks.score(task, answer.completion()).passed
