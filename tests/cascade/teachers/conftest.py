@@ -18,6 +18,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from three_tiers import PRICES
 
 from cascade import benchmarks
 from cascade.config import Teacher
@@ -78,6 +79,15 @@ def make_teacher() -> Callable[..., Teacher]:
         return Teacher.model_validate(settings | changes)
 
     return make
+
+
+@pytest.fixture
+def tiers(make_teacher: Callable[..., Teacher]) -> list[Teacher]:
+    """t1, t2 and t3, at `three_tiers.PRICES`."""
+    return [
+        make_teacher(f"http://t{n}/v1", name=f"t{n}", input_usd_per_million=i, output_usd_per_million=o)
+        for n, (i, o) in enumerate(PRICES, 1)
+    ]
 
 
 @dataclass

@@ -3,21 +3,12 @@ from __future__ import annotations
 import random
 
 import pytest
+from three_tiers import PRICES
 
 from cascade.tasks import Verdict
 from cascade.teachers.budget import price_usd
 from cascade.teachers.economics import settled_tiers, single_teacher_cost, tier_report
 from cascade.teachers.ledger import LedgerEntry
-
-PRICES = ((0.05, 0.05), (0.2, 0.2), (1.0, 1.0))
-
-
-@pytest.fixture
-def tiers(make_teacher):
-    return [
-        make_teacher(f"http://t{n}/v1", name=f"t{n}", input_usd_per_million=i, output_usd_per_million=o)
-        for n, (i, o) in enumerate(PRICES, 1)
-    ]
 
 
 def row(tier: int, task: str, tokens: int = 1000, **changes) -> LedgerEntry:

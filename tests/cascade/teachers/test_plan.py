@@ -12,16 +12,6 @@ from cascade.config import ANSWER_KEY, check_config
 from cascade.teachers.ledger import LedgerEntry
 from cascade.teachers.plan import expected_calls, expected_samples, plan
 
-PRICES = ((0.05, 0.05), (0.2, 0.2), (1.0, 1.0))
-
-
-@pytest.fixture
-def tiers(make_teacher):
-    return [
-        make_teacher(f"http://t{n}/v1", name=f"t{n}", input_usd_per_million=i, output_usd_per_million=o)
-        for n, (i, o) in enumerate(PRICES, 1)
-    ]
-
 
 def config(tiers, **changes):
     source = {"sources": [{"benchmark": "jsonl"}]}
