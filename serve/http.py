@@ -40,6 +40,21 @@ def build_api(
         proxied: whether it runs behind Ray Serve's proxy; see `ResponseHeaders`.
     """
     api = FastAPI(title="Cascade", description="OpenAI-compatible chat with routed modifiers", version="1")
+    _answer_looks(api, gateway)
+    _answer_requests(api, gateway)
+    _describe_bodies(api)
+    _shape_errors(api)
+    # The last one added is the first that a request meets.
+    if room is not None:
+        api.add_middleware(Admission, most=room, refused=partial(gateway.meters.failed, 429))
+    if keys is not None:
+        api.add_middleware(RequireKey, ring=keys)
+    api.add_middleware(ResponseHeaders, proxied=proxied)
+    return api
+
+
+def _answer_looks(api: FastAPI, gateway: Gateway) -> None:
+    """The chat page, whether it works, and which models there are."""
     page = resources.files("serve").joinpath("static/index.html").read_text(encoding="utf-8")
 
     @api.get("/", response_class=HTMLResponse, include_in_schema=False)
@@ -70,6 +85,10 @@ def build_api(
             raise ApiError(404, f"The model {name[:80]!r} does not exist.", code="model_not_found", param="model")
         return JSONResponse(found)
 
+
+def _answer_requests(api: FastAPI, gateway: Gateway) -> None:
+    """What costs something or keeps something."""
+
     @api.post("/v1/chat/completions", openapi_extra=_body_of(ChatRequest))
     async def chat(request: Request) -> Response:
         return await gateway.chat(await _read_body(request), request.scope["state"]["request_id"])
@@ -81,16 +100,6 @@ def build_api(
     @api.post("/v1/feedback", openapi_extra=_body_of(Feedback))
     async def feedback(request: Request) -> JSONResponse:
         return JSONResponse(await gateway.judge(await _read_body(request)))
-
-    _describe_bodies(api)
-    _shape_errors(api)
-    # The last one added is the first that a request meets.
-    if room is not None:
-        api.add_middleware(Admission, most=room, refused=partial(gateway.meters.failed, 429))
-    if keys is not None:
-        api.add_middleware(RequireKey, ring=keys)
-    api.add_middleware(ResponseHeaders, proxied=proxied)
-    return api
 
 
 _BODIES = (ChatRequest, CompletionRequest, Feedback)
