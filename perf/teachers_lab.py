@@ -1,77 +1,31 @@
-"""What the parts of `teachers.py` share: a mock OpenAI server in a process of its own, tasks, and a job to ask them."""
+"""What the parts of `teachers.py` share: the mock OpenAI server, a job to ask it, and what its counts say."""
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 import tempfile
-import time
-import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "helpers"))
+
+from mock_server import Server, mock_server
+
 from cascade.artifacts import Store
 from cascade.config import Config
 from cascade.tasks import Task
 from ray_jobs._context import Job
+from ray_jobs._generate_tables import UNSOLVED
 from ray_jobs._runs import Runs
-from ray_jobs._test import UNSOLVED
+
+__all__ = ["ROOT", "Figures", "Lab", "Server", "mean_in_flight", "mock_server", "rate", "storage"]
 
 Figures = dict[str, tuple[Any, Any, bool]]
 """figure -> value, target, met"""
 ROOT = Path(__file__).parents[1]
-_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-
-
-class Server:
-    """The mock server (tests/helpers/mock_openai.py), with its settings and its counts."""
-
-    def __init__(self, port: int) -> None:
-        self.root = f"http://127.0.0.1:{port}"
-        self.url = f"{self.root}/v1"
-
-    def set(self, **settings: Any) -> None:
-        """Behave so from now on, and count anew."""
-        self._call("settings", settings)
-
-    def learn(self, book: dict[str, str]) -> None:
-        """Give these answers to these prompts."""
-        self._call("answers", book)
-
-    def stats(self, *, answered: bool = False) -> dict[str, Any]:
-        """What it has seen; `answered`: with how often it answered each prompt."""
-        found: dict[str, Any] = self._call("stats" + ("?answered=1" if answered else ""))
-        return found
-
-    def _call(self, path: str, body: Any = None) -> Any:
-        data = None if body is None else json.dumps(body).encode()
-        with _OPENER.open(urllib.request.Request(f"{self.root}/{path}", data), timeout=60) as response:
-            return json.load(response)
-
-
-@contextmanager
-def mock_server() -> Iterator[Server]:
-    """Run the mock server for the time of the block."""
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "tests" / "helpers" / "mock_openai.py")], stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    try:
-        server = Server(int(process.stdout.readline()))
-        while True:
-            try:
-                server.stats()
-                break
-            except OSError:
-                time.sleep(0.1)
-        yield server
-    finally:
-        process.kill()
-        process.wait()
 
 
 @dataclass

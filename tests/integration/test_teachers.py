@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
+from mock_server import Server, mock_server
 from stand_in import save_tiny_base
 
 from cascade.config import Config, check_config
@@ -21,49 +17,20 @@ from cascade.teachers.judge import judge_messages
 from cascade.teachers.predictor import Sent
 from ray_jobs._context import Job
 from ray_jobs._generate import generate_answers
+from ray_jobs._generate_tables import UNSOLVED
 from ray_jobs._runs import Runs
 from ray_jobs._shortcut import SENT
 from ray_jobs._teacher_actor import EXAMPLES, VERDICTS
-from ray_jobs._test import UNSOLVED
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
-ROOT = Path(__file__).parents[2]
 EASY, HARD, OPEN = 50, 70, 6
 BASE_ANSWER = "The base's own verse."
-_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-
-
-class Server:
-    """tests/helpers/mock_openai.py in a process of its own."""
-
-    def __init__(self, port: int) -> None:
-        self.root = f"http://127.0.0.1:{port}"
-
-    def call(self, path: str, body: Any = None) -> Any:
-        data = None if body is None else json.dumps(body).encode()
-        with _OPENER.open(urllib.request.Request(f"{self.root}/{path}", data), timeout=30) as response:
-            return json.load(response)
 
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    command = [sys.executable, str(ROOT / "tests" / "helpers" / "mock_openai.py"), '{"latency_s": 0.02}']
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    found = Server(int(process.stdout.readline()))
-    try:
-        deadline = time.monotonic() + 30
-        while True:
-            try:
-                found.call("stats")
-                break
-            except OSError:
-                assert time.monotonic() < deadline
-                time.sleep(0.1)
+    with mock_server(latency_s=0.02) as found:
         yield found
-    finally:
-        process.kill()
-        process.wait()
 
 
 @pytest.fixture
@@ -91,7 +58,7 @@ def task(kind: str, number: int) -> Task:
 
 def config_for(folder: Path, url: str) -> Config:
     def teacher(name: str, factor: float = 1.0) -> dict[str, Any]:
-        endpoints = [{"base_url": f"{url}/v1", "requests_per_minute": 10**6, "tokens_per_minute": 10**9}]
+        endpoints = [{"base_url": url, "requests_per_minute": 10**6, "tokens_per_minute": 10**9}]
         prices = {"input_usd_per_million": factor, "output_usd_per_million": 4 * factor}
         return {"name": name, "endpoints": endpoints, **prices, "max_tokens": 64}
 
@@ -146,8 +113,8 @@ def test_the_hopeless_go_past_and_a_judge_decides_where_no_scorer_can(
     save_tiny_base(tmp_path / "base")
     kinds = {"easy": EASY, "hard": HARD, "open": OPEN}
     tasks = [task(kind, n) for kind, count in kinds.items() for n in range(count)]
-    server.call("answers", book_of(tasks))
-    job = job_over(config_for(tmp_path, server.root), tasks)
+    server.learn(book_of(tasks))
+    job = job_over(config_for(tmp_path, server.url), tasks)
     metrics = generate_answers(job, 1)
 
     run, by_id = job.run, {t.id: t for t in tasks}
@@ -164,10 +131,10 @@ def test_the_hopeless_go_past_and_a_judge_decides_where_no_scorer_can(
     examples = {e.task_id: e for e in run.read(EXAMPLES, Example)}
     assert {i for i, e in examples.items() if e.judge} == accepted
     assert metrics["judged"] == len(judged)
-    stats = server.call("stats?answered=1")
+    stats = server.stats(answered=True)
     assert max(stats["answered"].values()) == 1
     assert stats["arrived"] == len(verdicts) + 2 * len(judged)
     assert metrics["cost_usd"] == pytest.approx(stats["charged_usd"])
 
     assert generate_answers(job, 1) == metrics, "a second time everything is there"
-    assert server.call("stats")["arrived"] == stats["arrived"]
+    assert server.stats()["arrived"] == stats["arrived"]
