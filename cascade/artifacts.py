@@ -291,13 +291,17 @@ class Run:
         """Keep figures in the manifest of a job that has not ended."""
         self.store.write_json(f"{self.folder}/{MANIFEST}", self.manifest | figures)
 
-    def finish(self, metrics: Mapping[str, Any], **more: Any) -> None:
-        """Merge the parts of each table (sorted by its first column) and mark the run done."""
+    def merge(self) -> None:
+        """Put the parts of each table together, sorted by its first column."""
         for table in self.tables():
             if self._parts(table):
                 merged = self.read_arrow(table)
                 assert merged is not None
                 self.write_arrow(table, merged.sort_by(merged.column_names[0]))
+
+    def finish(self, metrics: Mapping[str, Any], **more: Any) -> None:
+        """Merge the parts of each table and mark the run done."""
+        self.merge()
         manifest = self.manifest | {"state": "done", "finished": time.time(), "metrics": dict(metrics)} | more
         self.store.write_json(f"{self.folder}/{MANIFEST}", manifest)
 

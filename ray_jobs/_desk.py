@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import time
 import uuid
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from itertools import islice
@@ -99,15 +99,20 @@ class Desk:
     def __init__(self, config: Config, tier: int) -> None:
         self.tier = tier
         self.budget = LocalBudget(budget_state(config, Ledger(Store(config.storage), config.domain)))
-        judges = config.judge.model.endpoints if config.judge else []
-        endpoints = {limiter_key(e): e for e in (*judges, *config.tier(tier).endpoints)}
-        self.gates = {key: Gate(LimiterState.of(e)) for key, e in endpoints.items()}
-        self.divisions = {key: Division() for key in endpoints}
+        self.gates = {key: Gate(state) for key, state in limiter_states(config, tier).items()}
+        self.divisions = {key: Division() for key in self.gates}
         self.metrics = TierMetrics(config, tier)
         self.seen: dict[str, float] = {}
         self.watch: asyncio.Task[None] | None = None
         self.done: list[Done] = []
         self.shown = 0.0
+
+    async def left_usd(self) -> float:
+        """What is left of the tier's budget or the domain's, whichever is the less."""
+        state = self.budget.state
+        left = [state.domain_usd - state.total_spent()]
+        left += [state.tier_usd[self.tier] - state.total_spent(self.tier)] if self.tier in state.tier_usd else []
+        return min(left)
 
     async def take_done(self) -> list[Done]:
         """Tasks that have had their verdicts since this was last asked. Ray Data tells of whole blocks alone."""
@@ -169,6 +174,16 @@ class Desk:
                     self.budget.write_off(holder)
                     for division in self.divisions.values():
                         division.drop(holder)
+
+
+def limiter_states(config: Config, tier: int) -> dict[str, LimiterState]:
+    """One per endpoint and key that a tier or the judge asks. One that both ask, or that a tier names twice, is still
+    one: the least of each limit holds, since the endpoint counts all requests together.
+    """
+    same: dict[str, list[Endpoint]] = defaultdict(list)
+    for endpoint in (*config.tier(tier).endpoints, *(config.judge.model.endpoints if config.judge else ())):
+        same[limiter_key(endpoint)].append(endpoint)
+    return {key: LimiterState.of(*endpoints) for key, endpoints in same.items()}
 
 
 def open_desk(config: Config, tier: int) -> Any:

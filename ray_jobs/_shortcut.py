@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cascade.reports.data import Shortcut
-from cascade.tasks import Task, Verdict
+from cascade.tasks import Verdict
 from cascade.teachers.client import Answer
 from cascade.teachers.predictor import Sent, measure, send_past, task_features, tier_costs
 from ray_jobs._context import Job
@@ -14,18 +14,17 @@ from ray_jobs._teacher_actor import ANSWERS, VERDICTS
 SENT = "sent_past"
 
 
-def without_sent_past(job: Job, tier: int, tasks: list[Task]) -> list[Task]:
-    """The tasks that the tier is asked, once its first wave has been: those sent past it are left out.
+def sent_past(job: Job, tier: int, ids: list[str]) -> list[str]:
+    """Those of the unsolved tasks that the tier is not asked, once its first wave has been.
 
     What was decided is kept in the run, so that a job that resumes decides nothing anew.
     """
     if SENT not in job.run.tables():
-        job.run.write_table(SENT, Sent, _decide(job, tier, tasks))
-    past = {s.task_id for s in job.run.read(SENT, Sent) if not s.control}
-    return [t for t in tasks if t.id not in past]
+        job.run.write_table(SENT, Sent, _decide(job, tier, ids))
+    return [s.task_id for s in job.run.read(SENT, Sent) if not s.control]
 
 
-def _decide(job: Job, tier: int, tasks: list[Task]) -> list[Sent]:
+def _decide(job: Job, tier: int, ids: list[str]) -> list[Sent]:
     config = job.config
     known = {v.task_id: v.passed for v in job.run.read(VERDICTS, Verdict)}
     embed_failures(job)
@@ -33,7 +32,7 @@ def _decide(job: Job, tier: int, tasks: list[Task]) -> list[Sent]:
     if found is None or not known:
         return []
     costs = tier_costs(job.run.read(ANSWERS, Answer), known, config.tiers, tier)
-    others = [t.id for t in tasks if t.id not in known]
+    others = [i for i in ids if i not in known]
     return send_past(known, others, task_features(*found), costs, config.predictor, config.seed)
 
 

@@ -25,13 +25,15 @@ from ray_jobs._desk import DeskClient, Done, own_error
 ANSWERS, VERDICTS = "answers", "verdicts"
 EXAMPLES, JUDGEMENTS = "examples", "judgements"
 """Tables of a `generate_*` run."""
+BASE_ANSWER = "base_answer"
+"""Column beside those of a task: what the base said to it, if a judge decides on it."""
 
 
 class TeacherActor:
     """Asks one tier's teacher, many tasks at once, and verifies the answers.
 
     Attributes:
-        base_answers: task id -> what the base said, of the tasks that a judge decides on.
+        base_answers: task id -> what the base said, of the tasks in work that a judge decides on.
     """
 
     def __init__(
@@ -41,10 +43,9 @@ class TeacherActor:
         tier: int,
         resolve: dict[str, str],
         desk: Any,
-        base_answers: dict[str, str],
     ) -> None:
         self.run, self.tier, self.judge = run, tier, config.judge
-        self.base_answers = base_answers
+        self.base_answers: dict[str, str] = {}
         self.judgements: dict[str, list[Judgement]] = defaultdict(list)
         self.teacher = config.tier(tier)
         self.client: TeacherClient | None = None
@@ -69,7 +70,12 @@ class TeacherActor:
             self.judge_client = self.make_client(self.judge.model, judge=True)
         await asyncio.to_thread(self.client.refresh)  # an actor that was killed may have bought some of this block
         solved: list[Solved] = []
-        rows = await asyncio.gather(*(self._solve(task, solved) for task in from_table(Task, block)))
+        tasks = from_table(Task, block)
+        said = {t.id: text for t, text in zip(tasks, block.column(BASE_ANSWER).to_pylist(), strict=True) if text}
+        self.base_answers |= said
+        rows = await asyncio.gather(*(self._solve(task, solved) for task in tasks))
+        for task_id in said:
+            self.base_answers.pop(task_id, None)
         await asyncio.to_thread(self._keep, solved)
         yield pa.Table.from_pylist(rows)
 

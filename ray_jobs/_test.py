@@ -10,11 +10,9 @@ from cascade.scoring.statistics import Score
 from cascade.tasks import Example, Task, Verdict
 from ray_jobs._context import Job, Metrics
 from ray_jobs._evaluate import Assignment, evaluate
+from ray_jobs._generate_tables import UNSOLVED
 from ray_jobs._probe import cross_fitted_probes
 from ray_jobs._runs import Runs
-
-UNSOLVED = "unsolved"
-"""Table of every test: the tasks that the next tier's teacher is asked."""
 
 
 def test_student(job: Job, tier: int) -> Metrics:

@@ -111,9 +111,13 @@ class LimiterState:
         self._pause = _PAUSE_S
 
     @classmethod
-    def of(cls, endpoint: Endpoint) -> LimiterState:
-        """With the limits that the config gives an endpoint."""
-        return cls(endpoint.requests_per_minute, endpoint.tokens_per_minute, max_concurrency=endpoint.max_concurrency)
+    def of(cls, *endpoints: Endpoint) -> LimiterState:
+        """With the limits that the config gives an endpoint; where it names one several times, the least of each."""
+        return cls(
+            min(e.requests_per_minute for e in endpoints),
+            min(e.tokens_per_minute for e in endpoints),
+            max_concurrency=min(e.max_concurrency for e in endpoints),
+        )
 
     @property
     def places(self) -> int:

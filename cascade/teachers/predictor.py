@@ -71,9 +71,9 @@ class Costs:
         return probability * self.above - asking
 
 
-def first_wave(tasks: Sequence[Task], settings: Predictor, seed: int) -> list[Task]:
+def first_wave(ids: Sequence[str], settings: Predictor, seed: int) -> list[str]:
     """The tasks that are asked before anything is predicted, drawn by chance that the seed decides."""
-    return [t for t in tasks if _draw(t.id, seed, "learn") < settings.learn_share]
+    return [i for i in ids if _draw(i, seed, "learn") < settings.learn_share]
 
 
 def send_past(

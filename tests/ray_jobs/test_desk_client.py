@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 from ray.exceptions import RayError
 
-from cascade.config import Endpoint
+from cascade.config import Endpoint, check_config
 from cascade.teachers.limits import Division, Gate, LimiterState, limiter_key
-from ray_jobs._desk import DeskClient, Ended, Share, Unused
+from ray_jobs._desk import DeskClient, Ended, Share, Unused, limiter_states
 
 ENDPOINT = Endpoint(base_url="http://somewhere/v1", max_concurrency=4)
 KEY = limiter_key(ENDPOINT)
+PRICES = {"input_usd_per_million": 1.0, "output_usd_per_million": 1.0}
 
 
 class _Method:
@@ -144,7 +145,31 @@ async def test_whoever_waits_is_told_when_the_desk_is_gone() -> None:
         await asyncio.wait_for(waiting, 2)
 
 
-def test_an_actor_that_waits_for_teachers_does_not_load_torch() -> None:
-    code = "import sys, ray_jobs._teacher_actor; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+def test_one_endpoint_and_key_has_one_limiter_with_the_least_of_its_limits() -> None:
+    def asked(url: str, **limits: int) -> dict[str, Any]:
+        return {"name": "m", "endpoints": [{"base_url": url, **limits}], **PRICES}
+
+    same = "http://same/v1"
+    tier = asked(same, requests_per_minute=100, tokens_per_minute=5000, max_concurrency=8)
+    tier["endpoints"] += [
+        {"base_url": same, "requests_per_minute": 300, "tokens_per_minute": 4000, "max_concurrency": 9},
+        {"base_url": same, "api_key_env": "ANOTHER_KEY", "requests_per_minute": 70},
+    ]
+    judge = {"model": asked(same, requests_per_minute=200, tokens_per_minute=6000, max_concurrency=2)}
+    sources = {"sources": [{"benchmark": "jsonl"}]}
+    tasks = dict.fromkeys(("train", "validation", "test"), sources)
+    raw = {"domain": "d", "base": {"model": "m"}, "budget_usd": 1.0, "tasks": tasks, "tiers": [tier] * 3}
+    for config in (check_config(raw | {"judge": judge}), check_config(raw)):
+        states = limiter_states(config, 1)
+        assert states.keys() == {f"{same}|", f"{same}|ANOTHER_KEY"}
+        shared = states[f"{same}|"]
+        assert (shared.requests_per_minute, shared.tokens_per_minute) == (100, 4000)
+        assert shared.max_concurrency == (2 if config.judge else 8)
+        assert states[f"{same}|ANOTHER_KEY"].requests_per_minute == 70
+
+
+@pytest.mark.parametrize("module", ["_teacher_actor", "_generate_tables"])
+def test_what_works_for_the_driver_without_a_model_does_not_load_torch(module: str) -> None:
+    code = f"import sys, ray_jobs.{module}; print([m for m in ('torch', 'transformers') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -12,10 +12,8 @@ from stand_in import free_port
 from cascade.config import check_config
 from cascade.tasks import Task
 from cascade.teachers.ledger import Ledger, LedgerEntry
-from ray_jobs._context import Job
-from ray_jobs._generate import generate_answers
+from ray_jobs._generate_tables import UNSOLVED, Tables, settle, so_far
 from ray_jobs._runs import Runs
-from ray_jobs._test import UNSOLVED
 
 
 @pytest.fixture
@@ -30,11 +28,12 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         endpoint_override=where, scheme="http", region="us-east-1", allow_bucket_creation=True
     )
     filesystem.create_dir("ledger-test")
-    yield f"s3://ledger-test/team?endpoint_override={where.replace(':', '%3A')}&scheme=http&region=us-east-1"
+    yield f"s3://ledger-test/team-{port}?endpoint_override={where.replace(':', '%3A')}&scheme=http&region=us-east-1"
     server.stop()
 
 
-def test_small_objects_are_put_together(bucket: str) -> None:
+@pytest.mark.parametrize("when", ["start", "end"])
+def test_small_objects_are_put_together(bucket: str, when: str) -> None:
     tier = {"name": "m", "endpoints": [{"base_url": "http://x/v1"}]}
     tier |= {"input_usd_per_million": 1.0, "output_usd_per_million": 1.0}
     tasks = {split: {"sources": [{"benchmark": "jsonl"}]} for split in ("train", "validation", "test")}
@@ -50,7 +49,8 @@ def test_small_objects_are_put_together(bucket: str) -> None:
         ledger.record(LedgerEntry(str(n), config.domain, 1, f"t/{n}", 0, "m", "u", price_usd=0.5, text=f"{n}"))
     ledger.close()
     assert len(_objects(runs)) == 70
-    generate_answers(Job(config, runs, runs.generate_tier1), 1)
+    tables = Tables(runs.test_domain, runs.test_domain, runs.generate_tier1, config, 1)
+    (so_far if when == "start" else settle)(tables)
     assert len(_objects(runs)) == 1
     again = Ledger(runs.store, config.domain)
     assert again.spent() == pytest.approx(35)
