@@ -1,6 +1,6 @@
 """Cost per task and memory of a test of the student from 100 to 12,000 tasks, on a tiny random base.
 
-    python perf/scale.py [--counts 100 1000 12000]
+    python perf/evaluation_scale.py [--counts 100 1000 12000]
 
 Each count runs in a process of its own, block by block as an actor does: answer, judge, write two Parquet parts. CPU
 time counts, so that a busy machine changes little; the model is next to nothing, so that what is measured is ours.
