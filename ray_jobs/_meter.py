@@ -82,6 +82,7 @@ class TierMeter:
     spent_usd: float = 0.0
     paid_usd: float = 0.0
     _recent: deque[tuple[float, int]] = field(default_factory=deque)
+    _requests: int = 0  # of the recent ones
     _began: float = 0.0
 
     def __post_init__(self) -> None:
@@ -98,13 +99,14 @@ class TierMeter:
         self.done, self.verified = min(self.total, self.done + 1), self.verified + passed
         self.spent_usd, self.paid_usd = self.spent_usd + cost_usd, self.paid_usd + paid_usd
         self._recent.append((self.clock(), requests))
+        self._requests += requests
         return self.state()
 
     def state(self) -> TierState:
         """The tier now."""
         now = self.clock()
         while self._recent and self._recent[0][0] <= now - WINDOW_S:
-            self._recent.popleft()
+            self._requests -= self._recent.popleft()[1]
         span = min(WINDOW_S, now - self._began)
         known = span >= _FROM_S and bool(self._recent)
         left = self.total - self.done
@@ -116,7 +118,7 @@ class TierMeter:
             verified=self.verified,
             spent_usd=self.spent_usd,
             remaining_usd=max(0.0, self.remaining_usd - self.paid_usd),
-            requests_per_minute=60 * sum(n for _, n in self._recent) / span if known else 0.0,
+            requests_per_minute=60 * self._requests / span if known else 0.0,
             seconds_left=left * span / len(self._recent) if known and left else None,
         )
 
