@@ -21,7 +21,7 @@ from teachers_tasks import config_for, questions
 from cascade.tasks import Example, Verdict
 from cascade.teachers.ledger import Ledger
 from ray_jobs._generate import generate_answers
-from ray_jobs._teacher_actor import EXAMPLES, VERDICTS
+from ray_jobs._generate_tables import EXAMPLES, VERDICTS
 
 _NODES = 2
 

@@ -14,7 +14,7 @@ from cascade import benchmarks
 from cascade.scoring.statistics import wilson
 from cascade.tasks import Example, Task
 from ray_jobs._generate import generate_answers
-from ray_jobs._teacher_actor import EXAMPLES
+from ray_jobs._generate_tables import EXAMPLES
 
 _WRONG_SHARE = 0.4
 Made = tuple[list[Task], dict[str, str], set[str]]

@@ -1,7 +1,7 @@
 """What a `generate_*` job does with its whole tables: which tasks are still to be asked, and what came of all.
 
-Each function runs as a Ray task (`elsewhere`, `send_blocks`): a task's memory is free when it has ended, while the
-driver, which lives as long as the job, holds sums and references, however many tasks there are.
+Each function runs as a Ray task (`elsewhere`, `send_blocks`), so that the driver, which lives as long as the job, holds
+sums and references, however many tasks there are.
 """
 
 from __future__ import annotations
@@ -24,17 +24,21 @@ from cascade.tasks import Task, from_table
 from cascade.teachers.conversation import order_by_head
 from cascade.teachers.ledger import compact
 from ray_jobs._desk import own_error
-from ray_jobs._teacher_actor import ANSWERS, BASE_ANSWER, JUDGEMENTS, VERDICTS
 
 Result = TypeVar("Result")
 UNSOLVED = "unsolved"
 """Table of every test: the tasks that the next tier's teacher is asked."""
+ANSWERS, VERDICTS = "answers", "verdicts"
+EXAMPLES, JUDGEMENTS = "examples", "judgements"
+"""Tables of a `generate_*` run."""
+BASE_ANSWER = "base_answer"
+"""Column of a block beside those of a task: what the base said to it, if a judge decides on it."""
 _MOST_BLOCKS = 400
 """Ray Data holds some 50 kB for each in the driver."""
 _AHEAD = 4
 """Blocks that may wait to be fetched by the driver: small ones do so in its own memory."""
-_ONCE: dict[str, Any] = {"num_cpus": 0.25, "max_calls": 1}
-"""Where teacher actors fit, and in a process that ends with the task."""
+_CPUS = 0.25
+"""As teacher actors: wherever one of them fits."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +72,8 @@ class SoFar(NamedTuple):
 
 
 def elsewhere(function: Callable[..., Result], *args: Any) -> Result:
-    """Call a function in a process of its own, which ends with it; its errors are raised as they were there."""
-    remote: Any = ray.remote(**_ONCE)(function)
+    """Call a function in another process; its errors are raised as they were there."""
+    remote: Any = ray.remote(num_cpus=_CPUS)(function)
     try:
         result: Result = ray.get(remote.remote(*args))
     except RayTaskError as error:
@@ -80,10 +84,10 @@ def elsewhere(function: Callable[..., Result], *args: Any) -> Result:
 def send_blocks(tables: Tables, leave_out: frozenset[str]) -> list[tuple[Any, int]]:
     """`pending_blocks`, made elsewhere, as objects of this process with their numbers of tasks.
 
-    One block at a time passes through its memory. What the other process owns would be gone with its node, and made
-    anew there it would be other blocks: by then some of the tasks have verdicts.
+    One block at a time passes through its memory, and the process that made them ends. Objects of that process would
+    be gone with its node, and made anew they would be other blocks: by then some of the tasks have verdicts.
     """
-    remote: Any = ray.remote(**_ONCE)(pending_blocks)
+    remote: Any = ray.remote(num_cpus=_CPUS, max_calls=1)(pending_blocks)
     remote = remote.options(num_returns="streaming", _generator_backpressure_num_objects=_AHEAD)
     return [_own(ref) for ref in remote.remote(tables, leave_out)]
 

@@ -8,8 +8,8 @@ from cascade.teachers.client import Answer
 from cascade.teachers.predictor import Sent, measure, send_past, task_features, tier_costs
 from ray_jobs._context import Job
 from ray_jobs._failures import embed_failures, failure_vectors
+from ray_jobs._generate_tables import ANSWERS, VERDICTS
 from ray_jobs._runs import Runs
-from ray_jobs._teacher_actor import ANSWERS, VERDICTS
 
 SENT = "sent_past"
 

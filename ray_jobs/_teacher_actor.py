@@ -21,12 +21,7 @@ from cascade.teachers.judge import Judgement, judge
 from cascade.teachers.ledger import Ledger
 from cascade.teachers.solve import Solved, solve
 from ray_jobs._desk import DeskClient, Done, own_error
-
-ANSWERS, VERDICTS = "answers", "verdicts"
-EXAMPLES, JUDGEMENTS = "examples", "judgements"
-"""Tables of a `generate_*` run."""
-BASE_ANSWER = "base_answer"
-"""Column beside those of a task: what the base said to it, if a judge decides on it."""
+from ray_jobs._generate_tables import ANSWERS, BASE_ANSWER, EXAMPLES, JUDGEMENTS, VERDICTS
 
 
 class TeacherActor:

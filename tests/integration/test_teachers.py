@@ -17,10 +17,9 @@ from cascade.teachers.judge import judge_messages
 from cascade.teachers.predictor import Sent
 from ray_jobs._context import Job
 from ray_jobs._generate import generate_answers
-from ray_jobs._generate_tables import UNSOLVED
+from ray_jobs._generate_tables import EXAMPLES, UNSOLVED, VERDICTS
 from ray_jobs._runs import Runs
 from ray_jobs._shortcut import SENT
-from ray_jobs._teacher_actor import EXAMPLES, VERDICTS
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
 EASY, HARD, OPEN = 50, 70, 6

@@ -16,7 +16,11 @@ from cascade.tasks import Completion, Message, Task, Verdict, from_table, to_tab
 from cascade.teachers.client import Answer
 from cascade.teachers.judge import Judgement
 from ray_jobs._generate_tables import (
+    ANSWERS,
+    BASE_ANSWER,
+    JUDGEMENTS,
     UNSOLVED,
+    VERDICTS,
     SoFar,
     Tables,
     each_task,
@@ -26,7 +30,6 @@ from ray_jobs._generate_tables import (
     so_far,
     unsolved_ids,
 )
-from ray_jobs._teacher_actor import ANSWERS, BASE_ANSWER, JUDGEMENTS, VERDICTS
 
 NOTHING: frozenset[str] = frozenset()
 
