@@ -28,11 +28,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from serving_openapi import attack
 from serving_setup import DOMAINS, QUESTIONS, Answered, Ask, Setup, arriving, load, one, percentile, prepare
 from serving_stack import served, served_plainly
 
 HERE = Path(__file__).parent
-PARTS = ("swap", "isolation", "throughput", "shuffle", "fairness", "overload", "lifecycle")
+PARTS = ("swap", "isolation", "throughput", "shuffle", "fairness", "overload", "lifecycle", "openapi")
 Figures = dict[str, dict[str, Any]]
 
 
@@ -59,6 +60,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=300, help="swaps that are timed")
     parser.add_argument("--requests", type=int, default=500, help="of the isolation check")
     parser.add_argument("--tokens", type=int, default=24, help="of an answer where throughput is measured")
+    parser.add_argument("--examples", type=int, default=50, help="of each operation, from Schemathesis")
     parser.add_argument("--clients", default="1,8,32", help="for throughput")
     return parser.parse_args()
 
@@ -266,6 +268,18 @@ def lifecycle(setup: Setup, options: argparse.Namespace) -> Figures:
         "after_kill_failed": at_most(sum(a.status != 200 for a in after), 0, n=len(after)),
         "sigterm_cut_streams": at_most(sum(a.status != 200 for a in cut), 0, n=len(cut)),
     }
+
+
+def openapi(setup: Setup, options: argparse.Namespace) -> Figures:
+    """Requests that Schemathesis makes from the served OpenAPI document."""
+    with served(setup, options.threads) as url:
+        report = attack(url, options.examples, 150)
+    cases, operations = report["test_cases"], report["operations"]
+    for failure in report["failures"]:
+        print(f"   {json.dumps(failure)[:500]}", flush=True)
+    wrong = cases["with_failures"] + cases["errored"] + operations["errored"]
+    counted = {"generated": cases["generated"], "operations": operations["tested"]}
+    return {"schemathesis_5xx": figure(wrong, 0, wrong == 0 and operations["tested"] > 0, **counted)}
 
 
 if __name__ == "__main__":

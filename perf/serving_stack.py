@@ -28,7 +28,7 @@ class Server(str):
     def engines(self) -> list[int]:
         """Processes of the engine replicas."""
         found = psutil.Process(self.process.pid).children(recursive=True)
-        return [p.pid for p in found if "EngineReplica" in " ".join(_command(p))]
+        return [p.pid for p in found if "ServeReplica:cascade:engine" in " ".join(_command(p))]
 
     def terminate(self) -> None:
         self.process.send_signal(signal.SIGTERM)
