@@ -143,7 +143,8 @@ class RemoteEngine:
     max_queued_requests=200,
     backpressure_config=BackpressureConfig(status_code=429, retry_after_s=RETRY_AFTER_S),
     graceful_shutdown_timeout_s=_GRACE_S,
-    ray_actor_options={"num_cpus": 0.1},
+    # It waits more than it computes, and must find a place where the engines have taken every CPU.
+    ray_actor_options={"num_cpus": 0},
 )
 @ray_serve.ingress()
 class Ingress:
