@@ -81,6 +81,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=0, help="longest training of a contender and round")
     parser.add_argument("--steps", type=int, default=0)
     parser.add_argument("--rank", type=int, default=0)
+    parser.add_argument("--tokens", type=int, default=0, help="of one optimiser step")
     parser.add_argument("--threads", type=int, default=0)
     return parser.parse_args()
 
@@ -131,7 +132,8 @@ def make_job(options: argparse.Namespace, data: Path) -> dict[str, Any]:
     train = json.loads(data.read_text())["train"]
     mean = statistics.mean(len(e["ids"]) for e in train)
     gpu = options.device == "cuda"
-    tokens = 32768 if gpu else 600
+    tokens = options.tokens or (32768 if gpu else 600)
+    batch = max(1, round(tokens / mean))
     dtype = resolve_dtype("auto", torch.device(options.device))
     return {
         "device": options.device,
@@ -140,8 +142,9 @@ def make_job(options: argparse.Namespace, data: Path) -> dict[str, Any]:
         "data": str(data),
         "rank": options.rank or (128 if gpu else 16),
         "learning_rate": 5e-4 if gpu else 2e-3,
-        "batch": max(1, round(tokens / mean)),
-        "tokens_per_step": round(max(1, round(tokens / mean)) * mean) + 1,
+        "batch": batch,
+        "micro_batch": 16 if gpu else batch,  # padded, at once: more does not fit 80 GB with float32 logits
+        "tokens_per_step": round(batch * mean) + 1,
         "row_tokens": tokens * 2,
         "longest": max(len(e["ids"]) for e in train),
         "epochs": 1.0 * math.ceil((options.steps or (200 if gpu else 48)) * tokens * 1.5 / (mean * len(train)) + 1),

@@ -107,6 +107,15 @@ def validation_loss(model: Any, examples: list[dict[str, Any]], device: str) -> 
     return total / count
 
 
+def padded(examples: list[dict[str, Any]], device: str) -> dict[str, torch.Tensor]:
+    """The model's arguments for examples padded on the right to the longest."""
+    longest = max(len(e["ids"]) for e in examples)
+    ids = torch.tensor([e["ids"] + [0] * (longest - len(e["ids"])) for e in examples], device=device)
+    seen = torch.tensor([[1] * len(e["ids"]) + [0] * (longest - len(e["ids"])) for e in examples], device=device)
+    masks = torch.tensor([e["mask"] + [False] * (longest - len(e["ids"])) for e in examples], device=device)
+    return {"input_ids": ids, "attention_mask": seen, "labels": torch.where(masks, ids, -100)}
+
+
 def main() -> None:
     job, train, validation = read_job()
     model = get_peft_model(load_model(job), lora_config(job))
@@ -115,15 +124,11 @@ def main() -> None:
     model.train()
     watch = Stopwatch(job)
     for batch in batches(train, job["batch"]):
-        longest = max(len(e["ids"]) for e in batch)
-        ids = torch.tensor([e["ids"] + [0] * (longest - len(e["ids"])) for e in batch], device=job["device"])
-        seen = torch.tensor(
-            [[1] * len(e["ids"]) + [0] * (longest - len(e["ids"])) for e in batch], device=job["device"]
-        )
-        masks = [e["mask"] + [False] * (longest - len(e["ids"])) for e in batch]
-        labels = torch.where(torch.tensor(masks, device=job["device"]), ids, -100)
-        loss = forward(input_ids=ids, attention_mask=seen, labels=labels, use_cache=False).loss
-        loss.backward()
+        targets = sum(sum(e["mask"]) for e in batch)
+        for start in range(0, len(batch), job["micro_batch"]):
+            part = batch[start : start + job["micro_batch"]]
+            loss = forward(**padded(part, job["device"]), use_cache=False).loss
+            (loss * (sum(sum(e["mask"]) for e in part) / targets)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

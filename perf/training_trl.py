@@ -21,7 +21,9 @@ class Watch(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
         validate = lambda: validation_loss(model, self.validation, self.watch.job["device"])  # noqa: E731
-        if not self.watch.step([self.seen.pop(0)], validate):  # batches are collated ahead of their step
+        count = args.gradient_accumulation_steps
+        batches, self.seen = self.seen[:count], self.seen[count:]  # they are collated ahead of their step
+        if not self.watch.step(batches, validate):
             control.should_training_stop = True
 
 
@@ -34,7 +36,9 @@ def main() -> None:
         settings |= {"max_length": max(job["longest"], job["tokens_per_step"]), "packing_strategy": "bfd"}
         settings |= {"per_device_train_batch_size": 1}
     else:
-        settings |= {"max_length": job["longest"], "per_device_train_batch_size": job["batch"]}
+        parts = -(-job["batch"] // job["micro_batch"])
+        settings |= {"max_length": job["longest"], "per_device_train_batch_size": -(-job["batch"] // parts)}
+        settings |= {"gradient_accumulation_steps": parts}
     dataset = Dataset.from_list(
         [{"input_ids": e["ids"], "completion_mask": [int(m) for m in e["mask"]]} for e in train]
     )

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import cast
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray.data
 import torch
 from ray.data import ActorPoolStrategy
@@ -93,7 +94,7 @@ def _run_blocks(
     settings = {a.name: (a.style, a.adapter, a.label) for a in assignments}
     results = ray.data.from_arrow(blocks).map_batches(
         StudentActor,
-        batch_size=None,
+        batch_size=execution.task_block,  # Ray Data wants a number where there are GPUs
         batch_format="pyarrow",
         compute=ActorPoolStrategy(size=actors),
         num_cpus=execution.cpus_per_actor,
@@ -114,7 +115,7 @@ def _run_blocks(
 
 
 class StudentActor:
-    """Holds one base; answers and scores a block of tasks of one assignment at a time."""
+    """Holds one base; answers and scores a batch of tasks at a time, assignment by assignment."""
 
     def __init__(
         self,
@@ -130,8 +131,14 @@ class StudentActor:
         self.slot: LoraSlot | None = None
         self.filled: str | None = None
 
-    def __call__(self, block: pa.Table) -> pa.Table:
-        name = block.column("assignment")[0].as_py()
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        names = batch.column("assignment")
+        return pa.concat_tables(
+            [self._judged(name, batch.filter(pc.equal(names, name))) for name in names.unique().to_pylist()]
+        )
+
+    def _judged(self, name: str, block: pa.Table) -> pa.Table:
+        """Verdicts on the tasks of one assignment, which are kept before they are told."""
         style, adapter, label = self.settings[name]
         tasks = from_table(Task, block)
         self._use(adapter)

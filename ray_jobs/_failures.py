@@ -51,7 +51,7 @@ def embed_failures(job: Job) -> None:
         blocks = [to_table(Task, tasks[i : i + size]) for i in range(0, len(tasks), size)]
         results = ray.data.from_arrow(blocks).map_batches(
             EmbeddingActor,
-            batch_size=None,
+            batch_size=size,
             batch_format="pyarrow",
             compute=ActorPoolStrategy(size=min(execution.student_actors, len(blocks))),
             num_cpus=execution.cpus_per_actor,

@@ -45,7 +45,8 @@ class Prefix:
 
 @dataclass(frozen=True)
 class Shared:
-    """Prefixes of the rows of one forward pass, each with the indices of its rows, shape (rows,); None means all."""
+    """Prefixes of the rows of one forward pass, each with its rows: their indices, or for every row whether it is one
+    of them (which has the same shape for any rows, but computes with all of them); None means all."""
 
     groups: tuple[tuple[Prefix, torch.Tensor | None], ...]
 
@@ -58,11 +59,6 @@ class Shared:
         members = [(p, [i for i, other in enumerate(prefixes) if other is p]) for p in distinct.values()]
         groups = tuple((p, torch.tensor(rows, device=device)) for p, rows in members)
         return cls(groups) if groups else None
-
-    @property
-    def by_all(self) -> bool:
-        """Whether all rows have one and the same prefix."""
-        return len(self.groups) == 1 and self.groups[0][1] is None
 
 
 def enable_sharing(model: PreTrainedModel) -> None:
@@ -99,12 +95,14 @@ def attention(
     output, total = _attend(query * scaling, key, value, attention_mask)
     for prefix, rows in shared.groups:
         keys, values = prefix.states[module.layer_idx]  # type: ignore[index]
-        asking = query if rows is None else query[rows]
-        extra, weight = _attend_together(asking * scaling, keys, values)
-        if rows is None:
-            output = _merge(output, total, extra, weight)
-        else:
+        some = rows is not None and rows.dtype != torch.bool
+        extra, weight = _attend_together((query[rows] if some else query) * scaling, keys, values)
+        if some:
             output[rows] = _merge(output[rows], total[rows], extra, weight)
+        else:
+            if rows is not None:
+                weight = weight.masked_fill(~rows[:, None, None, None], float("-inf"))
+            output = _merge(output, total, extra, weight)
     return output.transpose(1, 2).to(query.dtype).contiguous(), None
 
 

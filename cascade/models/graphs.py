@@ -8,20 +8,22 @@ its memory moves.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from transformers.cache_utils import Cache
 
-from cascade.models.attention import RowCache, Shared, Window
+from cascade.models.attention import Prefix, RowCache, Shared, Window
 
 Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Cache, Shared | None], torch.Tensor]
 """(token ids, mask, positions, cache, shared beginnings) -> logits after the last token, shape (rows, vocabulary)."""
 
 _ROWS, _COLUMNS = 4, 64
 """Smallest differences between two buckets; they keep the mask aligned as attention kernels need it."""
+_MOST_PREFIXES = 8
+"""In one graph: every row is computed with each of them, so many would cost more than launches do."""
 
 
 @dataclass(frozen=True)
@@ -31,20 +33,24 @@ class _Step:
     Attributes:
         ids, positions: shape (rows, 1). mask: True where a token is seen, shape (rows, 1, 1, columns).
         window: where in the cache the step writes and what it reads.
+        shared: the beginnings, each with a tensor that says of every row whether it has it, shape (rows,).
     """
 
     ids: torch.Tensor
     positions: torch.Tensor
     mask: torch.Tensor
     window: Window
+    shared: Shared | None
 
     @classmethod
-    def of(cls, rows: int, columns: int, device: torch.device) -> _Step:
+    def of(cls, rows: int, columns: int, prefixes: Sequence[Prefix], device: torch.device) -> _Step:
         whole = torch.zeros(rows, 1, dtype=torch.long, device=device)
         mask = torch.zeros(rows, 1, 1, columns, dtype=torch.bool, device=device)
-        return cls(whole, whole.clone(), mask, Window(rows, columns, torch.zeros(1, dtype=torch.long, device=device)))
+        window = Window(rows, columns, torch.zeros(1, dtype=torch.long, device=device))
+        groups = tuple((p, torch.zeros(rows, dtype=torch.bool, device=device)) for p in prefixes)
+        return cls(whole, whole.clone(), mask, window, Shared(groups) if groups else None)
 
-    def set(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> None:
+    def set(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, shared: Shared | None) -> None:
         """Copy the inputs of this step in; rows beyond them see but their own token, so that nothing is undefined."""
         rows, used = mask.shape
         self.ids[:rows] = ids
@@ -53,6 +59,12 @@ class _Step:
         self.mask[:rows, 0, 0, :used] = mask
         self.mask[rows:, 0, 0, used - 1] = True
         self.window.column.fill_(used - 1)
+        members = {id(prefix): flags for prefix, flags in (self.shared.groups if self.shared else ())}
+        for prefix, own in shared.groups if shared else ():
+            flags = members[id(prefix)]
+            assert flags is not None
+            flags.zero_()
+            flags[slice(rows) if own is None else own] = True
 
 
 Recorded = tuple[Callable[[], None], torch.Tensor]
@@ -73,12 +85,13 @@ class StepGraphs:
         self._record = self._recorder()
         self._steps: dict[tuple[int, int], _Step] = {}
         self._graphs: dict[tuple[int, int], Recorded | None] = {}
-        self._prefix: object = None
+        self._prefixes: Sequence[Prefix] = ()
         self._version = -1
 
     def forget(self) -> None:
         """Throw the graphs away: something that they read has moved."""
         self._graphs.clear()
+        self._steps.clear()
         self._record = self._recorder()
 
     def __call__(
@@ -90,18 +103,19 @@ class StepGraphs:
             ids, positions: shape (rows, 1).
             mask: True where a token is seen, shape (rows, tokens of the cache and the new one).
         """
-        if shared is not None and not shared.by_all:
+        prefixes = [] if shared is None else [prefix for prefix, _ in shared.groups]
+        if len(prefixes) > _MOST_PREFIXES:
             return self._forward(ids, mask[:, None, None], positions, cache, shared)
         rows, used = mask.shape
         bucket = round_up(rows, _ROWS), round_up(used, _COLUMNS)
         cache.reserve(*bucket)
-        self._drop_stale(cache, shared)
+        self._drop_stale(cache, prefixes)
         step = self._steps.get(bucket)
         if step is None:
-            step = self._steps[bucket] = _Step.of(*bucket, ids.device)
-        step.set(ids, mask, positions)
+            step = self._steps[bucket] = _Step.of(*bucket, prefixes, ids.device)
+        step.set(ids, mask, positions, shared)
         with cache.through(step.window):
-            compute = partial(self._forward, step.ids, step.mask, step.positions, cache, shared)
+            compute = partial(self._forward, step.ids, step.mask, step.positions, cache, step.shared)
             return self._compute(bucket, compute)[:rows]
 
     def _compute(self, bucket: tuple[int, int], compute: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -116,12 +130,12 @@ class StepGraphs:
         replay()
         return logits
 
-    def _drop_stale(self, cache: RowCache, shared: Shared | None) -> None:
-        """Forget the graphs of memory that was given up: the cache's, or a beginning's that nobody shares any more."""
-        prefix = None if shared is None else shared.groups[0][0]
-        if cache.version != self._version or prefix is not self._prefix:
+    def _drop_stale(self, cache: RowCache, prefixes: Sequence[Prefix]) -> None:
+        """Forget the graphs of memory that was given up, the cache's or a beginning's that nobody shares any more, and
+        those that lack a beginning."""
+        if cache.version != self._version or {*map(id, prefixes)} != {*map(id, self._prefixes)}:
             self.forget()
-            self._version, self._prefix = cache.version, prefix
+            self._version, self._prefixes = cache.version, prefixes
 
 
 class CudaRecorder:

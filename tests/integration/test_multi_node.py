@@ -115,3 +115,21 @@ def test_the_node_of_the_teachers_is_killed_and_replaced(tmp_path: Path, cluster
     assert max(paid.values()) == 1, "a request was paid twice"
     assert bought <= paid
     assert set(paid) == set(answered(expected))
+
+
+def test_students_share_a_gpu(tmp_path: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The node only says that it has a GPU; what is shown is that Ray places the work there, as on a real one."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    cluster.add_node(num_cpus=2, num_gpus=1, **ports())
+    path = config_of(tmp_path, tmp_path / "shared")
+    config = yaml.safe_load(path.read_text())
+    styles = [{"name": "direct"}, {"name": "shots", "shots": 1}]
+    config |= {"clusters": {"enabled": True}, "student": {"max_tokens": 8, "prompts": styles, "selection_tasks": 10}}
+    config["execution"] |= {"student_actors": 2, "use_gpu": True, "gpu_share": 0.5}
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    finish(start(path, cluster, "test_domain"), path)
+    runs = Runs(load_config(path))
+    assert len(runs.test_domain.read("base_verdicts", Verdict)) == 60
+    for style in ("direct", "shots"):
+        assert len(runs.test_domain.read(f"style_{style}_verdicts", Verdict)) == 10
+    assert runs.embed_failures.done

@@ -75,11 +75,16 @@ def test_answers_are_those_of_steps_without_graphs(loaded, request, shared, toke
     assert recorder.replayed > 2 * recorder.recorded > 0
 
 
-def test_rows_with_different_beginnings_are_computed_without_a_graph(loaded, request):
-    requests = [*make_requests([9] * 70, 5), *make_requests([11] * 90, 5), *make_requests([], 3)]
+@pytest.mark.parametrize("beginnings", [3, 9])
+def test_rows_with_different_beginnings_are_computed_together(loaded, request, beginnings):
+    """Up to a number of beginnings by graphs, in which each row is told which of them is its own."""
+    requests = make_requests([], 3)
+    for i in range(beginnings):
+        requests += make_requests([9 + i] * (70 + 20 * i), 4, seed=i)
     expected = generate(loaded, requests)
-    request.getfixturevalue("recorder")
+    recorder = request.getfixturevalue("recorder")
     assert generate(loaded, requests) == expected
+    assert recorder.recorded
 
 
 def test_forgotten_graphs_are_recorded_again(loaded, recorder):
