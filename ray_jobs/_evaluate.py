@@ -25,7 +25,7 @@ from cascade.compression.apply import LoraSlot
 from cascade.compression.format import load_modifier
 from cascade.compression.packed import CompressedAdapter
 from cascade.config import Config, Execution, PromptStyle
-from cascade.models.base import load_base
+from cascade.models.base import keep_to_share, load_base
 from cascade.models.student import Student, WorkedExamples
 from cascade.tasks import Task, Verdict, from_table, to_table
 from ray_jobs._context import Job
@@ -181,5 +181,5 @@ def read_adapter(store: Store, path: str) -> AdapterWeights | CompressedAdapter:
 def limit_process(execution: Execution, cpus: float) -> None:
     """Keep torch to what the process was given of the machine: CPU threads, and its share of a GPU's memory."""
     torch.set_num_threads(execution.threads or max(1, int(cpus)))
-    if 0 < execution.gpus < 1 and torch.cuda.is_available():
-        torch.cuda.set_per_process_memory_fraction(execution.gpus)
+    if execution.use_gpu:
+        keep_to_share(execution.gpu_share)

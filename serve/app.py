@@ -38,7 +38,7 @@ class Arguments(BaseModel):
     )
     replicas: int = Field(1, ge=1, description="engines, each with a base and a slot for one modifier")
     threads: int | None = Field(
-        None, ge=1, description="of an engine's computing; null: execution.threads, else as many as help"
+        None, ge=1, description="most of an engine's computing; null: execution.threads, else as many as help"
     )
     rows: int = Field(Limits.rows, ge=1, description="sequences that an engine computes together")
     waiting: int = Field(
@@ -96,6 +96,7 @@ def _application(args: Arguments) -> Application:
         threads=args.threads or config.execution.threads,
         log=args.log,
         room=args.room,
+        gpu_share=config.execution.gpu_share,
     )
     options: dict[str, Any] = {"num_cpus": config.execution.cpus_per_actor}
     if config.execution.use_gpu:

@@ -23,7 +23,7 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from cascade.artifacts import Store
 from cascade.benchmarks.sources import cache_dir
 from cascade.config import Base
-from cascade.models.base import load_base
+from cascade.models.base import keep_to_share, load_base
 from serve.engine import Engine, Limits
 from serve.events import Event, Failed, Work
 from serve.feedback import FeedbackLog
@@ -51,6 +51,7 @@ class Served:
         room: requests for answers that all replicas together take; more are refused before they reach any.
         log: whether requests may be kept as new tasks; see `serve.feedback`.
         threads: of an engine's computing; None takes the machine's cores, as far as they still help.
+        gpu_share: of a GPU's memory, for each engine, where there is one.
     """
 
     base: Base
@@ -60,6 +61,7 @@ class Served:
     threads: int | None = None
     log: bool = False
     room: int | None = None
+    gpu_share: float = 1.0
 
 
 @ray_serve.deployment(
@@ -76,6 +78,7 @@ class EngineReplica:
 
     def __init__(self, served: Served) -> None:
         torch.set_num_threads(served.threads or min(os.cpu_count() or 1, _MOST_THREADS))
+        keep_to_share(served.gpu_share)
         loaded = load_base(served.base)
         self._engine = Engine(loaded, Store(served.storage), cache_dir() / "serving", served.limits)
         self._engine.modifiers.watch()

@@ -115,6 +115,12 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def keep_to_share(share: float) -> None:
+    """Let this process take no more than a share of its GPU's memory, where others compute on the same one."""
+    if share < 1 and torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(share)
+
+
 def load_base(base: Base, device: torch.device | None = None) -> LoadedBase:
     """Load model and tokenizer for inference (evaluation mode, gradients off).
 
