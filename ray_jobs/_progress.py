@@ -13,6 +13,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 
+from cascade.reports.progress import time_left
 from ray_jobs._meter import TierState
 
 
@@ -211,7 +212,9 @@ class _LiveTable(Tracked):
         return Group(self._steps(), *([tier_table(list(self.tiers.values()))] if self.tiers else []))
 
     def _steps(self) -> Table:
-        table = Table(title=self.title, expand=False)
+        to_the_end = time_left(self.rows)
+        caption = f"about {to_the_end:.0f} s left" if to_the_end else None
+        table = Table(title=self.title, caption=caption, caption_justify="left", expand=False)
         for column in ("step", "", "progress", "seconds", "ETA", ""):
             table.add_column(column, justify="right" if column in ("seconds", "ETA") else "left")
         marks = {"": "·", "running": "▶", "done": "✓", "reused": "✓"}

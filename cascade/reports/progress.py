@@ -3,13 +3,62 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from cascade.reports.html import environment
 
 State = Literal["", "running", "done", "reused", "failed"]
+TYPICAL_SECONDS = {
+    "test_domain": 130,
+    "generate_tier1": 10,
+    "test_tier1": 137,
+    "generate_tier2": 7,
+    "test_tier2": 151,
+    "generate_tier3": 7,
+    "train_modifier": 351,
+    "compress_modifier": 281,
+    "validate_modifier": 110,
+    "train_router": 50,
+}
+"""Of each step in the quickstart on two cores: how long they are beside one another, as far as one knows beforehand."""
+_TELLING_SECONDS = 100
+"""Of `TYPICAL_SECONDS` that must have been run before the pace says something of the rest."""
+
+
+class Timed(Protocol):
+    """A step as `time_left` needs it; see `Step`."""
+
+    @property
+    def state(self) -> State: ...
+
+    @property
+    def seconds(self) -> float | None: ...
+
+    @property
+    def seconds_left(self) -> float | None: ...
+
+
+def time_left(steps: Mapping[str, Timed]) -> float | None:
+    """Seconds to the end of a pipeline: what the steps to come take in the quickstart, at the pace of those behind us.
+
+    Rough, since another base, other teachers and a GPU shift the weights; None until a long step is behind us, or
+    where a step is not one of the pipeline's.
+    """
+    if not steps.keys() <= TYPICAL_SECONDS.keys():
+        return None
+    ended = {name: step.seconds for name, step in steps.items() if step.state in ("done", "reused") and step.seconds}
+    typical = sum(TYPICAL_SECONDS[name] for name in ended)
+    if typical < _TELLING_SECONDS:
+        return None
+    pace, left = sum(ended.values()) / typical, 0.0
+    for name, step in steps.items():
+        if step.state == "":
+            left += pace * TYPICAL_SECONDS[name]
+        elif step.state == "running":
+            left += max(pace * TYPICAL_SECONDS[name] - (step.seconds or 0.0), step.seconds_left or 0.0)
+    return left
 
 
 @dataclass(frozen=True)
@@ -87,6 +136,11 @@ class Pipeline:
     def finished(self) -> int:
         """Steps that are done."""
         return sum(step.state in ("done", "reused") for step in self.steps)
+
+    @property
+    def seconds_left(self) -> float | None:
+        """To its end, roughly; see `time_left`."""
+        return time_left({step.name: step for step in self.steps}) if self.state == "running" else None
 
     @property
     def spent_usd(self) -> float:

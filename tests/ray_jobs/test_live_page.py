@@ -14,6 +14,7 @@ from pipelines import write_config
 
 from cascade.config import load_config
 from cascade.errors import BudgetExceeded
+from cascade.reports.progress import TYPICAL_SECONDS, Step, time_left
 from ray_jobs import _live_page, _progress
 from ray_jobs._live_page import LivePage, showing
 from ray_jobs._meter import TierState
@@ -65,6 +66,7 @@ def test_a_running_pipeline_is_shown_with_progress_spend_and_time_left(page: Liv
     assert re.search(r'<meta http-equiv="refresh" content="2">', text)
     assert '<strong data-figure="steps">3 of 10</strong>' in text
     assert '<strong data-figure="spent">$0.0300</strong>' in text
+    assert re.search(r"about \d+ min( \d+ s)? left", text)
     assert table["test_domain"].endswith("tested 60, passed 5 2 min 10 s")
     assert "accuracy 0.75" in table["test_tier1"]
     assert "10 of 40" in table["generate_tier2"]
@@ -152,6 +154,24 @@ def test_the_time_left_is_that_of_the_present_stage(monkeypatch: pytest.MonkeyPa
     assert row.seconds_left == 20
     row.update(50, 50, "answered")
     assert row.seconds_left is None
+
+
+def test_the_pipelines_time_left_follows_the_pace_of_the_steps_behind_it() -> None:
+    steps = {name: Step(name) for name in TYPICAL_SECONDS}
+    whole = sum(TYPICAL_SECONDS.values())
+    assert time_left(steps) is None
+    steps["generate_tier1"] = Step("generate_tier1", "done", seconds=500.0)  # too short to tell anything
+    assert time_left(steps) is None
+    steps["generate_tier1"] = Step("generate_tier1", "done", seconds=20.0)
+    steps["test_domain"] = Step("test_domain", "reused", seconds=260.0)
+    assert time_left(steps) == pytest.approx(2 * (whole - 140))
+    steps["test_tier1"] = Step("test_tier1", "running", seconds=74.0)
+    assert time_left(steps) == pytest.approx(2 * (whole - 140) - 74)
+    steps["test_tier1"] = Step("test_tier1", "running", seconds=1000.0, seconds_left=30.0)
+    assert time_left(steps) == pytest.approx(2 * (whole - 140 - 137) + 30)
+    assert set(TYPICAL_SECONDS) == set(JOBS)
+    assert time_left({name: Step(name, "done", seconds=1.0) for name in TYPICAL_SECONDS}) == 0
+    assert time_left({**steps, "another": Step("another")}) is None
 
 
 def test_several_displays_are_all_told() -> None:
