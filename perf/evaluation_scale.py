@@ -24,13 +24,13 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
 from stand_in import save_tiny_base
 
 from cascade.artifacts import Store, open_run
-from cascade.config import Base
+from cascade.config import Base, PromptStyle
 from cascade.models.base import load_base
 from cascade.models.student import Student
-from cascade.reports.scoreboard import answer_and_judge
 from cascade.tasks import Message, Task
 
 BLOCK = 64
+PLAIN = PromptStyle(name="plain")
 FLAT = 1.25
 """Most that cost per task, and memory, may grow from the fewest tasks to the most."""
 
@@ -58,11 +58,11 @@ def run(count: int, folder: Path) -> dict[str, float]:
     torch.set_num_threads(1)
     student = Student(load_base(Base(model=str(folder / "base"), dtype="float32"), torch.device("cpu")), max_tokens=6)
     target = open_run(Store(str(folder / f"out-{count}")), "scale", "test_domain")
-    answer_and_judge(student, [question(i) for i in range(BLOCK)])
+    student.judged([question(i) for i in range(BLOCK)], PLAIN)
     began = time.process_time()
     for start in range(0, count, BLOCK):
         tasks = [question(i) for i in range(start, min(count, start + BLOCK))]
-        completions, verdicts = answer_and_judge(student, tasks)
+        completions, verdicts = student.judged(tasks, PLAIN)
         target.write_part("base_completions", completions)
         target.write_part("base_verdicts", verdicts)
     target.finish({})

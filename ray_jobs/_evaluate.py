@@ -18,7 +18,6 @@ import ray.data
 import torch
 from ray.data import ActorPoolStrategy
 
-from cascade import benchmarks
 from cascade.artifacts import Run, Store
 from cascade.compression.adapter import AdapterWeights, load_peft_folder
 from cascade.compression.apply import LoraSlot
@@ -142,8 +141,7 @@ class StudentActor:
         style, adapter, label = self.settings[name]
         tasks = from_table(Task, block)
         self._use(adapter)
-        completions = self._student(label).answer(tasks, style, self.examples)
-        verdicts = [benchmarks.score(t, c) for t, c in zip(tasks, completions, strict=True)]
+        completions, verdicts = self._student(label).judged(tasks, style, self.examples)
         self.run.write_part(f"{name}_completions", completions)
         self.run.write_part(f"{name}_verdicts", verdicts)
         return to_table(Verdict, verdicts).append_column("assignment", pa.array([name] * len(verdicts)))

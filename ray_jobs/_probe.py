@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import ray
 
-from cascade import benchmarks
 from cascade.artifacts import Run
 from cascade.config import Config, PromptStyle
 from cascade.models.base import end_token_ids, load_base
@@ -110,7 +109,7 @@ def _probe_fold(
         max_tokens=config.student.max_tokens,
         seed=config.seed,
     )
-    completions = student.answer(mine, style)
+    completions, verdicts = student.judged(mine, style)
     run.write_part(COMPLETIONS, completions)
-    run.write_part(VERDICTS, [benchmarks.score(t, c) for t, c in zip(mine, completions, strict=True)])
+    run.write_part(VERDICTS, verdicts)
     yield "testing", total, total

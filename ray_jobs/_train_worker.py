@@ -21,7 +21,6 @@ import torch
 from ray.train import Checkpoint
 from ray.train.torch import get_device
 
-from cascade import benchmarks
 from cascade.artifacts import Run
 from cascade.config import Config, PromptStyle
 from cascade.errors import DataError
@@ -193,9 +192,9 @@ class _Session:
         was_training = self.model.training
         self.model.eval()
         with torch.compiler.set_stance("force_eager"):
-            answers = student.answer(tasks, self.assigned.style)
+            _, verdicts = student.judged(tasks, self.assigned.style)
         self.model.train(was_training)
-        return sum(benchmarks.score(t, a).passed for t, a in zip(tasks, answers, strict=True))
+        return sum(verdict.passed for verdict in verdicts)
 
     def _save_adapter(self, folder: Path) -> None:
         """Write the adapter as it is now. Every worker calls it, the first writes."""

@@ -20,10 +20,12 @@ from cascade.models.chat import prompt_text
 from cascade.models.generation import stream
 from cascade.models.likelihood import Question, stream_logprobs
 from cascade.models.rows import Request
-from cascade.tasks import Completion, Message, Task
+from cascade.tasks import Completion, Message, Task, Verdict
 
 REPLY_THREADS = 4
 """Environments of conversations that reply at once, each in processes of its own."""
+SCORERS = 4
+"""Answers judged at once, each in a process of its own where code runs."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,19 @@ class Student:
         written = [t for t in tasks if t.form != "likelihood"]
         yield from self._write([t for t in written if t.max_turns == 1], style, examples)
         yield from self._talk([t for t in written if t.max_turns > 1], style)
+
+    def judged(
+        self, tasks: Sequence[Task], style: PromptStyle, examples: WorkedExamples = NO_EXAMPLES
+    ) -> tuple[list[Completion], list[Verdict]]:
+        """Completions and verdicts in the order of the tasks; answers are judged while others are written."""
+        by_id = {t.id: t for t in tasks}
+        completions, verdicts = {}, {}
+        with ThreadPoolExecutor(SCORERS) as pool:
+            for completion in self.answers(tasks, style, examples):
+                completions[completion.task_id] = completion
+                task = by_id[completion.task_id]
+                verdicts[completion.task_id] = pool.submit(benchmarks.score, task, completion)
+            return [completions[t.id] for t in tasks], [verdicts[t.id].result() for t in tasks]
 
     def prompt_ids(self, task: Task, style: PromptStyle, examples: WorkedExamples = NO_EXAMPLES) -> list[int]:
         """Token ids of a task's prompt."""

@@ -13,7 +13,6 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,8 +30,6 @@ from cascade.models.student import Student
 from cascade.scoring.statistics import Score, breakdown
 from cascade.tasks import Completion, Task, Verdict, to_table
 
-SCORERS = 4
-"""Answers judged at once (each in a process of its own where code runs)."""
 REASONING_GYM = ["aiw", "chain_sum", "coin_flip", "family_relationships", "gcd", "knights_knaves", "leg_counting"]
 REASONING_GYM += ["letter_counting", "number_sorting", "syllogism", "word_sequence_reversal", "zebra_puzzles"]
 _BFCL = ["simple_python", "simple_java", "simple_javascript", "multiple", "parallel", "parallel_multiple"]
@@ -141,24 +138,12 @@ def measure(student: Student, entry: Entry, data: Path | None, limit: int | None
     except CascadeError as error:
         return Result(entry, source, problem=str(error).splitlines()[0])
     began = time.perf_counter()
-    completions, verdicts = answer_and_judge(student, tasks)
+    completions, verdicts = student.judged(tasks, PromptStyle(name="plain"))
     seconds = time.perf_counter() - began
     if out is not None:
         _write(out / entry.title.replace(",", "").replace(" ", "-").lower(), tasks, completions, verdicts)
     by_category, by_difficulty = breakdown(tasks, verdicts, "category"), breakdown(tasks, verdicts, "difficulty")
     return Result(entry, source, "", Score.of(verdicts), by_category, by_difficulty, seconds)
-
-
-def answer_and_judge(student: Student, tasks: Sequence[Task]) -> tuple[list[Completion], list[Verdict]]:
-    """Answers are judged while others are written; both in the order of the tasks."""
-    by_id = {t.id: t for t in tasks}
-    completions, pending = {}, {}
-    with ThreadPoolExecutor(SCORERS) as pool:
-        for completion in student.answers(tasks, PromptStyle(name="plain")):
-            task = by_id[completion.task_id]
-            completions[task.id] = completion
-            pending[task.id] = pool.submit(benchmarks.score, task, completion)
-        return [completions[t.id] for t in tasks], [pending[t.id].result() for t in tasks]
 
 
 def run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from dataclasses import replace
 
 import pytest
@@ -16,7 +17,7 @@ from cascade import benchmarks
 from cascade.config import PromptStyle
 from cascade.errors import DataError
 from cascade.models.student import Student, WorkedExamples, _split_choices, styled_messages
-from cascade.tasks import Message, Task
+from cascade.tasks import Message, Task, Verdict
 
 PLAIN = PromptStyle(name="plain")
 
@@ -140,6 +141,32 @@ def test_answers_come_in_order_of_the_tasks_with_their_figures(loaded):
     assert all(c.seconds > 0 for c in completions)
     assert [c.text for c in completions] == [student.answer([t], PLAIN)[0].text for t in tasks]
     assert student.answer([], PLAIN) == []
+
+
+def test_verdicts_come_in_order_of_the_tasks_and_are_made_beside_the_answers(loaded, monkeypatch):
+    tasks = [make_task(i, max_tokens=2 + i % 5) for i in range(9)]
+    threads = set()
+
+    def score(task, completion):
+        assert completion.task_id == task.id
+        threads.add(threading.current_thread())
+        return Verdict(task.id, "base", "", "pass" if len(completion.text) % 2 else "fail")
+
+    monkeypatch.setattr(benchmarks, "score", score)
+    student, style = Student(loaded, max_tokens=6), PromptStyle(name="plain")
+    completions, verdicts = student.judged(tasks, style)
+    assert [replace(c, seconds=0) for c in completions] == [replace(c, seconds=0) for c in student.answer(tasks, style)]
+    assert [(v.task_id, v.passed) for v in verdicts] == [(c.task_id, len(c.text) % 2 == 1) for c in completions]
+    assert threading.current_thread() not in threads
+
+
+def test_a_scorer_that_fails_is_not_passed_over(loaded, monkeypatch):
+    def score(task, completion):
+        raise DataError("the tests of this task cannot be read")
+
+    monkeypatch.setattr(benchmarks, "score", score)
+    with pytest.raises(DataError, match="cannot be read"):
+        Student(loaded, max_tokens=2).judged([make_task(1)], PromptStyle(name="plain"))
 
 
 def test_stop_strings_of_a_task_cut_its_answer(loaded):
