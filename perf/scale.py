@@ -20,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from typing import Any
 import psutil
 import ray
 import ray.data
+from own_ray import local_ray
 from ray.data import ActorPoolStrategy
 from scale_nodes import LATENCY_S, PLACES, Crowd, SleepingStudent, config_for, question
 
@@ -181,23 +181,6 @@ def _trim() -> None:
     gc.collect()
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
-
-
-@contextlib.contextmanager
-def local_ray() -> Iterator[None]:
-    ray.init(
-        address="local",
-        num_cpus=8,
-        object_store_memory=512 * 2**20,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="error",
-    )
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 def apart(part: str, number: int) -> dict[str, float]:

@@ -11,15 +11,12 @@ count from the first request to the last response, so that nobody's start counts
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator
 from typing import Any
 
-import ray
-import ray.data
+from own_ray import local_ray
 from rich.console import Console
 from rich.table import Table
 from teachers_faults import faults
@@ -54,24 +51,6 @@ def measure(part: str, server: Server, options: argparse.Namespace) -> Figures:
     if part == "plan":
         return estimate(server, options.plan_seeds)
     return memory(server, (1000, options.memory_tasks))
-
-
-@contextlib.contextmanager
-def local_ray() -> Iterator[None]:
-    """Ray on this machine alone, with room for eight actors that mostly wait."""
-    ray.init(
-        address="local",
-        num_cpus=8,
-        object_store_memory=512 * 2**20,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="error",
-    )
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 def drive(config: str) -> None:

@@ -88,7 +88,7 @@ def attention(
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: (rows, heads, queries, width) in, (rows, queries, heads, width) out."""
     if shared is None and query.is_cuda and query.shape[2] == 1 and attention_mask is not None:
-        return _one_query(query, key, value, attention_mask, scaling), None
+        return one_query(query, key, value, attention_mask, scaling), None
     if shared is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **more)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -106,11 +106,14 @@ def attention(
     return output.transpose(1, 2).to(query.dtype).contiguous(), None
 
 
-def _one_query(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scaling: float | None
+def one_query(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float | None
 ) -> torch.Tensor:
-    """Attention of one token per row. The query heads of a key head are taken for queries of one head, so that keys
-    and values need no copy for each (as transformers makes wherever there is a mask)."""
+    """Attention of one token per row, shapes as in `attention`; `mask` as PyTorch takes it, None where all is seen.
+
+    The query heads of a key head are taken for queries of one head, so that keys and values need no copy for each (as
+    transformers makes wherever there is a mask).
+    """
     rows, heads, _, width = query.shape
     query = query.reshape(rows, key.shape[1], heads // key.shape[1], width)
     output = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
@@ -135,12 +138,17 @@ def _attend(
     return output.reshape(rows, heads, queries, -1), total.reshape(rows, heads, queries, 1)
 
 
+def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What is added to the scores for a mask that is True where a query sees a key."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
+
+
 def _fused_on_cpu(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """By the kernel behind `scaled_dot_product_attention`, which also gives the denominators."""
     if mask is not None:
-        mask = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, float("-inf"))
+        mask = additive(mask, query.dtype)
     output, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, attn_mask=mask, scale=1.0
     )
@@ -154,8 +162,7 @@ def _fused_on_gpu(
     if mask is not None:
         if mask.shape[-1] % 8:
             return _step_by_step(query, key, value, mask)
-        mask = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
-        mask = mask.expand(*query.shape[:3], key.shape[2])
+        mask = additive(mask, query.dtype).expand(*query.shape[:3], key.shape[2])
     output, total = torch.ops.aten._scaled_dot_product_efficient_attention(
         query, key, value, mask, compute_log_sumexp=True, scale=1.0
     )[:2]

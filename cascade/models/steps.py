@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
+from torch.nn.functional import linear, rms_norm, silu
 from transformers import LlamaForCausalLM, PreTrainedModel
 
-from cascade.models.attention import RowCache, Shared, attention
+from cascade.models.attention import RowCache, Shared, additive, attention, one_query
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +83,10 @@ class LlamaSteps:
         for layer, cached in zip(self._layers, cache.row_layers, strict=True):
             query, key, value = self._states(layer, _normed(layer.attention_norm, hidden), cos, sin)
             keys, values = cached.update(key, value)
+            query = query.view(rows, self._heads, 1, self._width)
             if shared is None:
-                query = query.view(rows, self._key_heads, -1, self._width)
-                found = scaled_dot_product_attention(query, keys, values, attn_mask=bias, scale=self._scaling)
+                found = one_query(query, keys, values, bias, self._scaling)
             else:
-                query = query.view(rows, self._heads, 1, self._width)
                 seen = mask[:, None, None]
                 found, _ = attention(layer.attention, query, keys, values, seen, self._scaling, shared)
             hidden = hidden + _linear(layer.output, found.reshape(rows, -1))
@@ -132,4 +131,4 @@ def _bias(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
     """What is added to the scores, shape (rows, 1, 1, tokens); None where every token is seen."""
     if mask.all():
         return None
-    return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, float("-inf"))[:, None, None]
+    return additive(mask, dtype)[:, None, None]
