@@ -5,7 +5,7 @@
 Runs `cascade run` on the shipped configs, changed only where there is neither hub nor keys: the base is
 SmolLM2-135M-Instruct; the teachers replay the answer key, each wrong in a set share of its answers, so that tiers,
 verification and accounting work as they would (that says nothing of what real teachers know); tasks of one's own are
-left out; and the learning rates and sizes of steps are for a base this small. `--data` holds `mbpp.jsonl`, `bbh/`,
+left out; and the learning rates, sizes of steps and number of recipes tried are for a base this small. `--data` holds `mbpp.jsonl`, `bbh/`,
 `mmlu/` and `arc/` as published. `--scale` makes the sets of tasks smaller, to try it. The three run at the same time,
 on the Ray of $RAY_ADDRESS if that is set. Scores are on held-out tasks, with 95 % intervals.
 """
@@ -33,7 +33,7 @@ LORA = {"learning_rate": 1e-3, "tokens_per_step": 8192, "max_length": 1024}
 KINDS = ("base", "modifier", "compressed")
 CHANGES: dict[str, dict[str, Any]] = {
     "reasoning": {
-        "counts": {"train": 12_000, "validation": 400, "test": 9_000},
+        "counts": {"train": 12_000, "validation": 400, "test": 5_000},
         "epochs": 3,
         "max_tokens": 96,
         "prompts": [
@@ -92,8 +92,7 @@ def write_config(name: str, options: argparse.Namespace) -> Path:
         tier["endpoints"] = [{"base_url": "answer-key", "requests_per_minute": 600_000, "max_concurrency": 64}]
         tier["answer_key"] = {"max_difficulty": 9, "slip_rate": slip}
         tier |= {"samples": 1, "repair_rounds": 0, "keep_reasoning": False}
-    if options.scale < 1:
-        raw["compression"] |= {"trials": 3, "finalists": 1}
+    raw["compression"] |= {"trials": 18, "finalists": 3} if options.scale == 1 else {"trials": 3, "finalists": 1}
     raw["probe"]["lora"] |= LORA | {"learning_rate": 2e-3, "tokens_per_step": 4096}
     raw["training"]["lora"] |= LORA | {"epochs": changes["epochs"]}
     raw["training"]["zero_stage"] = 0
@@ -104,9 +103,9 @@ def write_config(name: str, options: argparse.Namespace) -> Path:
         "task_block": 2048,
         "teacher_actors": 1,
         "train_workers": 1,
-        "cpus_per_actor": 1,
+        "cpus_per_actor": 2,
         "cpus_per_worker": 1,
-        "tune_concurrency": 2,
+        "tune_concurrency": 3,
     }
     path: Path = options.out / f"{name}.yaml"
     path.write_text(yaml.safe_dump(raw, sort_keys=False))
