@@ -156,7 +156,7 @@ def _cell(cell: Cell, options: argparse.Namespace) -> list[Outcome]:
             found += [
                 lab.outcome(size, "cascade", ours(lab, SIZES[size], calibration)),
                 lab.outcome(size, "magnitude", magnitude(lab.adapter, limit)),
-                lab.outcome(size, "PEFT SVD", peft_svd(lab.adapter, limit, loaded, Path(folder))),
+                lab.outcome(size, "PEFT SVD", peft_svd(lab.adapter, limit, lab.loaded, Path(folder))),
                 lab.outcome(size, "ComPEFT", compeft(lab.adapter, limit, lab.validation_loss)),
             ]
     lab.close()
