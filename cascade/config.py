@@ -261,6 +261,11 @@ class Execution(Section):
         None, description="most tokens of one forward pass in training; null: 1,024 on a CPU, 16,384 on a GPU"
     )
     tune_concurrency: Positive = Field(1, description="trials of the pruning search at once")
+    shared_storage: bool = Field(
+        False,
+        description="storage is a path on a mount that every node has (NFS, EFS, Filestore); false: a path is refused "
+        "where a cluster has several machines",
+    )
     allow_weak_sandbox: bool = Field(
         False, description="run model code even where the kernel grants no namespaces or no seccomp; false: refuse"
     )

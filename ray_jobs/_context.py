@@ -14,11 +14,11 @@ from typing import Any
 import ray
 from ray.data import DataContext
 
-from cascade.artifacts import Run
+from cascade.artifacts import Run, Store
 from cascade.benchmarks import RUNS_CODE
 from cascade.benchmarks.protected import protected_tasks
 from cascade.config import Config, load_config
-from cascade.errors import CascadeError
+from cascade.errors import CascadeError, ConfigError
 from cascade.scoring.sandbox import WEAK_SWITCH, require_walls
 from ray_jobs._json_lines import ray_logs
 from ray_jobs._live_page import showing
@@ -95,6 +95,8 @@ def connect_ray(config: Config, progress: Progress | None = None) -> None:
         **ray_logs(config, quiet=quiet),
         **local,
     )
+    if not local:
+        check_storage(config)
     if progress:
         progress.connected(f"http://{context.dashboard_url}" if context.dashboard_url else "")
     data = DataContext.get_current()
@@ -112,6 +114,26 @@ def _worker_environment(config: Config) -> dict[str, str]:
         "DS_ACCELERATOR": "cuda" if config.execution.use_gpu else "cpu",
         WEAK_SWITCH: os.environ.get(WEAK_SWITCH, "0"),
     }
+
+
+def check_storage(config: Config) -> None:
+    """Refuse a storage that only this machine has where other machines would work on it.
+
+    Raises:
+        ConfigError: it is a path, nothing says that the path is shared, and the cluster has other machines, or a head
+            that offers no CPU and will get some.
+    """
+    if config.execution.shared_storage or not Store(config.storage).is_local:
+        return
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    machines = {node["NodeManagerAddress"] for node in nodes}
+    if len(machines) > 1 or not any(node["Resources"].get("CPU") for node in nodes):
+        has = f"has {len(machines)} machines" if len(machines) > 1 else "computes on other machines than its head"
+        raise ConfigError(
+            f"storage: {config.storage} is a path of this machine, and the cluster {has}, which would each write to a "
+            "folder of their own: set storage to a URI (s3://bucket/prefix, gs://bucket/prefix), or, if the path is a "
+            "mount that every node has (NFS, EFS, Filestore), execution.shared_storage to true"
+        )
 
 
 def check_sandbox(config: Config) -> None:

@@ -7,6 +7,7 @@ tasks' reference answers. The best few within the size limits are then compared 
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 import warnings
 from dataclasses import dataclass
@@ -31,11 +32,14 @@ from cascade.compression.recipe import (
 )
 from cascade.compression.truncate import Calibration
 from cascade.config import Config, PromptStyle
+from cascade.errors import CascadeError
 from cascade.tasks import Example, Message
 from ray_jobs._context import Job
 from ray_jobs._progress import polling
 from ray_jobs._trial import TRIALS, Conversation, Setting, Trial, load_bench, packed_rows, pareto_front, run_trial
 
+RETRIES = 3
+"""Times that a trial is begun again whose node or process was lost."""
 STUDY = "study.db"
 """The search as an Optuna study, for `optuna-dashboard sqlite:///…/study.db`."""
 
@@ -50,8 +54,11 @@ def search(job: Job, adapter: AdapterWeights, style: PromptStyle, calibration: C
     setting = Setting(job.config, job.run, style, adapter, _held_out(job), calibration, bounds)
     trainable = tune.with_resources(tune.with_parameters(run_trial, setting=setting), _resources(job.config))
     with polling(lambda: _show_progress(job)):
-        _tuner(job, trainable, adapter).fit()
+        results = _tuner(job, trainable, adapter).fit()
+        if results.errors:  # Tune gives up at once a trial whose process died before it had begun: one more go
+            results = _tuner(job, trainable, adapter).fit()
     tried = {t.params: t for t in job.run.read(TRIALS, Trial)}
+    _check_lost(job, results, len(tried))
     trials = sorted(tried.values(), key=lambda t: (t.loss, t.disk_bytes, t.recipe))
     job.run.write_table(TRIALS, Trial, trials)
     kept = {t.file for t in pareto_front(trials)}
@@ -138,8 +145,27 @@ def _tuner(job: Job, trainable: Any, adapter: AdapterWeights) -> tune.Tuner:
             max_concurrent_trials=job.config.execution.tune_concurrency,
             reuse_actors=True,
         ),
-        run_config=tune.RunConfig(name="search", **storage, verbose=0),
+        run_config=tune.RunConfig(
+            name="search", **storage, verbose=0, failure_config=tune.FailureConfig(max_failures=RETRIES)
+        ),
     )
+
+
+def _check_lost(job: Job, results: tune.ResultGrid, measured: int) -> None:
+    """Say which trials failed for good: with none left there is no search, with some it is a smaller one.
+
+    Raises:
+        CascadeError: no trial was measured.
+    """
+    errors = results.errors
+    if not errors:
+        return
+    found = (
+        f"{len(errors)} of {job.config.compression.trials} trials failed {RETRIES + 1} times, the first: {errors[0]}"
+    )
+    if not measured:
+        raise CascadeError(f"{found}\nMend what it says and run again: failed trials are tried again.")
+    logging.getLogger(__name__).warning("%s", found)
 
 
 def _distributions(space: dict[str, tuple[Any, ...]]) -> dict[str, BaseDistribution]:

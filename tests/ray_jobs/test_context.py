@@ -9,6 +9,7 @@ import pytest
 import ray
 
 from cascade.config import Config, load_config
+from cascade.errors import ConfigError
 from ray_jobs._context import connect_ray
 
 
@@ -18,7 +19,13 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     arguments: dict[str, Any] = {}
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", lambda **given: arguments.update(given))
+    monkeypatch.setattr(ray, "nodes", lambda: [node("10.0.0.1", 4)])
     return arguments
+
+
+def node(address: str, cpus: int, alive: bool = True) -> dict[str, Any]:
+    """As `ray.nodes` tells of it."""
+    return {"NodeManagerAddress": address, "Alive": alive, "Resources": {"CPU": cpus} if cpus else {}}
 
 
 @pytest.fixture
@@ -37,3 +44,37 @@ def test_a_submitted_job_joins_the_cluster_that_it_was_submitted_to(asked, confi
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     connect_ray(config)
     assert not {"address", "num_cpus", "object_store_memory"} & asked.keys()
+
+
+HEAD = node("10.0.0.1", 0)
+REFUSED = {
+    "two machines": [node("10.0.0.1", 4), node("10.0.0.2", 4)],
+    "a head without CPUs and a worker": [HEAD, node("10.0.0.2", 4)],
+    "a head without CPUs, whose workers come when there is work": [HEAD],
+    "a head without CPUs that has lost its worker": [HEAD, node("10.0.0.2", 4, alive=False)],
+}
+ALLOWED = {
+    "one machine": [node("10.0.0.1", 4)],
+    "several nodes of one machine": [HEAD, node("10.0.0.1", 4), node("10.0.0.1", 4)],
+    "a machine that has gone": [node("10.0.0.1", 4), node("10.0.0.2", 4, alive=False)],
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_path_is_refused_as_storage_of_several_machines(asked, config, monkeypatch, case):
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.setattr(ray, "nodes", lambda: REFUSED[case])
+    with pytest.raises(ConfigError, match=r"s3://.*shared_storage"):
+        connect_ray(config)
+    for allowed in (
+        config.model_copy(update={"execution": config.execution.model_copy(update={"shared_storage": True})}),
+        config.model_copy(update={"storage": "s3://bucket/team?region=us-east-1"}),
+    ):
+        connect_ray(allowed)
+
+
+@pytest.mark.parametrize("case", ALLOWED)
+def test_a_path_is_storage_enough_for_one_machine(asked, config, monkeypatch, case):
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.setattr(ray, "nodes", lambda: ALLOWED[case])
+    connect_ray(config)
