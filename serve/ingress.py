@@ -10,12 +10,14 @@ import asyncio
 import logging
 import os
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from fastapi import FastAPI
 from ray import serve as ray_serve
+from ray.exceptions import RayActorError
 from ray.serve.config import BackpressureConfig
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
@@ -25,7 +27,7 @@ from cascade.benchmarks.sources import cache_dir
 from cascade.config import Base
 from cascade.models.base import keep_to_share, load_base
 from serve.engine import Engine, Limits
-from serve.events import Event, Failed, Work
+from serve.events import Event, Failed, Started, Work
 from serve.feedback import FeedbackLog
 from serve.gateway import Gateway
 from serve.http import build_api
@@ -39,6 +41,9 @@ logger = logging.getLogger("ray.serve")
 _MOST_THREADS = 8
 _GRACE_S = 120.0
 """How long a replica that is to stop may finish the answers it has begun."""
+
+
+_LOST = Failed(503, "the engine was lost, try again", "engine_lost", retry_after_s=RETRY_AFTER_S)
 
 
 @dataclass(frozen=True)
@@ -113,7 +118,38 @@ class RemoteEngine:
         self._handle = handle
 
     async def stream(self, work: Work) -> AsyncGenerator[Event, None]:
-        """See `Backend.stream`. A full queue is answered as a 429, a lost replica as a 503."""
+        """See `Backend.stream`. A full queue is answered as a 429, a lost replica as a 503.
+
+        Work of which no text has come yet is given to another replica first, once: a request that ends its replica's
+        process is to end no more than two.
+        """
+        begun: Started | None = None
+        for last_try in (False, True):
+            told = False
+            try:
+                async with aclosing(self._asked(work)) as events:
+                    async for event in events:
+                        if isinstance(event, Started) and begun is not None:
+                            if event.version != begun.version:  # which the client may have been told already
+                                yield _LOST
+                                return
+                            continue
+                        begun = event if isinstance(event, Started) else begun
+                        told = told or not isinstance(event, Started)
+                        yield event
+                return
+            except RayActorError:
+                logger.exception("an engine replica was lost")
+                if told or last_try:
+                    yield _LOST
+                    return
+
+    async def _asked(self, work: Work) -> AsyncGenerator[Event, None]:
+        """What one replica says.
+
+        Raises:
+            RayActorError: it is lost.
+        """
         response = self._handle.options(stream=True).stream.remote(work)
         assert isinstance(response, DeploymentResponseGenerator)
         try:
@@ -121,11 +157,11 @@ class RemoteEngine:
                 yield event
         except BackPressureError:
             yield Failed(429, "the server is busy, try again shortly", "overloaded", retry_after_s=RETRY_AFTER_S)
-        except (asyncio.CancelledError, GeneratorExit):
+        except (asyncio.CancelledError, GeneratorExit, RayActorError):
             raise
         except Exception:
             logger.exception("an engine replica failed")
-            yield Failed(503, "the engine was lost, try again", "engine_lost", retry_after_s=RETRY_AFTER_S)
+            yield _LOST
         finally:
             response.cancel()
 
