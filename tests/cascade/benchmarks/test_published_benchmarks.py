@@ -43,9 +43,9 @@ def reference(task: Task) -> str:
 
 
 @confined
-@pytest.mark.parametrize("form", ["completion", "chat"])
-def test_humaneval_canonical_solutions(form: str) -> None:
-    tasks = load("humaneval", form=form)
+@pytest.mark.parametrize("options", [{"form": "completion"}, {"form": "chat"}, {"form": "chat", "begun": False}])
+def test_humaneval_canonical_solutions(options: dict[str, Any]) -> None:
+    tasks = load("humaneval", **options)
     assert len(tasks) == 164
     chosen = [tasks[i] for i in (0, 2, 32, 33, 38, 50, 83, 115, 160, 163)]  # helpers in the prompt, floats, itself
     with ThreadPoolExecutor(2) as pool:
