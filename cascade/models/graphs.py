@@ -149,6 +149,13 @@ class CudaRecorder:
 
     def __call__(self, compute: Callable[[], torch.Tensor]) -> Recorded:
         """Record, without computing. (`torch.cuda.graph` would collect garbage and empty caches each time.)"""
+        try:
+            return self._capture(compute)
+        except torch.OutOfMemoryError:  # a graph takes memory of its own: none of what is kept free for other work
+            torch.cuda.empty_cache()
+            return self._capture(compute)
+
+    def _capture(self, compute: Callable[[], torch.Tensor]) -> Recorded:
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
