@@ -197,6 +197,9 @@ class Compression(Section):
         16, description="packed rows of training examples that tell which components matter to the loss"
     )
     trials: Positive = Field(12, description="recipes that the search tries")
+    halving: bool = Field(
+        True, description="end trials that are clearly behind after a quarter or half of the held-out rows"
+    )
     tolerance: float = Field(0.02, ge=0, description="accuracy that may be lost against the uncompressed modifier")
     choose: Literal["smallest", "best"] = Field(
         "smallest", description="the smallest within the tolerance, or the most accurate within the size limits"

@@ -6,10 +6,12 @@ tasks' reference answers. The best few within the size limits are then compared 
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import tempfile
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -170,7 +172,11 @@ def _check_lost(job: Job, results: tune.ResultGrid, measured: int) -> None:
 
 def _distributions(space: dict[str, tuple[Any, ...]]) -> dict[str, BaseDistribution]:
     """The library's plain description of the search space in Optuna's terms."""
-    kinds = {"uniform": FloatDistribution, "choice": CategoricalDistribution}
+    kinds: dict[str, Callable[..., BaseDistribution]] = {
+        "uniform": FloatDistribution,
+        "log-uniform": functools.partial(FloatDistribution, log=True),
+        "choice": CategoricalDistribution,
+    }
     return {name: kinds[kind](*arguments) for name, (kind, *arguments) in space.items()}
 
 

@@ -135,7 +135,7 @@ def _measure(params: dict[str, Any], setting: Setting, key: str) -> Trial:
     compressed = compress(setting.adapter, recipe, setting.calibration)
     data, resident = encode_modifier(compressed), bench.slot.bytes_for(compressed)
     fits = len(data) <= setting.limits.disk and resident <= setting.limits.resident
-    share, loss = _loss(setting.run, key, bench, compressed, len(data), hopeless=not fits)
+    share, loss = _loss(setting, key, bench, compressed, len(data), hopeless=not fits)
     trial = Trial(recipe.model_dump_json(), key, len(data), resident, loss, fits, time.perf_counter() - began, share)
     if fits and share == 1:
         setting.run.store.write_bytes(f"{setting.run.folder}/{trial.file}", data)
@@ -143,12 +143,13 @@ def _measure(params: dict[str, Any], setting: Setting, key: str) -> Trial:
 
 
 def _loss(
-    run: Run, key: str, bench: Bench, compressed: CompressedAdapter, size: int, *, hopeless: bool
+    setting: Setting, key: str, bench: Bench, compressed: CompressedAdapter, size: int, *, hopeless: bool
 ) -> tuple[float, float]:
     """Share of the held-out rows that the trial got to, and the mean loss over them."""
     bench.slot.fill(compressed)
+    run, shares = setting.run, _SHARES if setting.config.compression.halving else ()
     total, targets, begun = 0.0, 0, 0
-    for share in (*_SHARES, 1.0):
+    for share in (*shares, 1.0):
         rows = bench.rows[begun : round(share * len(bench.rows))]
         if not rows:
             continue

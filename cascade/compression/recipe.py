@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from scipy.stats import norm
+
 from cascade.compression.adapter import AdapterWeights, fp16_bytes
 from cascade.compression.format import disk_bytes
 from cascade.compression.methods import Prune, Recipe, Truncate
@@ -37,9 +39,11 @@ __all__ = [
     "seed_points",
 ]
 
-Uniform = tuple[Literal["uniform"], float, float]
+Uniform = tuple[Literal["uniform", "log-uniform"], float, float]
 Choice = tuple[Literal["choice"], list[Any]]
 _FULL_BITS = 16.0
+_SMALLEST = 1 / 20
+"""Of the largest size, where the search begins: what is left below keeps too little, the header aside."""
 _HEADER_SHARE = 0.96
 """Of the size limit, what numbers and masks may take: the rest is for the header."""
 _BITS = {"fp16": (11.9, 1.7), "int8": (7.0, 0.95), "int4": (3.05, 0.7), "ternary": (1.16, 0.0)}
@@ -75,24 +79,27 @@ def search_space(compression: Compression, *, adapter: AdapterWeights | None = N
         adapter: with it, `target_bytes` bounds the size too.
 
     Returns:
-        ("uniform", low, high) or ("choice", values) by name; a drawn mapping goes to `recipe_from`.
+        ("uniform" or "log-uniform", low, high) or ("choice", values) by name; what is drawn goes to `recipe_from`.
             method: "low-rank" truncates, "rotated" also prunes the SVD's factors, "sparse" prunes A - A0 and B, which
                 saves nothing in memory and is left out where that is limited.
             values: number format of what is kept.
             size: aimed at, as a share of the fp16 adapter.
             balance: share of the bits that A gets (sparse and rotated).
-            rescale_a, rescale_b: factors on what is kept (sparse and rotated).
+            rescale_a, rescale_b: what is kept is multiplied with these powers of `projection` (sparse and rotated).
+                For rotated ones 1 was best, or level with the best, at every density tried.
             allocation, metric: of ranks (low-rank and rotated).
             mlp, early, late: weight of these groups of layers against attention and middle (sparse and rotated).
     """
     high = _largest_size(compression, adapter)
+    sparse = compression.max_resident_ratio >= 1
+    powers: Uniform = ("uniform", 0.0, 2.0) if sparse else ("uniform", 0.6, 1.4)
     return {
-        "method": ("choice", ["low-rank", "rotated", *(["sparse"] if compression.max_resident_ratio >= 1 else [])]),
+        "method": ("choice", ["low-rank", "rotated", *(["sparse"] if sparse else [])]),
         "values": ("choice", ["fp16", "int8", "int4", "ternary"]),
-        "size": ("uniform", high / 6, high),
+        "size": ("log-uniform", _SMALLEST * high, high),
         "balance": ("uniform", 0.2, 0.8),
-        "rescale_a": ("uniform", 0.5, 2.5),
-        "rescale_b": ("uniform", 1.0, 4.5),
+        "rescale_a": powers,
+        "rescale_b": powers,
         "allocation": ("choice", ["uniform", "global"]),
         "metric": ("choice", ["weights", "activations", "gradients"]),
         "mlp": ("uniform", 0.5, 2.0),
@@ -117,15 +124,15 @@ def seed_points(
     points: list[dict[str, Any]] = [
         {"method": "low-rank", "values": "int8", "size": 1.0},
         {"method": "low-rank", "values": "int4", "size": 0.45},
+        {"method": "rotated", "values": "int4", "size": 0.12},
         {"method": "low-rank", "values": "int4", "size": 0.235},
         {"method": "rotated", "values": "int4", "size": 0.2},
-        {"method": "low-rank", "values": "fp16", "size": 1.0},
         {"method": "low-rank", "values": "int8", "size": 0.5, "metric": "weights"},
     ]
     if wanted.max_resident_ratio >= 1:
         points[2:2] = [
-            {"method": "sparse", "values": "int4", "size": 1.0},
-            {"method": "sparse", "values": "int4", "size": 0.4, "rescale_b": 2.2},
+            {"method": "sparse", "values": "int4", "size": 1.0, "rescale_a": 0.0},
+            {"method": "sparse", "values": "int4", "size": 0.4, "rescale_a": 0.0, "rescale_b": 1.3},
         ]
     return [{**neutral, **point, "size": point["size"] * high} for point in points]
 
@@ -153,14 +160,26 @@ def recipe_from(params: Mapping[str, Any], *, resident: float = 1.0, bytes_per_n
         return Recipe(truncate=Truncate(keep=min(1.0, keep, most), **how), values=values)
     keep = min(1.0, 2 * resident / bytes_per_number) if method == "rotated" else 1.0
     balance = params.get("balance", 0.5)
+    density_a = density_for(2 * balance * bits / keep, values)
+    density_b = density_for(2 * (1 - balance) * bits / keep, values)
     prune = Prune(
-        density_a=density_for(2 * balance * bits / keep, values),
-        density_b=density_for(2 * (1 - balance) * bits / keep, values),
+        density_a=density_a,
+        density_b=density_b,
         weights={g: w for g in GROUPS if (w := _weight(g, params)) != 1.0},
-        rescale_a=params.get("rescale_a", 1.0),
-        rescale_b=params.get("rescale_b", 1.0),
+        rescale_a=projection(density_a) ** params.get("rescale_a", 1.0),
+        rescale_b=projection(density_b) ** params.get("rescale_b", 1.0),
     )
     return Recipe(truncate=Truncate(keep=keep, **how) if method == "rotated" else None, prune=prune, values=values)
+
+
+def projection(density: float) -> float:
+    """The factor s on what magnitude pruning keeps of x that leaves <s kept, x> = <x, x>: one over the kept energy.
+
+    So much of the original is left in its own direction. For normally distributed numbers, whose share of energy
+    beyond the threshold t that so many exceed is density + 2 t phi(t).
+    """
+    threshold = float(norm.isf(density / 2))
+    return 1 / (density + 2 * threshold * float(norm.pdf(threshold)))
 
 
 def density_for(bits: float, values: str) -> float:

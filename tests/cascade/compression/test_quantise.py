@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -14,6 +14,7 @@ from cascade.errors import FormatError
 VALUES = hnp.arrays(np.float32, st.integers(0, 300), elements=st.floats(-1, 1, width=32))
 
 
+@settings(deadline=None)
 @given(VALUES, st.sampled_from(CODECS), st.sampled_from([8, 64, 100]))
 def test_decoding_then_encoding_again_is_stable_and_lengths_are_exact(values, codec, group):
     packed, scales = encode(values, codec, group)
@@ -26,6 +27,7 @@ def test_decoding_then_encoding_again_is_stable_and_lengths_are_exact(values, co
     assert np.isfinite(out).all()
 
 
+@settings(deadline=None)
 @given(VALUES, st.sampled_from([("int8", 127), ("int4", 7)]))
 def test_rounding_error_is_half_a_step(values, codec_and_top):
     codec, top = codec_and_top
@@ -36,11 +38,13 @@ def test_rounding_error_is_half_a_step(values, codec_and_top):
     assert (np.abs(out - values) <= step * 0.5 + step * top * 2**-10 + top * 2**-24).all()
 
 
+@settings(deadline=None)
 @given(VALUES)
 def test_fp16_is_numpys_rounding(values):
     assert np.array_equal(decode(*encode(values, "fp16", 64), "fp16", 64, values.size), values.astype(np.float16))
 
 
+@settings(deadline=None)
 @given(hnp.arrays(np.int8, st.integers(0, 300), elements=st.integers(-7, 7)))
 def test_int4_levels_survive_exactly(levels):
     values = np.concatenate([np.full(1, 7, np.float32), levels.astype(np.float32)]) / 8
@@ -48,6 +52,7 @@ def test_int4_levels_survive_exactly(levels):
     assert np.array_equal(np.round(out * 8), np.round(values * 8))
 
 
+@settings(deadline=None)
 @given(hnp.arrays(np.bool_, st.integers(1, 300)))
 def test_signs_survive_exactly(negative):
     values = np.where(negative, np.float32(-0.25), np.float32(0.25))

@@ -25,6 +25,7 @@ from cascade.compression.recipe import (
     disk_bytes,
     expand,
     limits,
+    projection,
     recipe_from,
     resident_bytes,
     search_space,
@@ -259,3 +260,22 @@ def test_group_weights_reach_the_recipe():
         for g in GROUPS
         if (w := (2.0 if g.startswith("mlp") else 1.0) * (0.5 if g.endswith("late") else 1.0)) != 1.0
     }
+
+
+@pytest.mark.parametrize("density", [0.03, 0.12, 0.4, 0.9])
+def test_projection_keeps_what_the_original_has_in_its_own_direction(density):
+    x = np.random.default_rng(0).standard_normal(400_000).astype(np.float32)
+    kept = np.where(np.abs(x) >= np.quantile(np.abs(x), 1 - density), x, 0)
+    assert projection(density) * float(kept @ x) == pytest.approx(float(x @ x), rel=0.01)
+
+
+def test_rescaling_follows_the_density():
+    def factors(**params: float) -> tuple[float, float]:
+        prune = recipe_from({"method": "rotated", "values": "int4", **params}).prune
+        assert prune is not None
+        return prune.rescale_a, prune.rescale_b
+
+    assert factors(size=0.1, rescale_a=0.0, rescale_b=0.0) == (1.0, 1.0)
+    thin, thick = factors(size=0.05), factors(size=0.15)
+    assert thin[0] > thick[0] > 1
+    assert factors(size=0.05, rescale_a=2.0)[0] == pytest.approx(thin[0] ** 2)

