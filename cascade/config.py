@@ -208,6 +208,14 @@ class Compression(Section):
         0.99, description="choose smallest: share of the improvement in held-out loss that a small finalist must keep"
     )
     finalists: Positive = Field(2, description="candidates of the Pareto front whose verdicts are compared")
+    recovery_steps: int = Field(
+        0,
+        ge=0,
+        description="training steps on what the chosen one has left, masks kept; taken if the held-out loss falls",
+    )
+    recovery_rate: float = Field(
+        0.1, gt=0, description="their learning rate, as a share of training.lora.learning_rate"
+    )
 
 
 class Router(Section):

@@ -103,8 +103,8 @@ def search_it(folder: Path, name: str, seed: int, trials: int, *, halving: bool)
         (folder / f"{name}.{SECONDS}").write_text(str(time.perf_counter() - began))
 
 
-def alone(folder: Path, points: Path) -> None:
-    """Evaluate points in turn, as a trial does, with nothing around it; their file becomes one of `Measured`."""
+def alone(folder: Path, points: Path, results: Path) -> None:
+    """Evaluate points in turn, as a trial does, with nothing around it; the results are a list of `Measured`."""
     lab = Lab.open(folder)
     bench = load_bench(lab.config.model_dump_json(), STYLE, tuple(held_out(Runs(lab.config).validation_tasks)))
     bounds = limits(lab.adapter, lab.config.compression)
@@ -119,7 +119,7 @@ def alone(folder: Path, points: Path) -> None:
         bench.slot.fill(compressed)
         loss = bench.mean_loss(bench.rows)
         found.append(asdict(Measured(disk, resident, loss, fits, time.perf_counter() - began)))
-    points.write_text(json.dumps(found))
+    results.write_text(json.dumps(found))
 
 
 def main() -> None:
@@ -140,13 +140,14 @@ def main() -> None:
     tried = steps.add_parser("alone")
     tried.add_argument("folder", type=Path)
     tried.add_argument("points", type=Path)
+    tried.add_argument("results", type=Path)
     options: Any = parser.parse_args()
     if options.step == "prepare":
         prepare(options.folder, options)
     elif options.step == "search":
         search_it(options.folder, options.name, options.seed, options.trials, halving=not options.whole)
     else:
-        alone(options.folder, options.points)
+        alone(options.folder, options.points, options.results)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from cascade import benchmarks, modifiers
+from cascade.compression.account import LayerShare, StageCost
 from cascade.compression.methods import Recipe
 from cascade.reports.data import CostRow, CurvePoint, FailureRow, ReferenceRow, ReportData, Sample, TrialRow
 from cascade.reports.summary import MODELS, Summary
@@ -20,6 +21,7 @@ from ray_jobs._shortcut import shortcuts
 from ray_jobs._test import by_id
 from ray_jobs._train_worker import LOOKS
 from ray_jobs._trial import TRIALS, Trial
+from ray_jobs._winner import ACCOUNT, LAYERS
 
 SAMPLES = 12
 
@@ -39,6 +41,8 @@ def report_data(runs: Runs, config_path: str, *, wall_seconds: float, peak_rss_b
         costs=[CostRow(i, cascade.settled[i] or 0, cascade.paid.get(i, 0.0), usd) for i, usd in cascade.single.items()],
         curve=_curve(runs),
         trials=_trials(runs),
+        stages=runs.compress_modifier.read(ACCOUNT, StageCost),
+        layers=runs.compress_modifier.read(LAYERS, LayerShare),
         router=runs.train_router.require().metrics["report"],
         samples=_samples(runs, by_id(tasks), verdicts),
         failures=_failures(by_id(tasks), verdicts["compressed"]),
@@ -108,6 +112,8 @@ def _trials(runs: Runs) -> list[TrialRow]:
             accuracy=accuracy.get(t.recipe),
             chosen=t.recipe == run.metrics["recipe"],
             share=t.share,
+            resident_bytes=t.resident_bytes,
+            reason=run.metrics["reason"] if t.recipe == run.metrics["recipe"] else "",
         )
         for t in run.read(TRIALS, Trial)
     ]

@@ -53,8 +53,8 @@ def search(job: Job, adapter: AdapterWeights, style: PromptStyle, calibration: C
         The trials by loss, also written to the run with the files of the Pareto front, and as an Optuna study.
     """
     bounds = limits(adapter, job.config.compression)
-    setting = Setting(job.config, job.run, style, adapter, _held_out(job), calibration, bounds)
-    trainable = tune.with_resources(tune.with_parameters(run_trial, setting=setting), _resources(job.config))
+    setting = Setting(job.config, job.run, style, adapter, held_out_answers(job), calibration, bounds)
+    trainable = tune.with_resources(tune.with_parameters(run_trial, setting=setting), resources(job.config))
     with polling(lambda: _show_progress(job)):
         results = _tuner(job, trainable, adapter).fit()
         if results.errors:  # Tune gives up at once a trial whose process died before it had begun: one more go
@@ -95,7 +95,7 @@ def lay_groundwork(job: Job, adapter: AdapterWeights, examples: list[Example], s
     found: Groundwork = ray.get(
         ray.remote(_groundwork)
         .options(num_cpus=job.config.execution.cpus_per_actor, num_gpus=job.config.execution.gpus)
-        .remote(job.config, style, adapter, conversations, _held_out(job))
+        .remote(job.config, style, adapter, conversations, held_out_answers(job))
     )
     return found
 
@@ -114,7 +114,8 @@ def _groundwork(
     return Groundwork(calibration, bench.loss(None), bench.loss(adapter))
 
 
-def _resources(config: Config) -> dict[str, float]:
+def resources(config: Config) -> dict[str, float]:
+    """What a trial, or anything that evaluates as one does, asks Ray for."""
     return {"cpu": config.execution.cpus_per_actor, "gpu": config.execution.gpus}
 
 
@@ -180,7 +181,7 @@ def _distributions(space: dict[str, tuple[Any, ...]]) -> dict[str, BaseDistribut
     return {name: kinds[kind](*arguments) for name, (kind, *arguments) in space.items()}
 
 
-def _held_out(job: Job) -> tuple[Conversation, ...]:
+def held_out_answers(job: Job) -> tuple[Conversation, ...]:
     """Validation tasks with their reference answers: what the search's loss is measured on."""
     return tuple(
         (t.id, (*t.messages, Message("assistant", benchmarks.get(t.benchmark).reference_answer(t))))

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from cascade.compression.adapter import AdapterWeights, fp16_bytes
 from cascade.compression.recipe import limits
 from cascade.errors import CascadeError
@@ -16,6 +18,7 @@ from ray_jobs._search import Groundwork, lay_groundwork, search
 from ray_jobs._test import training_style
 from ray_jobs._train_worker import ADAPTER
 from ray_jobs._trial import Trial, pareto_front
+from ray_jobs._winner import finish, in_words
 
 FILE = "modifier.safetensors"
 
@@ -26,30 +29,33 @@ def work(job: Job) -> Metrics:
     adapter = read_adapter(job.run.store, path)
     assert isinstance(adapter, AdapterWeights)
     style = training_style(job.runs)
-    ground = lay_groundwork(job, adapter, trained.read("examples", Example), style)
+    examples = trained.read("examples", Example)
+    ground = lay_groundwork(job, adapter, examples, style)
     trials = search(job, adapter, style, ground.calibration)
     finalists = _finalists(job, trials, ground, adapter)
     verdicts = _compare(job, finalists, path)
     chosen, reason = _choose(job, finalists, verdicts)
     winner = finalists[chosen]
-    data = job.run.store.read_bytes(f"{job.run.folder}/{winner.file}")
-    job.run.store.write_bytes(f"{job.run.folder}/{FILE}", data)
+    finished = finish(job, adapter, examples, style, ground, winner)
+    job.run.store.write_bytes(f"{job.run.folder}/{FILE}", finished.data)
+    last, recovery = finished.stages[-1], finished.recovery
     scores = {name: Score.of(v) for name, v in verdicts.items()}
     full = fp16_bytes(adapter)
     return {
-        "disk_bytes": len(data),
-        "resident_bytes": winner.resident_bytes,
+        "disk_bytes": last.disk_bytes,
+        "resident_bytes": last.resident_bytes,
         "fp16_bytes": full,
-        "ratio": len(data) / full,
-        "resident_ratio": winner.resident_bytes / full,
+        "ratio": last.disk_bytes / full,
+        "resident_ratio": last.resident_bytes / full,
         "trials": len(trials),
         "ended_early": sum(t.share < 1 for t in trials),
         "front": len(pareto_front(trials)),
         "base_loss": ground.base_loss,
         "trained_loss": ground.trained_loss,
-        "loss": winner.loss,
-        "gain_kept": ground.gain(winner.loss),
-        "reason": reason,
+        "loss": last.loss,
+        "gain_kept": ground.gain(last.loss),
+        "reason": f"{reason}; {in_words(recovery, winner.loss)}" if recovery else reason,
+        "recovery": asdict(recovery) if recovery else None,
         "recipe": winner.recipe,
         "validation": {name: {"passed": s.passed, "n": s.n, "accuracy": s.accuracy} for name, s in scores.items()},
         "finalists": {f"candidate{n}": t.recipe for n, t in enumerate(finalists)},
@@ -86,17 +92,21 @@ def _compare(job: Job, finalists: list[Trial], trained: str) -> dict[str, list[V
 
 
 def _choose(job: Job, finalists: list[Trial], verdicts: dict[str, list[Verdict]]) -> tuple[int, str]:
-    """By the config's rule: the smallest within the tolerated loss of accuracy, or the most accurate."""
+    """By the config's rule: the smallest within the tolerated loss of accuracy, or the most accurate; and why."""
     wanted = job.config.compression
-    accuracy = {name: Score.of(v).accuracy for name, v in verdicts.items()}
+    scores = {name: Score.of(v) for name, v in verdicts.items()}
+    accuracy = {name: score.accuracy for name, score in scores.items()}
     numbers = range(len(finalists))
     good = [n for n in numbers if accuracy[f"candidate{n}"] >= accuracy["trained"] - wanted.tolerance]
     if good and wanted.choose == "smallest":
         chosen = min(good, key=lambda n: finalists[n].disk_bytes)
-        return chosen, f"the smallest within {wanted.tolerance:.1%} of the modifier's accuracy on validation tasks"
-    best = max(numbers, key=lambda n: (accuracy[f"candidate{n}"], -finalists[n].disk_bytes))
-    why = "the most accurate on validation tasks within the size limits"
-    return best, why if good else f"{why}; none kept the accuracy within {wanted.tolerance:.1%}"
+        why = f"the smallest within {wanted.tolerance:.1%} of the modifier's accuracy on validation tasks"
+    else:
+        chosen = max(numbers, key=lambda n: (accuracy[f"candidate{n}"], -finalists[n].disk_bytes))
+        why = "the most accurate on validation tasks within the size limits"
+        why += "" if good else f", though none kept the accuracy within {wanted.tolerance:.1%}"
+    mine, whole = scores[f"candidate{chosen}"], scores["trained"]
+    return chosen, f"{why} ({mine.passed} of {mine.n} passed, uncompressed {whole.passed}; finalists: {len(finalists)})"
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from cascade.compression.account import LayerShare, StageCost
 from cascade.errors import DataError
 from cascade.reports.summary import MODELS, Summary, TierRow, read_summary, write_summary
 from cascade.tasks import Outcome, Task, Verdict, from_table, to_table
@@ -47,6 +48,8 @@ class TrialRow:
         accuracy: on validation tasks, if it was a finalist.
         chosen: whether it became the compressed modifier.
         share: of those examples that the loss is over; below 1 the search gave the recipe up.
+        resident_bytes: what serving would hold of it.
+        reason: why it was chosen, if it was.
     """
 
     recipe: str
@@ -55,6 +58,8 @@ class TrialRow:
     accuracy: float | None = None
     chosen: bool = False
     share: float = 1.0
+    resident_bytes: int = 0
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +183,7 @@ class ReportData:
         tasks: the test tasks.
         verdicts: of "base", "modifier" and "compressed" on them.
         router: `cascade.routing.train.RouterReport.as_dict()`, or nothing.
+        stages: what each stage of the chosen recipe saved and cost; layers: what is left of every layer.
         costs: of every task that the base failed; the saving's interval is drawn from them.
         shortcuts: what sending tasks past a tier has saved, per tier.
         kinds: of the tasks that the base failed, the largest first; nothing if they were not clustered.
@@ -190,6 +196,8 @@ class ReportData:
     costs: Sequence[CostRow] = ()
     curve: Sequence[CurvePoint] = ()
     trials: Sequence[TrialRow] = ()
+    stages: Sequence[StageCost] = ()
+    layers: Sequence[LayerShare] = ()
     router: Mapping[str, Any] = field(default_factory=dict)
     samples: Sequence[Sample] = ()
     failures: Sequence[FailureRow] = ()
@@ -209,6 +217,8 @@ _ROWS: dict[str, type] = {
     "costs": CostRow,
     "curve": CurvePoint,
     "trials": TrialRow,
+    "stages": StageCost,
+    "layers": LayerShare,
     "samples": Sample,
     "failures": FailureRow,
     "references": ReferenceRow,

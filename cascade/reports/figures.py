@@ -42,7 +42,7 @@ _VARIABLES = {
     BAD: "--bad",
 }
 _MODEL_COLOURS = dict(zip(MODELS, (BASE, MODIFIER, COMPRESSED), strict=True))
-_STYLE: Any = {
+STYLE: Any = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 10,
@@ -98,7 +98,7 @@ def _figure(height: float) -> tuple[Figure, Axes]:
     return figure, figure.add_subplot(facecolor="none")
 
 
-@mpl.rc_context(_STYLE)
+@mpl.rc_context(STYLE)
 def accuracy(groups: Mapping[str, Mapping[str, Score]], label: str) -> str:
     """Horizontal bars with 95 % intervals, one group of three (base, modifier, compressed) per row.
 
@@ -131,7 +131,7 @@ def _band(axes: Axes, x: tuple[float, float], left: tuple[float, float], right: 
     axes.add_patch(PathPatch(Outline(points, codes), facecolor=c, alpha=0.3, linewidth=0))
 
 
-@mpl.rc_context(_STYLE)
+@mpl.rc_context(STYLE)
 def tier_flow(tiers: Sequence[TierRow]) -> str:
     """Failures flow into the tiers; what a tier settles leaves to the right as examples, the rest climbs to the next.
 
@@ -183,7 +183,7 @@ def _tier_bar(axes: Axes, t: TierRow, x: float, floor: float, total: int) -> Non
     axes.text(x, top + 0.02 * total, note, fontsize=9, va="bottom", color=INK)
 
 
-@mpl.rc_context(_STYLE)
+@mpl.rc_context(STYLE)
 def kinds(rows: Sequence[KindRow]) -> str:
     """One bar per kind of failure, stacked by the tier that repaired its tasks; what nobody repaired at the end."""
     shown = rows[:_KINDS_DRAWN]
@@ -210,7 +210,7 @@ def kinds(rows: Sequence[KindRow]) -> str:
 _KINDS_DRAWN, _LABEL = 16, 64
 
 
-@mpl.rc_context(_STYLE)
+@mpl.rc_context(STYLE)
 def cost(tiers: Sequence[TierRow], single_usd: float) -> str:
     """What the tiers cost, stacked, against the last tier answering every failure."""
     figure, axes = _figure(1.9)
@@ -232,7 +232,7 @@ def cost(tiers: Sequence[TierRow], single_usd: float) -> str:
     return to_svg(figure, "Cost against a single teacher")
 
 
-@mpl.rc_context(_STYLE)
+@mpl.rc_context(STYLE)
 def loss_curve(curve: Sequence[CurvePoint]) -> str:
     """Training loss per step, with the held-out loss where it was measured."""
     figure, axes = _figure(2.6)
@@ -248,7 +248,7 @@ def loss_curve(curve: Sequence[CurvePoint]) -> str:
     return to_svg(figure, "Training loss")
 
 
-@mpl.rc_context(_STYLE)
+@mpl.rc_context(STYLE)
 def pareto(trials: Sequence[TrialRow], limit_bytes: float | None) -> str:
     """Size against held-out loss of every recipe tried; the chosen one is marked, the size limit drawn."""
     figure, axes = _figure(2.9)
@@ -272,7 +272,7 @@ def pareto(trials: Sequence[TrialRow], limit_bytes: float | None) -> str:
     return to_svg(figure, "Size against loss of the recipes tried")
 
 
-@mpl.rc_context(_STYLE)
+@mpl.rc_context(STYLE)
 def reliability(bins: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """Confidence against the share that was right, per candidate, with 95 % intervals.
 

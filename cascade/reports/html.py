@@ -12,6 +12,7 @@ from markupsafe import Markup
 from cascade.reports import figures
 from cascade.reports.console import duration, megabytes, p_value, points
 from cascade.reports.data import ReportData, plain, save_tables, tables_folder
+from cascade.reports.heat_map import heat_map, heat_rows
 from cascade.reports.summary import MODELS, ModelScore
 from cascade.scoring.statistics import Score, breakdown, wilson
 
@@ -57,6 +58,8 @@ def render(data: ReportData, *, tables: str) -> str:
             categories=by_group(data, "category"),
             difficulties=by_group(data, "difficulty"),
             outcomes=outcomes(data),
+            chosen=next((t for t in data.trials if t.chosen), None),
+            heat=heat_rows(data.layers),
             policies=policies(data.router),
             router_rows=router_rows(data.router) if data.router else [],
             samples=list(data.samples)[:MAX_SAMPLES],
@@ -157,6 +160,7 @@ def _figures(data: ReportData) -> dict[str, Markup]:
         "kinds": (bool(data.kinds), lambda: figures.kinds(data.kinds)),
         "loss": (bool(data.curve), lambda: figures.loss_curve(data.curve)),
         "pareto": (bool(data.trials), lambda: figures.pareto(data.trials, limit)),
+        "layers": (bool(data.layers), lambda: heat_map(data.layers)),
         "reliability": (bool(reliability), lambda: figures.reliability(reliability)),
     }
     return {name: Markup(make()) for name, (wanted, make) in draw.items() if wanted}

@@ -47,6 +47,12 @@ def make_adapter(model: torch.nn.Module, *, rank: int = 8, seed: int | None = 5,
     return AdapterWeights(layers, 2.0, rank, BASE, TARGETS, seed)
 
 
+@pytest.fixture(scope="session")
+def untaught(llama: LlamaForCausalLM) -> AdapterWeights:
+    """As `adapter`, one for all; not to be written to."""
+    return make_adapter(llama)
+
+
 @pytest.fixture
 def adapter(llama: LlamaForCausalLM) -> AdapterWeights:
     return make_adapter(llama)

@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 
+from cascade.compression.account import LayerShare, StageCost
 from cascade.reports.data import (
     CostRow,
     CurvePoint,
@@ -127,6 +128,8 @@ def report_data() -> ReportData:
             0.5 + p**3 + 4 / r + 0.02 * rng.random(),
             0.43 if r == 64 and p == 0.75 else None,
             r == 64 and p == 0.75,
+            resident_bytes=3_000_000,
+            reason="the smallest within 2.0% of the modifier's accuracy" if r == 64 and p == 0.75 else "",
         )
         for p in (0.5, 0.65, 0.75, 0.85)
         for r in (32, 64, 96)
@@ -163,6 +166,17 @@ def report_data() -> ReportData:
             KindSample(0, "reasoning_gym/a-1", "What is 3 + 4?", "It is 8, <b>I think</b>", 1, "answer-key-small", "7"),
             KindSample(0, "reasoning_gym/a-2", "What is 3 + 9?", "13", 0, "answer-key-large", "refused one"),
             KindSample(1, "reasoning_gym/b-1", "gcd of 4 and 6?", "4", 2, "answer-key-medium", "2"),
+        ],
+        stages=[
+            StageCost("trained", 19_500_000, 19_490_000, 0.512),
+            StageCost("truncated", 9_700_000, 9_800_000, 0.5171),
+            StageCost("pruned", 5_100_000, 9_800_000, 0.5402),
+            StageCost("quantised", 3_400_123, 9_800_000, 0.5288),
+        ],
+        layers=[
+            LayerShare(block, module, 96, 8 + 5 * block, 0.1 + 0.02 * block, 0.4 - 0.03 * place)
+            for block in range(6)
+            for place, module in enumerate(("q_proj", "v_proj", "down_proj"))
         ],
         references=[ReferenceRow("bbh", "GPT-4", 83.1, "technical report", 71.0, 71 / 83.1, 300, 1.0, 1.08)],
     )

@@ -63,6 +63,10 @@ def tables(report):
     return {path.stem: pq.read_table(path).to_pylist() for path in folder.glob("*.parquet")}
 
 
+NAMED = ("tier_shares/", "policy/", "reference/", "kind/", "shortcut/", "stage/")
+"""Beginnings of figures' names that have tests of their own."""
+
+
 def percent(x):
     return f"{x:.1%}"
 
@@ -131,6 +135,46 @@ def test_what_a_shortcut_saved_comes_with_its_interval(report, page):
     assert "[$-0.0002, $0.0020]" in report.read_text()
 
 
+def test_every_number_of_the_stages_is_recomputed_from_parquet(report, page):
+    rows = tables(report)["stages"]
+    for row in rows:
+        name = f"stage/{row['stage']}"
+        assert page.figures[f"{name}/disk"] == f"{row['disk_bytes']:,}"
+        assert page.figures[f"{name}/resident"] == f"{row['resident_bytes']:,}"
+        assert page.figures[f"{name}/loss"] == f"{row['loss']:.4f}"
+    html = report.read_text()
+    assert percent(rows[-1]["disk_bytes"] / rows[0]["disk_bytes"]) in html
+    assert f"{rows[2]['loss'] - rows[1]['loss']:+.4f}" in html
+
+
+def test_the_choice_is_explained(report):
+    html = report.read_text()
+    assert re.search(r"Why this one\..*prune 75%, rank 64, int4: the smallest within 2\.0%", html)
+
+
+def test_every_layer_has_its_cell(report, report_data):
+    html = report.read_text()
+    picture = figure_of(html, "What is left of each layer")
+    for title in ("rank, of 96", "% of A kept", "% of B kept"):
+        assert title in picture
+    for layer in report_data.layers:
+        assert f"{layer.rank}<small> A {percent(layer.density_a)}, B {percent(layer.density_b)}</small>" in html
+        assert f">{100 * layer.density_b:.0f}<" in picture
+
+
+def figure_of(html, label):
+    return html[html.index(f'aria-label="{label}"') :].split("</svg>")[0]
+
+
+def test_ranks_alone_are_shown_where_nothing_was_pruned(report_data):
+    layers = [dataclasses.replace(c, density_a=1.0, density_b=1.0) for c in report_data.layers]
+    html = render(dataclasses.replace(report_data, layers=layers[:-1]), tables="t")
+    picture = figure_of(html, "What is left of each layer")
+    assert "rank, of 96" in picture
+    assert "kept" not in picture
+    assert '<td class="num">–</td>' in html, "a module that one block lacks"
+
+
 def test_tasks_of_every_kind_can_be_read(report):
     html = report.read_text()
     assert "It is 8, &lt;b&gt;I think&lt;/b&gt;" in html
@@ -144,11 +188,7 @@ def test_every_marked_number_is_covered_by_these_tests(report, page):
     covered = set(from_verdicts(tables(report))) | {
         *("cost_usd", "cost_single_teacher_usd", "saving", "saving/text", "saving_interval", "ratio", "probe_seconds")
     }
-    others = {
-        n
-        for n in page.figures
-        if n not in covered and not n.startswith(("tier_shares/", "policy/", "reference/", "kind/", "shortcut/"))
-    }
+    others = {n for n in page.figures if n not in covered and not n.startswith(NAMED)}
     assert others == set()
 
 
@@ -201,7 +241,7 @@ def test_light_and_dark_share_one_set_of_pictures(report):
 
 def test_every_picture_has_a_label_and_scales(page):
     pictures = [a for tag, a in page.tags if tag == "svg"]
-    assert len(pictures) == 9
+    assert len(pictures) == 10
     assert all(a["role"] == "img" and a["aria-label"] and a["viewbox"] and "width" not in a for a in pictures)
     viewport = [a for tag, a in page.tags if tag == "meta" and a.get("name") == "viewport"]
     assert viewport[0]["content"].startswith("width=device-width")
