@@ -20,6 +20,7 @@ from stand_in import save_tiny_base
 from transformers import AutoModelForCausalLM
 
 from cascade import benchmarks
+from cascade.compression.account import LayerShare, StageCost
 from cascade.compression.adapter import AdapterWeights, BaseRef, LoraPair, fp16_bytes, save_peft_folder
 from cascade.compression.format import read_modifier
 from cascade.config import load_config
@@ -29,6 +30,7 @@ from ray_jobs._runs import Runs
 from ray_jobs._search import STUDY
 from ray_jobs._train import ADAPTER
 from ray_jobs._trial import FRONT, TRIALS, Trial, pareto_front
+from ray_jobs._winner import ACCOUNT, LAYERS
 from ray_jobs.compress_modifier import FILE
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
@@ -51,7 +53,7 @@ def write_config(folder: Path) -> Path:
         "tiers": [{"name": f"answer-key-{n}", "endpoints": [{"base_url": "answer-key"}], **prices} for n in (1, 2, 3)],
         "budget_usd": 1.0,
         "training": {"lora": {"rank": RANK, "max_length": 256}},
-        "compression": {"trials": COUNT, "calibration_rows": 4},
+        "compression": {"trials": COUNT, "calibration_rows": 4, "recovery_steps": 3},
     }
     path = folder / "sums.yaml"
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
@@ -111,6 +113,7 @@ def test_killed_at_work_it_repeats_at_most_the_trial_in_flight(tmp_path: Path) -
     assert len(measured) <= COUNT + 1, "more than the trial in flight was measured twice"
     check_front(folder, trials, adapter)
     check_choice(runs, adapter)
+    check_account(runs, adapter, trials)
     study = optuna.load_study(study_name=None, storage=f"sqlite:///{folder / STUDY}")
     assert len(study.trials) == COUNT
     assert {t.user_attrs["recipe"] for t in study.trials} == {t.recipe for t in trials}
@@ -150,3 +153,21 @@ def check_choice(runs: Runs, adapter: AdapterWeights) -> None:
     assert metrics["disk_bytes"] == len(runs.store.read_bytes(f"{run.folder}/{FILE}"))
     assert metrics["recipe"] in metrics["finalists"].values()
     assert "accura" in metrics["reason"]
+    assert "3 steps of recovery training" in metrics["reason"]
+
+
+def check_account(runs: Runs, adapter: AdapterWeights, trials: list[Trial]) -> None:
+    """Stages lead from the adapter as trained to the very file that is delivered; every layer is accounted for."""
+    run = runs.compress_modifier
+    stages, recovery = run.read(ACCOUNT, StageCost), run.metrics["recovery"]
+    winner = next(t for t in trials if t.recipe == run.metrics["recipe"])
+    assert stages[0].stage == "trained"
+    assert stages[0].disk_bytes == fp16_bytes(adapter)
+    assert stages[0].loss == run.metrics["trained_loss"]
+    assert stages[-1].disk_bytes == run.metrics["disk_bytes"]
+    assert recovery["taken"] == (stages[-1].stage == "recovered")
+    if recovery["taken"]:
+        assert recovery["loss"] == run.metrics["loss"] < winner.loss
+    else:
+        assert run.metrics["loss"] == winner.loss
+    assert len(run.read(LAYERS, LayerShare)) == len(adapter.layers)
