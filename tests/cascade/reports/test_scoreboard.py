@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 from cascade.models.student import Student
 from cascade.reports import scoreboard
 from cascade.reports.scoreboard import ENTRIES, Entry, measure
-from cascade.scoring.statistics import Score
-from cascade.tasks import Verdict, from_table
+from cascade.scoring.statistics import Score, wilson
+from cascade.tasks import Completion, Verdict, from_table
 
 
 @pytest.fixture
@@ -77,3 +77,26 @@ def test_the_command_writes_table_and_figures(tiny_folder, data, tmp_path):
 def test_every_entry_names_a_benchmark_and_a_title_of_its_own():
     assert len({e.title for e in ENTRIES}) == len(ENTRIES)
     assert all(scoreboard.benchmarks.get(e.benchmark).name == e.benchmark for e in ENTRIES)
+
+
+def test_several_answers_to_a_task_count_as_one_task(loaded, monkeypatch, tmp_path):
+    """Draws differ by seed; tasks, not answers, are what the interval counts; pass@k is the unbiased estimate."""
+    outcomes = iter(["pass", "fail", "fail", "pass", "fail", "fail"])  # task by task within each of three draws
+    drawn = []
+
+    def judged(student, tasks, style):
+        drawn.append((student.temperature, student.top_p, student.seed))
+        completions = [Completion(t.id, "m", "", text="x") for t in tasks]
+        return completions, [Verdict(t.id, "m", "", next(outcomes), "", "") for t in tasks]
+
+    monkeypatch.setattr(Student, "judged", judged)
+    entry = Entry("Sums", "reasoning_gym", "package", {"generators": [{"name": "gcd"}]}, sampled=2, answers=3)
+    result = measure(Student(loaded, seed=5), entry, None, None, tmp_path)
+    assert drawn == [(0.2, 0.95, 5), (0.2, 0.95, 6), (0.2, 0.95, 7)]
+    assert result.score.n == 2
+    assert result.score.passed == pytest.approx(1 / 3 + 1 / 3)
+    assert result.score.accuracy == pytest.approx(1 / 3)
+    assert result.score.low == wilson(2 / 3, 2).low
+    assert result.pass_at == {1: pytest.approx(1 / 3)}
+    assert "mean of 3 answers" in result.cells()[0]
+    assert pq.read_table(tmp_path / "sums" / "completions.parquet").num_rows == 6

@@ -91,8 +91,11 @@ def test_score_counts_unparsed_and_errors_as_not_passed() -> None:
     score = Score.of([verdict(str(i), o) for i, o in enumerate(["pass", "fail", "unparsed", "error"])])
     assert (score.n, score.passed, score.unparsed, score.errors, score.accuracy) == (4, 1, 1, 1, 0.25)
     assert score.low < 0.25 < score.high
-    assert str(Score.of([verdict("a", "fail")] * 20)) == "0.0% [0.0%, 16.1%] (0/20)"
+    assert str(Score.of([verdict(str(i), "fail") for i in range(20)])) == "0.0% [0.0%, 16.1%] (0/20)"
     assert (Score.of([]).low, Score.of([]).high) == (0.0, 1.0)
+    halves = Score.of([verdict(task, outcome) for task in "ab" for outcome in ("pass", "fail")])
+    assert (halves.n, halves.passed, halves.accuracy) == (2, 1.0, 0.5), "several answers to a task are one task"
+    assert halves.low == wilson(1, 2).low
 
 
 def test_breakdown_by_difficulty_sorts_and_refuses_strangers() -> None:
