@@ -43,6 +43,8 @@ _GRACE_S = 120.0
 """How long a replica that is to stop may finish the answers it has begun."""
 
 
+_HEAD = "node:__internal_head__"
+"""The resource that Ray gives to the head of every cluster."""
 _LOST = Failed(503, "the engine was lost, try again", "engine_lost", retry_after_s=RETRY_AFTER_S)
 
 
@@ -182,8 +184,9 @@ class RemoteEngine:
     max_queued_requests=200,
     backpressure_config=BackpressureConfig(status_code=429, retry_after_s=RETRY_AFTER_S),
     graceful_shutdown_timeout_s=_GRACE_S,
-    # It waits more than it computes, and must find a place where the engines have taken every CPU.
-    ray_actor_options={"num_cpus": 0},
+    # It waits more than it computes, and must find a place where the engines have taken every CPU: on the head, where
+    # Serve's controller is, so that it does not go with a worker node that is lost.
+    ray_actor_options={"num_cpus": 0, "resources": {_HEAD: 0.001}},
 )
 @ray_serve.ingress()
 class Ingress:
