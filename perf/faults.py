@@ -1,14 +1,14 @@
 """Faults on a cluster: what happens, what is lost, and how long until it works again.
 
     python perf/faults.py                                   # everything
-    python perf/faults.py --only generation,training        # of generation, training, search, serving, driver, figures
+    python perf/faults.py --only training,serving           # of generation, training, search, serving, driver, figures
 
 A pipeline of small questions on a tiny random base runs unbroken on a local Ray cluster: a head that computes nothing
 and two worker nodes of one CPU, Ray's own settings, teachers that are one mock OpenAI server with a bill of its own.
 Then each job is run again from what was there before it, and in the middle of it all processes of a worker node are
-killed at once (`generation`, `training`, `search`, `serving`), or the driver (`driver`, the same four). Its result is
-compared with the unbroken one. `figures` runs the whole pipeline twice more: on a single node, and with all state in
-S3 (moto's server). The last line is one JSON object.
+killed at once (`generation`, `training`, `search`, `serving`), or the driver (`driver`: of what else is named, or of
+all four). Its result is compared with the unbroken one. `figures` runs the whole pipeline twice more: on a single
+node, and with all state in S3 (moto's server). The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ def _unbroken(folder: Path, server: Server, cluster: Nodes) -> Domain:
 
 
 def _struck(name: str, parts: set[str]) -> list[str]:
-    return [who for who, part in (("node", name), ("driver", "driver")) if part in parts]
+    """Whether a node is killed under something, and the driver: all of them, or those of what else is named."""
+    drivers = "driver" in parts and (name in parts or parts <= {"driver", "figures"})
+    return ["node"] * (name in parts) + ["driver"] * drivers
 
 
 def show(rows: list[Row]) -> None:

@@ -158,11 +158,6 @@ def _steps_noted(domain: Domain) -> float:
     return float(store.read_json(path)["step"]) if store.exists(path) else 0.0
 
 
-def _is_between(step: float) -> bool:
-    """Well after a checkpoint: Ray takes up to two seconds to note one, until then the one before is the last."""
-    return step > CHECKPOINT_STEPS and step % CHECKPOINT_STEPS > CHECKPOINT_STEPS / 2
-
-
 def _judge_training(domain: Domain, unbroken: Domain, struck: Struck) -> Found:
     fell = [step for step in struck.notes if step < struck.far]
     lost = max(0, round(struck.far - fell[0] + 1)) if fell else 0
@@ -222,6 +217,13 @@ WORKS = (
     Work(
         "generation", "generate_tier1", "TeacherActor", _answers_kept, lambda answers: answers >= 24, _judge_generation
     ),
-    Work("training", "train_modifier", "RayTrainWorker", _steps_noted, _is_between, _judge_training),
+    Work(
+        "training",
+        "train_modifier",
+        "RayTrainWorker",
+        _steps_noted,
+        lambda step: step > 2.5 * CHECKPOINT_STEPS,
+        _judge_training,
+    ),
     Work("search", "compress_modifier", "ImplicitFunc", _trials_measured, lambda trials: trials >= 4, _judge_search),
 )

@@ -79,6 +79,7 @@ def connect_ray(config: Config, progress: Progress | None = None) -> None:
         protected_tasks(config)  # what training must not overlap is had before anything is spent, or never
     quiet = not os.environ.get("CASCADE_VERBOSE")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0" if quiet else "1")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # training waits that long for a checkpoint
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if quiet:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")

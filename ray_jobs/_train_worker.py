@@ -212,6 +212,8 @@ class _Session:
                     shutil.copytree(self.best, Path(folder) / BEST)
             self._flush()
             ray.train.report({"step": done}, checkpoint=Checkpoint.from_directory(folder))
+        # Until Ray's controller has noted it, a checkpoint is none: a loss then would cost more than an interval.
+        ray.train.get_all_reported_checkpoints(ray.train.CheckpointConsistencyMode.COMMITTED)
 
     def _finish(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
