@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import json
 import time
@@ -31,7 +32,10 @@ from cascade.errors import ConfigError
 from cascade.models.base import load_base
 from cascade.models.generation import generate
 from cascade.models.rows import Request
+from cascade.tasks import Message
 from serve.app import build, checked
+from serve.events import Finished, Work
+from serve.ingress import RemoteEngine
 from serve.middleware import NO_ROUTE
 from serve.proxy import CALLBACK_VARIABLE, ROOM_VARIABLE, install
 
@@ -57,7 +61,7 @@ def address(stand_in: StandIn) -> Iterator[str]:
 
 
 def serve_it(arguments: dict[str, str]) -> Iterator[str]:
-    ray.init(address="local", num_cpus=2, include_dashboard=False, ignore_reinit_error=True, log_to_driver=False)
+    ray.init(address="local", num_cpus=4, include_dashboard=False, ignore_reinit_error=True, log_to_driver=False)
     port = free_port()
     ray_serve.start(http_options={"host": "127.0.0.1", "port": port})
     ray_serve.run(build(arguments), name="cascade", blocking=False)
@@ -203,6 +207,26 @@ def test_overload_is_refused_with_429_and_nothing_breaks(address: str) -> None:
     assert all(r.json()["error"]["code"] == "overloaded" for r in responses if r.status_code == 429)
     for response in responses:
         assert all(len(response.headers.get_list(name)) == 1 for name in ("x-request-id", *NO_ROUTE))
+
+
+def test_each_of_two_engines_keeps_a_modifier(address: str, stand_in: StandIn) -> None:
+    """Asked in turn for two modifiers, each engine swaps one in and is asked for that one from then on."""
+    arguments = {"config": str(stand_in.config_path), "threads": "1", "replicas": "2"}
+    ray_serve.run(build(arguments), name="two", route_prefix="/two", blocking=False)
+    engines = RemoteEngine(ray_serve.get_deployment_handle("engine", app_name="two"))
+
+    async def swaps(choice: str) -> bool:
+        work = Work(choice, (Message("user", LETTERS_QUESTION),), max_tokens=4, temperature=0)
+        events = [event async for event in engines.stream(work)]
+        assert isinstance(events[-1], Finished)
+        return events[0].swap_ms > 0
+
+    async def in_turn() -> list[bool]:
+        return [await swaps(choice) for choice in DOMAINS * 4]
+
+    found = asyncio.run(in_turn())
+    ray_serve.delete("two")
+    assert found == [True, True] + [False] * (len(found) - 2)
 
 
 def test_a_new_version_goes_live_without_a_restart(client, stand_in, alone) -> None:
