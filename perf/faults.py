@@ -4,7 +4,7 @@
     python perf/faults.py --only training,serving           # of generation, training, search, serving, driver, figures
 
 A pipeline of small questions on a tiny random base runs unbroken on a local Ray cluster: a head that computes nothing
-and two worker nodes of one CPU, Ray's own settings, teachers that are one mock OpenAI server with a bill of its own.
+and two worker nodes of one CPU, Ray's own time limits, teachers that are one mock OpenAI server with a bill of its own.
 Then each job is run again from what was there before it, and in the middle of it all processes of a worker node are
 killed at once (`generation`, `training`, `search`, `serving`), or the driver (`driver`: of what else is named, or of
 all four). Its result is compared with the unbroken one. `figures` runs the whole pipeline twice more: on a single

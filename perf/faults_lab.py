@@ -188,7 +188,7 @@ def wait_until(
 
 
 class Nodes:
-    """A head that computes nothing, as in cluster.yaml, and worker nodes that can be killed. Ray's own settings."""
+    """A head that computes nothing, as in cluster.yaml, and worker nodes that can be killed. Ray's own time limits."""
 
     def __init__(self, workers: int = 2, cpus: int = 1) -> None:
         logging.getLogger("ray").setLevel(logging.ERROR)
