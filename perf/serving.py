@@ -5,10 +5,10 @@
     python perf/serving.py --dtype bfloat16 --only throughput
 
 The base is SmolLM2-135M-Instruct (538 MB in float32); the three modifiers are random LoRAs on all its linear layers
-whose factors weigh 48 MB as served. Cascade runs as it is deployed, a Ray Serve application of its own asked over HTTP;
-"plain" is perf/serving_plain.py (transformers' generate and PEFT behind FastAPI) with the same base, adapters, type
-and threads. Absolute figures are this machine's; ratios are of one run. The last line is JSON: the figures with their
-targets.
+whose factors weigh 48 MB as served. Cascade runs as it is deployed, a Ray Serve application of its own asked over
+HTTP; "plain" is perf/serving_plain.py (transformers' generate and PEFT behind FastAPI) with the same base, adapters,
+type and threads; llama.cpp computes with the base's quantised file (perf/serving_llama.py; needs node and npm).
+Absolute figures are this machine's; ratios are of one run. The last line is JSON: the figures with their targets.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from serving_llama import served_by_llama
 from serving_openapi import attack
 from serving_setup import DOMAINS, QUESTIONS, Answered, Ask, Setup, arriving, load, one, percentile, prepare
 from serving_stack import served, served_plainly
 
 HERE = Path(__file__).parent
-PARTS = ("swap", "isolation", "throughput", "shuffle", "fairness", "overload", "lifecycle", "openapi")
+PARTS = ("swap", "isolation", "throughput", "llama", "shuffle", "fairness", "overload", "lifecycle", "openapi")
 Figures = dict[str, dict[str, Any]]
 
 
@@ -140,23 +141,42 @@ def isolation(setup: Setup, options: argparse.Namespace) -> Figures:
 
 
 def throughput(setup: Setup, options: argparse.Namespace) -> Figures:
-    """Tokens per second over HTTP with one modifier: both servers are up, and asked in turn, round by round."""
-    counts = [int(c) for c in options.clients.split(",")]
-    pairs: dict[int, list[tuple[float, float]]] = {c: [] for c in counts}
+    """Tokens per second over HTTP with one modifier, beside the plain server's."""
     with served(setup, options.threads) as mine, served_plainly(setup, options.threads) as plain:
-        for url in (mine, plain):
-            asyncio.run(load(url, [Ask("code", QUESTIONS[0], 4)], 1))
-        for _ in range(3):
-            for clients in counts:
-                asks = [Ask("code", f"{QUESTIONS[i % 6]} ({i})", options.tokens) for i in range(max(clients, 2))]
-                speeds = [tokens_per_second(*asyncio.run(load(url, asks, clients))) for url in (mine, plain)]
-                pairs[clients].append((speeds[0], speeds[1]))
+        pairs = in_turn(mine, plain, options)
     return {
         f"throughput_{c}_clients_over_plain": at_least(
-            statistics.median(a / b for a, b in pairs[c]), 3, ours_and_plain=pairs[c]
+            statistics.median(a / b for a, b in found), 3, ours_and_plain=found
         )
-        for c in counts
+        for c, found in pairs.items()
     }
+
+
+def llama(setup: Setup, options: argparse.Namespace) -> Figures:
+    """The same beside llama.cpp, whose base is the quantised file that ours was made from."""
+    counts = [int(c) for c in options.clients.split(",")]
+    with served(setup, options.threads) as mine, served_by_llama(setup, options.threads, max(counts)) as other:
+        pairs = in_turn(mine, other, options)
+    return {
+        f"throughput_{c}_clients_over_llama_cpp": figure(
+            statistics.median(a / b for a, b in found), ours_and_llama_cpp=found
+        )
+        for c, found in pairs.items()
+    }
+
+
+def in_turn(mine: str, other: str, options: argparse.Namespace) -> dict[int, list[tuple[float, float]]]:
+    """Tokens per second of two servers that are both up, by number of clients: asked in turn, round by round."""
+    counts = [int(c) for c in options.clients.split(",")]
+    pairs: dict[int, list[tuple[float, float]]] = {c: [] for c in counts}
+    for url in (mine, other):
+        asyncio.run(load(url, [Ask("code", QUESTIONS[0], 4)], 1))
+    for _ in range(3):
+        for clients in counts:
+            asks = [Ask("code", f"{QUESTIONS[i % 6]} ({i})", options.tokens) for i in range(max(clients, 2))]
+            speeds = [tokens_per_second(*asyncio.run(load(url, asks, clients))) for url in (mine, other)]
+            pairs[clients].append((speeds[0], speeds[1]))
+    return pairs
 
 
 def tokens_per_second(answers: list[Answered], seconds: float) -> float:

@@ -41,7 +41,7 @@ def served(setup: Setup, threads: int, **arguments: object) -> Iterator[Server]:
     given = {"threads": threads, **arguments}
     command = [sys.executable, "-m", "serve", str(setup.config), "--port", str(port)]
     command += [f"{name}={value}" for name, value in given.items()]
-    with _running(command, port) as server:
+    with running(command, port) as server:
         yield server
 
 
@@ -52,12 +52,13 @@ def served_plainly(setup: Setup, threads: int) -> Iterator[Server]:
     adapters = [f"{d}={setup.peft[d]}" for d in DOMAINS]
     dtype = setup.base.dtype if setup.base.dtype != "auto" else "bfloat16"
     command = [sys.executable, str(HERE / "serving_plain.py"), setup.base.model, dtype, str(port), str(threads)]
-    with _running([*command, *adapters], port) as server:
+    with running([*command, *adapters], port) as server:
         yield server
 
 
 @contextmanager
-def _running(command: list[str], port: int) -> Iterator[Server]:
+def running(command: list[str], port: int) -> Iterator[Server]:
+    """A server that listens on a port, once it answers."""
     server = Server(f"http://127.0.0.1:{port}")
     server.process = subprocess.Popen(command, stdout=sys.stderr, env=os.environ | {"PYTHONUNBUFFERED": "1"})
     try:
