@@ -42,6 +42,10 @@ class TaskSource(Section):
     options: dict[str, Any] = Field({}, description="benchmark's own options: path, subjects, generators …")
 
 
+Part = Split | Literal["general"]
+"""Of a domain's tasks: a split, or the test tasks of other things."""
+
+
 class TaskSet(Section):
     """The tasks of one split."""
 
@@ -55,6 +59,11 @@ class Tasks(Section):
     train: TaskSet = Field(description="what the base is tried on and the teachers are asked")
     validation: TaskSet = Field(description="what choices are made by: prompt, compression, calibration of the router")
     test: TaskSet = Field(description="what is reported; nothing is trained on it or chosen by it")
+    general: TaskSet | None = Field(
+        None,
+        description="benchmarks of other things (their test splits), answered with and without the modifier: what it "
+        "forgot; nothing is trained on them or chosen by them",
+    )
     protect: list[TaskSource] | None = Field(
         None,
         description="benchmarks whose test splits no training example may overlap, besides this domain's own test "
@@ -64,6 +73,15 @@ class Tasks(Section):
     def split(self, split: Split) -> TaskSet:
         section: TaskSet = getattr(self, split)
         return section
+
+    def part(self, part: Part) -> TaskSet | None:
+        section: TaskSet | None = getattr(self, part)
+        return section
+
+    @property
+    def parts(self) -> list[TaskSet]:
+        """All that the config gives."""
+        return [section for section in (self.train, self.validation, self.test, self.general) if section is not None]
 
 
 class PromptStyle(Section):

@@ -82,6 +82,9 @@ def write_config(name: str, options: argparse.Namespace) -> Path:
         if options.scale < 1:
             count = max(24, round((count or 1000) * options.scale))
         tasks["count"] = count
+    if general := raw["tasks"].get("general"):
+        general["sources"] = [local(source, options.data) for source in general["sources"]]
+        general["count"] = max(24, round(general["count"] * options.scale))
     raw["tasks"]["protect"] = [local(source, options.data) for source in raw["tasks"]["protect"]]
     raw["student"] |= {
         "max_tokens": changes["max_tokens"],

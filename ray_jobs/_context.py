@@ -145,8 +145,7 @@ def check_sandbox(config: Config) -> None:
     """
     if config.execution.allow_weak_sandbox:
         os.environ[WEAK_SWITCH] = "1"
-    parts = (config.tasks.train, config.tasks.validation, config.tasks.test)
-    if any(source.benchmark in RUNS_CODE for part in parts for source in part.sources):
+    if any(source.benchmark in RUNS_CODE for part in config.tasks.parts for source in part.sources):
         require_walls()
 
 

@@ -5,9 +5,20 @@ from __future__ import annotations
 from collections import Counter
 
 from cascade import benchmarks, modifiers
+from cascade.artifacts import Run
 from cascade.compression.account import LayerShare, StageCost
 from cascade.compression.methods import Recipe
-from cascade.reports.data import CostRow, CurvePoint, FailureRow, ReferenceRow, ReportData, Sample, TrialRow
+from cascade.reports.data import (
+    CostRow,
+    CurvePoint,
+    FailureRow,
+    GeneralRow,
+    ReferenceRow,
+    ReportData,
+    Sample,
+    TrialRow,
+    general_rows,
+)
 from cascade.reports.summary import MODELS, Summary
 from cascade.scoring.statistics import Score
 from cascade.tasks import Completion, Task, Verdict
@@ -22,6 +33,7 @@ from ray_jobs._test import by_id
 from ray_jobs._train_worker import LOOKS
 from ray_jobs._trial import TRIALS, Trial
 from ray_jobs._winner import ACCOUNT, LAYERS
+from ray_jobs.validate_modifier import AFTER, BEFORE
 
 SAMPLES = 12
 
@@ -47,10 +59,17 @@ def report_data(runs: Runs, config_path: str, *, wall_seconds: float, peak_rss_b
         samples=_samples(runs, by_id(tasks), verdicts),
         failures=_failures(by_id(tasks), verdicts["compressed"]),
         references=_references(runs, by_id(tasks), verdicts["compressed"]),
+        general=_general(validated),
         kinds=kinds,
         kind_samples=kind_samples,
         shortcuts=shortcuts(runs),
     )
+
+
+def _general(validated: Run) -> list[GeneralRow]:
+    tasks = validated.read("general_tasks", Task)
+    before, after = (validated.read(f"{name}_verdicts", Verdict) for name in (BEFORE, AFTER))
+    return general_rows(tasks, before, after)
 
 
 def cascade_report(runs: Runs) -> CascadeReport:

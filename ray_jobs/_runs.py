@@ -12,9 +12,9 @@ from functools import cached_property
 from cascade import modifiers
 from cascade.artifacts import Run, Store, fingerprint, open_run
 from cascade.benchmarks.mixture import load_tasks
-from cascade.config import Config, Teacher
+from cascade.config import Config, Part, Teacher
 from cascade.models.base import base_sha256
-from cascade.tasks import Split, Task, message_hash
+from cascade.tasks import Task, message_hash
 
 RESULT_VERSION = 1
 """Raised when a change of the code changes results, so that runs made before are not taken for new ones."""
@@ -58,6 +58,10 @@ class Runs:
     @cached_property
     def test_tasks(self) -> list[Task]:
         return load_tasks(self.config, "test")
+
+    @cached_property
+    def general_tasks(self) -> list[Task]:
+        return load_tasks(self.config, "general")
 
     @cached_property
     def base_sha256(self) -> str:
@@ -112,6 +116,7 @@ class Runs:
             examples=self.generate_tier3.fingerprint,
             training=training,
             test_tasks=self._tasks_hash("test"),
+            **self._general,
             protect=self.config.tasks.protect,
             **({"clusters": self.config.clusters} if self.config.clusters.cap else {}),
         )
@@ -128,6 +133,7 @@ class Runs:
             "validate_modifier",
             modifier=self.compress_modifier.fingerprint,
             test_tasks=self._tasks_hash("test"),
+            **self._general,
             reference=self.config.reference,
         )
 
@@ -168,8 +174,12 @@ class Runs:
     def _open(self, job: str, **decides: object) -> Run:
         return open_run(self.store, self.config.domain, job, version=RESULT_VERSION, **decides)
 
-    def _tasks_hash(self, split: Split) -> str:
-        tasks = {"train": self.train_tasks, "validation": self.validation_tasks, "test": self.test_tasks}[split]
+    @property
+    def _general(self) -> dict[str, str]:
+        return {"general_tasks": self._tasks_hash("general")} if self.config.tasks.general else {}
+
+    def _tasks_hash(self, part: Part) -> str:
+        tasks: list[Task] = getattr(self, f"{part}_tasks")
         return fingerprint(tasks=[[t.id, message_hash(t.messages), t.reference] for t in tasks])
 
 

@@ -1,5 +1,8 @@
 """validate_modifier: base, modifier and compressed modifier on the held-out test tasks; publishes the modifier.
 
+On `tasks.general`, if the config has it, base and compressed modifier are asked alike, as the modifier was trained to
+be asked: what differs is what it forgot (or learned by the way).
+
 `python -m ray_jobs.validate_modifier --config configs/quickstart.yaml`
 """
 
@@ -19,6 +22,9 @@ from ray_jobs._train import write_card
 from ray_jobs._train_worker import ADAPTER
 from ray_jobs.compress_modifier import FILE
 
+BEFORE, AFTER = "general_base", "general_compressed"
+"""Models on the general tasks: the bare base, and with the compressed modifier."""
+
 
 def work(job: Job) -> Metrics:
     runs, tasks = job.runs, job.runs.test_tasks
@@ -26,13 +32,20 @@ def work(job: Job) -> Metrics:
     file = f"{compressed.folder}/{FILE}"
     style = training_style(runs)
     job.run.write_table("tasks", Task, tasks)
-    assignments = (
+    assignments = [
         Assignment("base", tasks, base_style(runs)),
         Assignment("modifier", tasks, style, f"{trained.folder}/{ADAPTER}", "modifier"),
         Assignment("compressed", tasks, style, file, "compressed"),
-    )
+    ]
+    general = runs.general_tasks
+    job.run.write_table("general_tasks", Task, general)
+    if general:
+        assignments += [
+            Assignment(BEFORE, general, style),
+            Assignment(AFTER, general, style, file, "compressed"),
+        ]
     verdicts = evaluate(job, assignments, runs.train_tasks)
-    version = _publish(job, file, verdicts)
+    version = _publish(job, file, {name: verdicts[name] for name in MODELS})
     base, final = ([v.passed for v in verdicts[name]] for name in ("base", "compressed"))
     scores = {name: Score.of(verdicts[name]) for name in MODELS}
     write_card(runs, trained.metrics, {name: scores[name] for name in ("base", "modifier")})
@@ -42,6 +55,7 @@ def work(job: Job) -> Metrics:
         "mcnemar_p": mcnemar_exact(base, final),
         "version": version,
         **{f"{name}_interval": [score.low, score.high] for name, score in scores.items()},
+        **{f"{name}_accuracy": Score.of(verdicts[name]).accuracy for name in (BEFORE, AFTER) if general},
     }
 
 

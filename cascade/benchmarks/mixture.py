@@ -1,7 +1,8 @@
-"""The tasks of a domain: a split's sources mixed by weight, with nothing shared between splits.
+"""The tasks of a domain: a part's sources mixed by weight, with nothing shared between what is learned and measured.
 
-What a validation or test task asks is dropped from the training split, and what a test task asks from the validation
-split, by normalised prompt. In a split that is limited by a count the same conversation appears once.
+What a validation, test or general task asks is dropped from the training split, and what a test or general task asks
+from the validation split, by normalised prompt. In a part that is limited by a count the same conversation appears
+once.
 """
 
 from __future__ import annotations
@@ -11,43 +12,49 @@ from functools import lru_cache
 
 from cascade import benchmarks
 from cascade.benchmarks.normalise import conversation_key, prompt_key
-from cascade.config import Config, Tasks, TaskSet, TaskSource
+from cascade.config import Config, Part, Tasks, TaskSet, TaskSource
 from cascade.errors import DataError
 from cascade.tasks import Split, Task
 
-_PROTECTED: dict[Split, tuple[Split, ...]] = {"train": ("validation", "test"), "validation": ("test",), "test": ()}
+_PROTECTED: dict[Part, tuple[Part, ...]] = {
+    "train": ("validation", "test", "general"),
+    "validation": ("test", "general"),
+}
 _ROUNDS = 8
 """Times a source is asked for more when some of its tasks had to be dropped."""
 
 
-def load_tasks(config: Config, split: Split) -> list[Task]:
-    """The tasks of one split, in an order that depends on the config and its seed alone.
+def load_tasks(config: Config, part: Part) -> list[Task]:
+    """The tasks of one part, in an order that depends on the config and its seed alone.
 
     Args:
         config: its `tasks`, `domain` and `seed` decide the result.
-        split: "train", "validation" or "test".
+        part: "train", "validation", "test" or "general" (test splits of other benchmarks).
 
     Returns:
         Exactly `count` tasks, by weight from the sources (another fills up where one runs out); all of them if the
-        count is null. Ids are unique.
+        count is null; none of a general part that the config does not have. Ids are unique.
 
     Raises:
         DataError: all sources together have fewer tasks than asked (says how many), or two tasks have the same id.
         ConfigError: an option of a source is wrong.
     """
-    return list(_load(config.tasks.model_dump_json(), config.domain, config.seed, split))
+    return list(_load(config.tasks.model_dump_json(), config.domain, config.seed, part))
 
 
-@lru_cache(maxsize=6)
-def _load(tasks_json: str, domain: str, seed: int, split: Split) -> tuple[Task, ...]:
-    task_set = Tasks.model_validate_json(tasks_json).split(split)
-    forbidden = {prompt_key(t) for other in _PROTECTED[split] for t in _load(tasks_json, domain, seed, other)}
+@lru_cache(maxsize=8)
+def _load(tasks_json: str, domain: str, seed: int, part: Part) -> tuple[Task, ...]:
+    task_set = Tasks.model_validate_json(tasks_json).part(part)
+    if task_set is None:
+        return ()
+    split: Split = "test" if part == "general" else part
+    forbidden = {prompt_key(t) for other in _PROTECTED.get(part, ()) for t in _load(tasks_json, domain, seed, other)}
     feeds = [_Feed(source, split, domain, seed, forbidden) for source in task_set.sources]
     tasks = _everything(feeds) if task_set.count is None else _mix(feeds, task_set.count)
     if task_set.count is not None and len(tasks) < task_set.count:
-        raise DataError(_too_few(task_set, split, feeds, len(tasks)))
+        raise DataError(_too_few(task_set, part, feeds, len(tasks)))
     if not tasks:
-        raise DataError(f"tasks.{split}: its sources have no task")
+        raise DataError(f"tasks.{part}: its sources have no task")
     _refuse_repeated_ids(tasks)
     return tuple(tasks)
 
@@ -126,10 +133,10 @@ def _interleave(pools: Sequence[Sequence[Task]], weights: Sequence[float], count
     return mixed, empty
 
 
-def _too_few(task_set: TaskSet, split: Split, feeds: Sequence[_Feed], found: int) -> str:
+def _too_few(task_set: TaskSet, part: Part, feeds: Sequence[_Feed], found: int) -> str:
     parts = [f"{f.source.benchmark} (dropped {f.dropped} that repeat or are in another split)" for f in feeds]
     return (
-        f"tasks.{split}.count asks for {task_set.count} tasks, but its sources have {found} different ones: "
+        f"tasks.{part}.count asks for {task_set.count} tasks, but its sources have {found} different ones: "
         f"{', '.join(parts)}. Lower the count, or add a source or generator."
     )
 

@@ -42,13 +42,13 @@ class Protected:
 
 
 def protected_tasks(config: Config) -> Protected:
-    """The domain's test tasks and those of all protected benchmarks.
+    """The domain's test and general tasks and those of all protected benchmarks.
 
     Raises:
         DataError: a benchmark that `tasks.protect` names cannot be loaded.
         ConfigError: it does not exist, or an option is wrong.
     """
-    own = load_tasks(config, "test")
+    own = [*load_tasks(config, "test"), *load_tasks(config, "general")]
     by_id = {task.id: task for task in own}
     checked, missing = {"domain": len(own)}, {}
     for source in _sources(config):

@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 
 from cascade.compression.account import LayerShare, StageCost
 from cascade.errors import DataError
-from cascade.reports.summary import MODELS, Summary, TierRow, read_summary, write_summary
+from cascade.reports.summary import MODELS, Summary, TierRow, aligned_passes, read_summary, write_summary
+from cascade.scoring.statistics import mcnemar_exact, paired_bootstrap
 from cascade.tasks import Outcome, Task, Verdict, from_table, to_table
 
 
@@ -175,6 +176,46 @@ class ReferenceRow:
     target_high: float
 
 
+@dataclass(frozen=True, slots=True)
+class GeneralRow:
+    """A benchmark of other things than the domain, with and without the compressed modifier.
+
+    Attributes:
+        benchmark: its name, or "all".
+        before, after: accuracy of the base, and of base and modifier, asked alike.
+        low, high: 95 % paired bootstrap interval of `after - before`.
+        p: of McNemar's exact test.
+    """
+
+    benchmark: str
+    n: int
+    before: float
+    after: float
+    low: float
+    high: float
+    p: float
+
+
+def general_rows(tasks: Sequence[Task], before: Sequence[Verdict], after: Sequence[Verdict]) -> list[GeneralRow]:
+    """What a modifier changed elsewhere: all tasks together, then each benchmark.
+
+    Raises:
+        DataError: the verdicts are not on the same tasks, once each.
+    """
+    if not tasks:
+        return []
+    names = sorted({t.benchmark for t in tasks})
+    groups = {"all": {t.id for t in tasks}, **{name: {t.id for t in tasks if t.benchmark == name} for name in names}}
+    rows = []
+    for name, ids in groups.items() if len(names) > 1 else [(names[0], groups["all"])]:
+        both = {"base": [v for v in before if v.task_id in ids], "compressed": [v for v in after if v.task_id in ids]}
+        first, second = aligned_passes(both).values()
+        change, n = paired_bootstrap(first, second), len(first)
+        means = sum(first) / n, sum(second) / n
+        rows.append(GeneralRow(name, n, *means, change.low, change.high, mcnemar_exact(first, second)))
+    return rows
+
+
 @dataclass(frozen=True)
 class ReportData:
     """All that one report shows.
@@ -185,6 +226,7 @@ class ReportData:
         router: `cascade.routing.train.RouterReport.as_dict()`, or nothing.
         stages: what each stage of the chosen recipe saved and cost; layers: what is left of every layer.
         costs: of every task that the base failed; the saving's interval is drawn from them.
+        general: what the modifier changed on other benchmarks, if it was measured.
         shortcuts: what sending tasks past a tier has saved, per tier.
         kinds: of the tasks that the base failed, the largest first; nothing if they were not clustered.
     """
@@ -202,6 +244,7 @@ class ReportData:
     samples: Sequence[Sample] = ()
     failures: Sequence[FailureRow] = ()
     references: Sequence[ReferenceRow] = ()
+    general: Sequence[GeneralRow] = ()
     kinds: Sequence[KindRow] = ()
     kind_samples: Sequence[KindSample] = ()
     shortcuts: Sequence[Shortcut] = ()
@@ -222,6 +265,7 @@ _ROWS: dict[str, type] = {
     "samples": Sample,
     "failures": FailureRow,
     "references": ReferenceRow,
+    "general": GeneralRow,
     "kinds": KindRow,
     "shortcuts": Shortcut,
     "kind_samples": KindSample,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -222,7 +222,7 @@ def _economy(tiers: Sequence[TierRow], single_usd: float) -> dict[str, Any]:
     }
 
 
-def aligned_passes(verdicts: dict[str, Sequence[Verdict]]) -> dict[str, list[bool]]:
+def aligned_passes(verdicts: Mapping[str, Sequence[Verdict]]) -> dict[str, list[bool]]:
     """Per model whether it passed each task, all in the order of the first model's tasks.
 
     Raises:

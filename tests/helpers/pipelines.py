@@ -13,7 +13,7 @@ from stand_in import save_tiny_base
 
 from cascade import modifiers
 from cascade.dataset import check_dataset
-from cascade.tasks import Example, Task
+from cascade.tasks import Example, Task, Verdict
 from ray_jobs._export import export_dataset
 from ray_jobs._failures import failure_kinds
 from ray_jobs._runs import JOBS, Runs
@@ -44,6 +44,10 @@ def write_config(folder: Path, storage: str | None = None, **changes: object) ->
             "train": {"count": 60, "sources": sources},
             "validation": {"count": 24, "sources": sources},
             "test": {"count": 30, "sources": sources},
+            "general": {
+                "count": 8,
+                "sources": [{"benchmark": "reasoning_gym", "options": {"generators": [{"name": "gcd"}]}}],
+            },
         },
         "student": {
             "max_tokens": 8,
@@ -102,6 +106,12 @@ def check_results(runs: Runs) -> None:
     assert all(name.startswith("answer-key") for name in modifier.teachers)
     report = store.read_bytes("sums/report.html").decode()
     assert "answer key" in report or "answer-key" in report
+    assert "What was forgotten elsewhere" in report
+    for name in ("general_base", "general_compressed"):
+        judged = {v.task_id for v in runs.validate_modifier.read(f"{name}_verdicts", Verdict)}
+        assert judged == {t.id for t in runs.general_tasks}
+        assert len(judged) == 8
+    assert set(modifier.scores) == {"base", "modifier", "compressed"}
 
     train = {t.id for t in runs.test_domain.read("tasks", Task)}
     examples = runs.train_modifier.read("examples", Example)

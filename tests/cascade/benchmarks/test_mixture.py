@@ -11,6 +11,7 @@ import pytest
 
 from cascade.benchmarks.mixture import load_tasks
 from cascade.benchmarks.normalise import prompt_key
+from cascade.benchmarks.protected import protected_tasks
 from cascade.config import Config, check_config
 from cascade.errors import DataError
 
@@ -48,6 +49,24 @@ def test_prompts_of_later_splits_leave_the_earlier_ones(tmp_path: Path) -> None:
     assert prompts["test"] == {"question 5", "question 40", "question 41"}
     assert prompts["validation"] == {"question 3", "question 30"}
     assert prompts["train"] == {f"question {i}" for i in range(20)} - {"question 3", "question 5"}
+
+
+def test_general_tasks_are_test_tasks_that_nothing_is_learned_or_chosen_from(tmp_path: Path) -> None:
+    train = task_file(tmp_path, "train", [f"question {i}" for i in range(6)])
+    validation = task_file(tmp_path, "validation", ["question 7", "question 8"])
+    test = task_file(tmp_path, "test", ["question 5", "question 1"])
+    general = task_file(tmp_path, "general", ["Question 0", "question 1", "question 8"])
+    parts = {"train": train, "validation": validation, "test": test, "general": general}
+    c = config(**{name: split(source(path)) for name, path in parts.items()})
+    prompts = {part: [prompt_key(t) for t in load_tasks(c, part)] for part in parts}  # type: ignore[arg-type]
+    assert sorted(prompts["general"]) == ["question 0", "question 1", "question 8"], "whole, whatever the others hold"
+    assert sorted(prompts["test"]) == ["question 1", "question 5"]
+    assert prompts["validation"] == ["question 7"]
+    assert sorted(prompts["train"]) == ["question 2", "question 3", "question 4"]
+    assert {t.split for t in load_tasks(c, "general")} == {"test"}
+    assert {t.id for t in load_tasks(c, "general")} <= {t.id for t in protected_tasks(c).tasks}
+    without = config(**{name: split(source(path)) for name, path in parts.items() if name != "general"})
+    assert load_tasks(without, "general") == []
 
 
 def test_weights_fill_up_and_repeats_go(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from cascade.reports.data import (
     CostRow,
     CurvePoint,
     FailureRow,
+    GeneralRow,
     KindRow,
     KindSample,
     ReferenceRow,
@@ -177,6 +178,11 @@ def report_data() -> ReportData:
             LayerShare(block, module, 96, 8 + 5 * block, 0.1 + 0.02 * block, 0.4 - 0.03 * place)
             for block in range(6)
             for place, module in enumerate(("q_proj", "v_proj", "down_proj"))
+        ],
+        general=[
+            GeneralRow("all", 500, 0.31, 0.302, -0.031, 0.015, 0.61),
+            GeneralRow("arc", 200, 0.27, 0.28, -0.03, 0.05, 0.75),
+            GeneralRow("mmlu", 300, 0.34, 0.317, -0.06, 0.013, 0.4),
         ],
         references=[ReferenceRow("bbh", "GPT-4", 83.1, "technical report", 71.0, 71 / 83.1, 300, 1.0, 1.08)],
     )

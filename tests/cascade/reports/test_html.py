@@ -13,10 +13,12 @@ from scipy.stats import binomtest
 
 from cascade.errors import DataError
 from cascade.reports import figures
-from cascade.reports.data import ReportData, TrialRow, load_tables
+from cascade.reports.console import points
+from cascade.reports.data import ReportData, TrialRow, general_rows, load_tables
 from cascade.reports.html import render, write_report
 from cascade.reports.summary import TierRow
 from cascade.scoring.statistics import wilson
+from cascade.tasks import Message, Task, Verdict
 from cascade.teachers.economics import saving_interval
 
 MODELS = ("base", "modifier", "compressed")
@@ -63,7 +65,7 @@ def tables(report):
     return {path.stem: pq.read_table(path).to_pylist() for path in folder.glob("*.parquet")}
 
 
-NAMED = ("tier_shares/", "policy/", "reference/", "kind/", "shortcut/", "stage/")
+NAMED = ("tier_shares/", "policy/", "reference/", "kind/", "shortcut/", "stage/", "general/")
 """Beginnings of figures' names that have tests of their own."""
 
 
@@ -196,6 +198,35 @@ def test_references_are_recomputed_from_parquet(report, page):
     for row in tables(report)["references"]:
         assert page.figures[f"reference/{row['benchmark']}"] == f"{row['ours']:.1f}"
         assert row["ratio"] == pytest.approx(row["ours"] / row["score"])
+
+
+def test_what_was_forgotten_is_recomputed_from_parquet(report, page, report_data):
+    rows = tables(report)["general"]
+    assert [row["benchmark"] for row in rows] == ["all", "arc", "mmlu"]
+    for row in rows:
+        assert page.figures[f"general/{row['benchmark']}"] == points(row["after"] - row["before"])
+    without = render(dataclasses.replace(report_data, general=[]), tables="t")
+    assert "What was forgotten" in report.read_text()
+    assert "What was forgotten" not in without
+
+
+def test_forgetting_is_paired_by_task_and_by_benchmark():
+    tasks = [
+        Task(f"{b}/{i}", b, "d", "test", (Message("user", "q"),), None) for b in ("arc", "mmlu") for i in range(40)
+    ]
+    before = [Verdict(t.id, "m", "", "pass", "", "") for t in tasks]
+    after = [Verdict(t.id, "m", "x", "fail" if t.benchmark == "mmlu" else "pass", "", "") for t in reversed(tasks)]
+    everything, arc, mmlu = general_rows(tasks, before, after)
+    assert (everything.benchmark, everything.n, everything.before, everything.after) == ("all", 80, 1.0, 0.5)
+    assert everything.low < -0.5 < everything.high
+    assert (arc.n, arc.before, arc.after, arc.p) == (40, 1.0, 1.0, 1.0)
+    assert (mmlu.after, mmlu.low, mmlu.high) == (0.0, -1.0, -1.0)
+    assert mmlu.p < 1e-9
+    only = [t for t in tasks if t.benchmark == "arc"]
+    assert [r.benchmark for r in general_rows(only, before[:40], after[40:])] == ["arc"]
+    assert general_rows([], [], []) == []
+    with pytest.raises(DataError, match="same test tasks"):
+        general_rows(only, before[:40], after[:40])
 
 
 def test_the_page_made_from_its_tables_is_the_same_page(report, report_data):
