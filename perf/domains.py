@@ -92,7 +92,14 @@ def write_config(name: str, options: argparse.Namespace) -> Path:
     }
     for tier, slip in zip(raw["tiers"], SLIPS, strict=True):
         tier["name"] = f"answer-key-{tier['name'].split('/')[-1].split(':')[0]}"
-        tier["endpoints"] = [{"base_url": "answer-key", "requests_per_minute": 600_000, "max_concurrency": 64}]
+        tier["endpoints"] = [
+            {
+                "base_url": "answer-key",
+                "requests_per_minute": 600_000,
+                "tokens_per_minute": 10**9,
+                "max_concurrency": 64,
+            }
+        ]
         tier["answer_key"] = {"max_difficulty": 9, "slip_rate": slip}
         tier |= {"samples": 1, "repair_rounds": 0, "keep_reasoning": False}
     raw["compression"] |= {"trials": 18, "finalists": 3} if options.scale == 1 else {"trials": 3, "finalists": 1}

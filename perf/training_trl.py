@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from datasets.table import InMemoryTable
 from training_plain import Stopwatch, load_model, lora_config, read_job, validation_loss
 from transformers import AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
@@ -39,9 +40,9 @@ def main() -> None:
         parts = -(-job["batch"] // job["micro_batch"])
         settings |= {"max_length": job["longest"], "per_device_train_batch_size": -(-job["batch"] // parts)}
         settings |= {"gradient_accumulation_steps": parts}
-    dataset = Dataset.from_list(
-        [{"input_ids": e["ids"], "completion_mask": [int(m) for m in e["mask"]]} for e in train]
-    )
+    rows = [{"input_ids": e["ids"], "completion_mask": [int(m) for m in e["mask"]]} for e in train]
+    # Named: datasets' own hash of the rows pickles pyarrow, which fails on some Python versions.
+    dataset = Dataset(InMemoryTable.from_pylist(rows), fingerprint="training-examples")
     with tempfile.TemporaryDirectory() as folder:
         config = SFTConfig(
             output_dir=folder,
