@@ -15,6 +15,7 @@ import csv
 import json
 import os
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -154,7 +155,9 @@ def _theirs(s: Set, tasks: list[Task], arguments: argparse.Namespace, folder: Pa
     settings = {key: getattr(arguments, key) for key in ("model", "dtype", "device", "threads")}
     settings |= {"batch": int(arguments.batch), "include": str(folder), "tasks": named, "out": str(folder / "out.json")}
     (folder / "settings.json").write_text(json.dumps(settings))
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "home"), "PYTHONPATH": ""}
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "home")}
+    if str(python) != sys.executable:
+        environment |= {"PYTHONPATH": ""}
     command = [str(python), str(Path(__file__).with_name("evaluation_lm_eval.py")), str(folder / "settings.json")]
     with (folder / "log").open("wb") as log:
         if subprocess.run(command, env=environment, stdout=log, stderr=log).returncode:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import shutil
 import subprocess
 import sys
@@ -13,13 +14,17 @@ from cascade.benchmarks.sources import cache_dir
 
 
 def python_with(name: str, packages: Sequence[str], bare: Sequence[str] = ()) -> Path:
-    """The interpreter of an environment that has exactly these packages.
+    """The interpreter of an environment that has exactly these packages; this one where it has the first of them.
+
+    Whoever has put what is compared with beside Cascade wants no second copy; and so it runs without a registry.
 
     Args:
-        name: for the folder.
+        name: for the folder, and of the module that is looked for, with _ for -.
         packages: pinned requirements, with what they depend on.
         bare: pinned requirements installed without their dependencies.
     """
+    if importlib.util.find_spec(name.replace("-", "_")):
+        return Path(sys.executable)
     digest = hashlib.sha256("\n".join([*packages, "", *bare]).encode()).hexdigest()[:8]
     folder = cache_dir() / "environments" / f"{name}-{digest}"
     python = folder / "bin" / "python"

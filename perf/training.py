@@ -192,8 +192,6 @@ def available(package: str) -> bool:
 
 def trl_python() -> str | None:
     """The interpreter of TRL's own environment; this one where it has TRL and no package registry is in reach."""
-    if importlib.util.find_spec("trl"):
-        return sys.executable
     from own_environment import python_with
 
     try:
