@@ -5,7 +5,7 @@
 Runs `cascade run` on the shipped configs, changed only where there is neither hub nor keys: the base is
 SmolLM2-135M-Instruct; the teachers replay the answer key, each wrong in a set share of its answers, so that tiers,
 verification and accounting work as they would (that says nothing of what real teachers know); tasks of one's own are
-left out; and the learning rates, sizes of steps and number of recipes tried are for a base this small. `--data` holds
+left out, as are conversations with tools (`cascade benchmarks` measures them); and the learning rates, sizes of steps and number of recipes tried are for a base this small. `--data` holds
 `mbpp.jsonl`, `bbh/`, `mmlu/` and `arc/` as published. `--scale` makes the sets of tasks smaller, to try it. The three
 run at the same time, on the Ray of $RAY_ADDRESS if that is set. Scores are on held-out tasks, with 95 % intervals.
 """
@@ -82,6 +82,8 @@ def write_config(name: str, options: argparse.Namespace) -> Path:
         if options.scale < 1:
             count = max(24, round((count or 1000) * options.scale))
         tasks["count"] = count
+    if name == "automation":
+        raw["tasks"]["test"]["sources"] = raw["tasks"]["validation"]["sources"]
     if general := raw["tasks"].get("general"):
         general["sources"] = [local(source, options.data) for source in general["sources"]]
         general["count"] = max(24, round(general["count"] * options.scale))
@@ -102,7 +104,7 @@ def write_config(name: str, options: argparse.Namespace) -> Path:
         ]
         tier["answer_key"] = {"max_difficulty": 9, "slip_rate": slip}
         tier |= {"samples": 1, "repair_rounds": 0, "keep_reasoning": False}
-    raw["compression"] |= {"trials": 18, "finalists": 3} if options.scale == 1 else {"trials": 3, "finalists": 1}
+    raw["compression"] |= {"trials": 12, "finalists": 3} if options.scale == 1 else {"trials": 3, "finalists": 1}
     raw["probe"]["lora"] |= LORA | {"learning_rate": 2e-3, "tokens_per_step": 4096}
     raw["training"]["lora"] |= LORA | {"epochs": changes["epochs"]}
     raw["training"]["zero_stage"] = 0

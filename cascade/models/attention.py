@@ -250,7 +250,7 @@ class _RowLayer(CacheLayerMixin):
         if start == 0 and rows <= room_rows and tokens <= room_tokens:
             return
         kept = self.used - start
-        room = tokens - start + max(_ROOM, kept // 2)
+        room = max(tokens - start, kept + max(_ROOM, kept // 2))
         grown = []
         for old in self._tensors():
             new = old.new_zeros(max(rows, room_rows if start == 0 else 0), old.shape[1], room, old.shape[3])
@@ -283,14 +283,14 @@ class _RowLayer(CacheLayerMixin):
         values.index_copy_(2, window.column, value_states)
         return keys[:, :, : window.columns], values[:, :, : window.columns]
 
-    def add(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Put new rows below ours, all ending in the same column."""
+    def add(self, keys: torch.Tensor, values: torch.Tensor, rows: int, columns: int) -> None:
+        """Put new rows below ours, all ending in the same column; make room for so many rows and columns."""
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
         count, _, length, _ = keys.shape
         if length > self.used:
             self._shift(length - self.used)
-        self.reserve(self.rows + count, self.used)
+        self.reserve(max(rows, self.rows + count), max(columns, self.used))
         for ours, new in zip(self._tensors(), (keys, values), strict=True):
             ours[self.rows : self.rows + count, :, : self.used - length] = 0
             ours[self.rows : self.rows + count, :, self.used - length : self.used] = new
@@ -352,10 +352,10 @@ class RowCache(Cache):
                 layer.window = None
                 layer.used += 1
 
-    def add(self, prefilled: DynamicCache) -> None:
-        """Put the rows of another cache below ours."""
+    def add(self, prefilled: DynamicCache, rows: int = 0, columns: int = 0) -> None:
+        """Put the rows of another cache below ours, with memory for so many rows and columns at least."""
         for ours, new in zip(self.row_layers, prefilled.layers, strict=True):
-            ours.add(*_states(new))
+            ours.add(*_states(new), rows, columns)
 
     def keep(self, rows: Sequence[int]) -> list[int]:
         """Drop all other rows. Those at the end move into the gaps, so that little is copied.

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 _SHORTEST = 16
 """Tokens that a shared beginning must have."""
-_COST = 128
+COST = 128
 """Tokens whose computation costs about as much as a group of its own: one more pass over the weights."""
 
 Tokens = Sequence[int]
@@ -32,11 +32,14 @@ class _Interval:
     groups: list[Group] = field(default_factory=list)
 
 
-def shared_beginnings(sequences: Sequence[Tokens]) -> list[Group]:
+def shared_beginnings(sequences: Sequence[Tokens], cost: int = COST) -> list[Group]:
     """Put sequences into groups so that the most tokens are computed once instead of many times.
 
     At least one token of each sequence is left over. A group may be split into groups with longer beginnings where
     that saves more. Works on the tree of common beginnings, from its leaves up, in linear time after sorting.
+
+    Args:
+        cost: of each group, in tokens.
 
     Returns:
         Groups that together hold every index once; the one that shares nothing comes last, if there is any such.
@@ -47,7 +50,7 @@ def shared_beginnings(sequences: Sequence[Tokens]) -> list[Group]:
     for at, common in enumerate([*alike, -1] if order else []):
         left = at
         while stack and common < stack[-1].length:
-            closed = _close(stack.pop(), at, order, sequences)
+            closed = _close(stack.pop(), at, order, sequences, cost)
             left = closed.left
             if stack and common <= stack[-1].length:
                 _adopt(stack[-1], closed)
@@ -67,12 +70,12 @@ def _adopt(parent: _Interval, child: _Interval) -> None:
     parent.groups += child.groups
 
 
-def _close(interval: _Interval, right: int, order: list[int], sequences: Sequence[Tokens]) -> _Interval:
+def _close(interval: _Interval, right: int, order: list[int], sequences: Sequence[Tokens], cost: int) -> _Interval:
     """Decide whether an interval is one group or stays as its parts are grouped."""
     first = sequences[order[interval.left]]  # a sequence that is wholly the beginning of the others sorts first
     length = interval.length - (len(first) == interval.length)
     members = order[interval.left : right + 1]
-    saved = (len(members) - 1) * length - _COST
+    saved = (len(members) - 1) * length - cost
     if length >= _SHORTEST and saved > interval.saved:
         interval.saved, interval.groups = saved, [Group(length, tuple(members))]
     return interval

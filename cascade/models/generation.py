@@ -6,6 +6,7 @@ room for one that waits, stop strings are checked row by row, and a batch is as 
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import deque
 from collections.abc import Container, Iterator, Sequence
@@ -17,7 +18,7 @@ from transformers.cache_utils import Cache
 
 from cascade.models.attention import Prefix, RowCache, Shared, can_share
 from cascade.models.base import LoadedBase, end_token_ids
-from cascade.models.beginnings import Group, shared_beginnings
+from cascade.models.beginnings import COST, Group, shared_beginnings
 from cascade.models.graphs import StepGraphs
 from cascade.models.rows import Generated, OnToken, Request, Row, append, choose
 from cascade.models.steps import LlamaSteps
@@ -40,6 +41,7 @@ class Batch:
         self._mask = torch.empty(0)  # (rows, cached tokens of their own), False where padded
         self._logits = torch.empty(0)  # (rows, vocabulary) of the token to choose next
         self._shared: Shared | None = None
+        self._room = 0, 0
         self._steps = self._special_steps()
 
     @property
@@ -103,6 +105,11 @@ class Batch:
             return StepGraphs(partial(_forward, self._loaded.model))
         return LlamaSteps.of(self._loaded.model)
 
+    def expect(self, rows: int, tokens: int) -> None:
+        """Say how many rows there will be and how long the next to join may become, so that memory is taken once for
+        all: growing it, row by row and token by token, leaves a GPU's in pieces."""
+        self._room = rows, tokens if self._loaded.device.type == "cuda" else 0
+
     def forget_graphs(self) -> None:
         """To be called when weights, an adapter's included, have moved to other memory."""
         if isinstance(self._steps, StepGraphs):
@@ -121,7 +128,7 @@ class Batch:
             self._cache = RowCache(len(cache.layers))
             self._mask, self._logits = mask[:0], logits[:0]
         assert isinstance(self._cache, RowCache)
-        self._cache.add(cache)
+        self._cache.add(cache, *self._room)
         padded = [torch.nn.functional.pad(m, (self._cache.used - m.shape[1], 0)) for m in (self._mask, mask)]
         self._mask = torch.cat(padded)
         self._logits = torch.cat([self._logits, logits])
@@ -203,6 +210,12 @@ def tokens_in_a_pass(device: torch.device) -> int:
     return 32_768 if device.type == "cuda" else 2048
 
 
+def _cost_of_a_group(device: torch.device) -> int:
+    """Tokens that rows must save by sharing a beginning. On a GPU prompts are cheap, but each beginning is one more
+    attention of every layer at every step: what a whole pass computes, and a few beginnings at a time at most."""
+    return tokens_in_a_pass(device) if device.type == "cuda" else COST
+
+
 class _Waiting:
     """Requests that have not begun, those that begin alike together, longest first."""
 
@@ -210,7 +223,8 @@ class _Waiting:
         self._loaded = loaded
         self._prefix: Prefix | None = None
         ready = [i for i, request in enumerate(requests) if request.max_tokens > 0]
-        groups = shared_beginnings([requests[i].prompt for i in ready]) if can_share(loaded.model) else []
+        prompts, cost = [requests[i].prompt for i in ready], _cost_of_a_group(loaded.device)
+        groups = shared_beginnings(prompts, cost) if can_share(loaded.model) else []
         if not groups:
             groups = [Group(0, tuple(range(len(ready))))]
         self._queue: deque[tuple[int, Row]] = deque()
@@ -228,6 +242,8 @@ class _Waiting:
         if not batch.open or (batch.rows and room < min(len(self._queue), 1 + len(batch.rows) // 4)):
             return
         most = tokens_in_a_pass(self._loaded.device)
+        coming = [row.need - length for length, row in itertools.islice(self._queue, room)]
+        batch.expect(len(batch.rows) + room, max(coming, default=0))
         joining: list[Row] = []
         for _ in range(room):
             length, row = self._queue.popleft()

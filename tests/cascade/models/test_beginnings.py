@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from cascade.models import beginnings
 from cascade.models.beginnings import Group, shared_beginnings
 
-COST, SHORTEST = beginnings._COST, beginnings._SHORTEST
+COST, SHORTEST = beginnings.COST, beginnings._SHORTEST
 
 
 def saved(groups):
@@ -74,3 +74,9 @@ def test_chains_of_any_depth_are_grouped():
     groups = shared_beginnings([[7] * n for n in range(20, 3000)])
     assert sorted(i for g in groups for i in g.members) == list(range(2980))
     assert saved(groups) > 0
+
+
+def test_where_groups_are_dear_only_large_ones_are_made():
+    sequences = [(family, *range(40), own) for family in range(3) for own in range(2 + 8 * (family == 1))]
+    assert [g.length for g in shared_beginnings(sequences, 0)] == [41, 41, 41]
+    assert [(g.length, len(g.members)) for g in shared_beginnings(sequences, 300)] == [(41, 10), (0, 4)]

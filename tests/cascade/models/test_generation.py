@@ -7,8 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from cascade.models import generation
+from cascade.models.attention import RowCache
 from cascade.models.generation import Batch, generate, stream
 from cascade.models.rows import Request, Row, choose
 from cascade.models.steps import LlamaSteps
@@ -270,3 +272,20 @@ def test_an_empty_prompt_is_refused(loaded):
 
 def test_no_requests_no_answers(loaded):
     assert generate(loaded, []) == []
+
+
+def test_memory_taken_for_rows_to_come_does_not_move(loaded):
+    def prefilled(prompt):
+        cache = DynamicCache(config=loaded.model.config)
+        loaded.model(input_ids=torch.tensor([prompt]), past_key_values=cache, use_cache=True)
+        return cache
+
+    cache = RowCache(loaded.model.config.num_hidden_layers)
+    cache.add(prefilled(PROMPTS[1]), rows=3, columns=400)
+    taken, room = cache.version, cache.row_layers[0].keys.shape
+    assert (room[0], room[2]) == (3, 400)
+    cache.add(prefilled(PROMPTS[3]))
+    cache.reserve(3, 400)
+    assert cache.version == taken
+    cache.reserve(4, 400)
+    assert cache.version > taken
