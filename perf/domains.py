@@ -5,8 +5,9 @@
 Runs `cascade run` on the shipped configs, changed only where there is neither hub nor keys: the base is
 SmolLM2-135M-Instruct; the teachers replay the answer key, each wrong in a set share of its answers, so that tiers,
 verification and accounting work as they would (that says nothing of what real teachers know); tasks of one's own are
-left out, as are conversations with tools (`cascade benchmarks` measures them); and the learning rates, sizes of steps and number of recipes tried are for a base this small. `--data` holds
-`mbpp.jsonl`, `bbh/`, `mmlu/` and `arc/` as published. `--scale` makes the sets of tasks smaller, to try it. The three
+left out, as are conversations with tools (`cascade benchmarks` measures them); and the learning rates, sizes of steps
+and number of recipes tried are for a base this small. `--data` holds `mbpp.jsonl`, `bbh/`, `mmlu/` and `arc/` as
+published. `--scale` makes the sets of tasks smaller, to try it. The three
 run at the same time, on the Ray of $RAY_ADDRESS if that is set. Scores are on held-out tasks, with 95 % intervals.
 """
 
