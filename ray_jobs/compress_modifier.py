@@ -64,7 +64,8 @@ def work(job: Job) -> Metrics:
 
 
 def _finalists(job: Job, trials: list[Trial], ground: Groundwork, adapter: AdapterWeights) -> list[Trial]:
-    """Of the front, the one of least loss and the smallest that keep the wanted share of the gain, smallest first."""
+    """Of the front, the one of least loss and, of those that keep the wanted share of the gain, the smallest and some
+    between, evenly: where few tasks decide, the smallest may fail by chance. Smallest first."""
     wanted = job.config.compression
     candidates = pareto_front(trials)
     if not candidates:
@@ -78,7 +79,8 @@ def _finalists(job: Job, trials: list[Trial], ground: Groundwork, adapter: Adapt
     if wanted.choose == "best":
         return candidates[-wanted.finalists :]
     enough = [t for t in smaller if ground.gain(t.loss) >= wanted.keep_gain]
-    return [*enough[: wanted.finalists - 1], best]
+    count = min(len(enough), wanted.finalists - 1)
+    return [*(enough[i * len(enough) // count] for i in range(count)), best]
 
 
 def _compare(job: Job, finalists: list[Trial], trained: str) -> dict[str, list[Verdict]]:

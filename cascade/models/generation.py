@@ -25,6 +25,9 @@ from cascade.models.steps import LlamaSteps
 
 _CPU_TOKENS = 32_768
 """Tokens in memory at once on a CPU, where many rows are computed no faster than some."""
+_ALIGNED = 8
+"""What a prefill's length is a multiple of on a GPU: attention whose mask is not aligned keeps every score in memory,
+gigabytes of them."""
 _GPU_SHARE = 0.4
 """Share of a GPU's free memory for keys and values."""
 
@@ -291,7 +294,8 @@ def _prefill(loaded: LoadedBase, rows: Sequence[Row], cache: DynamicCache) -> tu
     """
     device, pad = loaded.device, loaded.tokenizer.pad_token_id
     prompts = [row.own for row in rows]
-    longest = max(map(len, prompts))
+    aligned = _ALIGNED if device.type == "cuda" else 1
+    longest = -(-max(map(len, prompts)) // aligned) * aligned
     ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[False] * (longest - len(p)) + [True] * len(p) for p in prompts], device=device)
     start = torch.tensor([[len(row.prefix or ())] for row in rows], device=device)
