@@ -13,6 +13,10 @@ from transformers import AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 
+LONGEST_ROW = 8192
+"""Tokens of a packed row: without flash attention its mask grows with the square, and 49,152 do not fit 80 GB."""
+
+
 class Watch(TrainerCallback):
     """Times the steps. With packing, examples per step are what the packed rows hold on average."""
 
@@ -32,10 +36,12 @@ def main() -> None:
     job, train, validation = read_job()
     settings = dict(job["trl"])
     packing = settings.get("packing", False)
-    # A packed row has as many tokens as the opponents' step; unpacked, as many examples.
+    # Packed rows together have as many tokens as the opponents' step; unpacked, as many examples.
     if packing:
-        settings |= {"max_length": max(job["longest"], job["tokens_per_step"]), "packing_strategy": "bfd"}
-        settings |= {"per_device_train_batch_size": 1}
+        length = max(job["longest"], min(job["tokens_per_step"], LONGEST_ROW))
+        parts = -(-job["tokens_per_step"] // length)
+        settings |= {"max_length": length, "packing_strategy": "bfd"}
+        settings |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": parts}
     else:
         parts = -(-job["batch"] // job["micro_batch"])
         settings |= {"max_length": job["longest"], "per_device_train_batch_size": -(-job["batch"] // parts)}

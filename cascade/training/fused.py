@@ -7,7 +7,6 @@ may be float32, are multiplied in x's dtype.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -56,16 +55,35 @@ class LoraProduct(torch.autograd.Function):
         return x_gradient, None, None, a_gradient, b_gradient, None
 
 
+class FusedLoraLinear(LoraLinear):
+    """PEFT's layer with the forward pass of `LoraProduct`.
+
+    A class, not a `forward` of each layer's own: torch.compile takes that for another program in every layer, compiles
+    the first eight and leaves the others as they are.
+    """
+
+    def forward(self, x: torch.Tensor, *more: Any, **named: Any) -> torch.Tensor:
+        """x: shape (…, in). Returns shape (…, out)."""
+        if not torch.is_grad_enabled() or self.disable_adapters or self.merged or more or named:
+            plain: torch.Tensor = super().forward(x, *more, **named)
+            return plain
+        name = self.active_adapters[0]
+        base = self.get_base_layer()
+        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        out: torch.Tensor = LoraProduct.apply(x, base.weight, base.bias, a, b, self.scaling[name])
+        return out
+
+
 def fuse_lora(model: nn.Module) -> None:
     """Let a PEFT model's plain LoRA layers train through `LoraProduct`; without gradients they compute as before."""
     if not isinstance(model, PeftModel):
         return
     for layer in model.modules():
         if type(layer) is LoraLinear and not layer.fan_in_fan_out and _is_plain(layer):
-            layer.forward = partial(_forward, layer)  # type: ignore[method-assign]
+            layer.__class__ = FusedLoraLinear
 
 
-def compile_layers(model: nn.Module) -> None:
+def compile_layers(model: nn.Module, backend: Any = "inductor") -> None:
     """Let torch.compile join a model's decoder layers into fewer kernels: once, for all layers and lengths of rows.
 
     Worth its minute of compiling on a GPU. Around generation, whose calls differ, use
@@ -73,7 +91,7 @@ def compile_layers(model: nn.Module) -> None:
     """
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
-            layer.compile(dynamic=True)
+            layer.compile(dynamic=True, backend=backend)
 
 
 def _is_plain(layer: LoraLinear) -> bool:
@@ -88,14 +106,3 @@ def _is_plain(layer: LoraLinear) -> bool:
         and layer.lora_A[name].bias is None
         and layer.lora_B[name].bias is None
     )
-
-
-def _forward(layer: LoraLinear, x: torch.Tensor, *more: Any, **named: Any) -> torch.Tensor:
-    if not torch.is_grad_enabled() or layer.disable_adapters or layer.merged or more or named:
-        plain: torch.Tensor = LoraLinear.forward(layer, x, *more, **named)
-        return plain
-    name = layer.active_adapters[0]
-    base = layer.get_base_layer()
-    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-    out: torch.Tensor = LoraProduct.apply(x, base.weight, base.bias, a, b, layer.scaling[name])
-    return out

@@ -1,0 +1,73 @@
+"""Layers with LoRA as one autograd function, and compiled: the same figures as PEFT's, and few programs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from cascade.config import Base, Lora
+from cascade.models.base import load_base
+from cascade.training import layout
+from cascade.training.examples import EncodedExample
+from cascade.training.fused import compile_layers
+from cascade.training.loop import TargetLoss
+from cascade.training.lora import add_lora, trainable
+from cascade.training.packing import Row
+
+CPU = torch.device("cpu")
+DEPTH = 5
+
+
+def row(count):
+    return Row(
+        tuple(
+            EncodedExample(
+                f"e{i}", tuple(5 + (i * 31 + j * 7) % 250 for j in range(9 + i)), (False,) * 4 + (True,) * (5 + i)
+            )
+            for i in range(count)
+        )
+    )
+
+
+@pytest.fixture
+def make_module(tiny_folder):
+    """A deeper model with an adapter that is not at its start."""
+
+    def make(*, fused):
+        torch.manual_seed(0)
+        base = load_base(Base(model=str(tiny_folder), dtype="float32"), CPU)
+        config = AutoConfig.from_pretrained(tiny_folder, num_hidden_layers=DEPTH)
+        base = replace(base, model=AutoModelForCausalLM.from_config(config))
+        module = TargetLoss(add_lora(base, Lora(rank=4), seed=1), fused=fused)
+        for parameter in trainable(module):
+            parameter.data += 0.02 * torch.randn(parameter.shape)
+        return module
+
+    return make
+
+
+def loss_and_gradients(module, rows):
+    loss = sum(module(**layout.plain(r, CPU)) for r in rows)
+    loss.backward()
+    return loss.detach(), [p.grad for p in trainable(module)]
+
+
+def test_the_fused_layer_computes_what_pefts_does(make_module):
+    ours, theirs = (loss_and_gradients(make_module(fused=fused), [row(3)]) for fused in (True, False))
+    torch.testing.assert_close(ours[0], theirs[0])
+    for one, other in zip(ours[1], theirs[1], strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+
+
+def test_all_layers_and_lengths_share_two_programs(make_module):
+    torch.compiler.reset()
+    module, counter = make_module(fused=True), CompileCounter()
+    plain = loss_and_gradients(make_module(fused=True), [row(2), row(5), row(7)])
+    compile_layers(module.model, backend=counter)
+    compiled = loss_and_gradients(module, [row(2), row(5), row(7)])
+    assert counter.frame_count == 2, "the first layer's input needs no gradient; the others are alike"
+    torch.testing.assert_close(compiled[0], plain[0])
