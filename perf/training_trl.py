@@ -12,7 +12,6 @@ from training_plain import Stopwatch, load_model, lora_config, read_job, validat
 from transformers import AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-
 LONGEST_ROW = 8192
 """Tokens of a packed row: without flash attention its mask grows with the square, and 49,152 do not fit 80 GB."""
 
