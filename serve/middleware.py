@@ -36,10 +36,12 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 class ResponseHeaders:
     """Gives every request an id, and every response the headers in `NO_ROUTE` and the id, where it has not set them.
 
+    A request that brings an id (`x-request-id`) keeps it, if it can be one.
+
     A defect is answered here, with a 500 that tells nothing, so that this response has them too.
 
     Args:
-        proxied: whether it runs behind Ray Serve's proxy, which gives requests their ids and sends those itself.
+        proxied: whether it runs behind Ray Serve's proxy, which sends the ids itself.
     """
 
     def __init__(self, app: ASGIApp, proxied: bool = False) -> None:
@@ -49,7 +51,7 @@ class ResponseHeaders:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = Headers(scope=scope).get(REQUEST_ID, "") if self._proxied else ""
+        given = Headers(scope=scope).get(REQUEST_ID, "")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
         promised = NO_ROUTE if self._proxied else NO_ROUTE | {REQUEST_ID: request_id}

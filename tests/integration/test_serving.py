@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import json
 import time
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import httpx
 import openai
+import psutil
 import pytest
 import ray
 import torch
@@ -227,6 +229,40 @@ def test_each_of_two_engines_keeps_a_modifier(address: str, stand_in: StandIn) -
     found = asyncio.run(in_turn())
     ray_serve.delete("two")
     assert found == [True, True] + [False] * (len(found) - 2)
+
+
+def test_clients_give_ray_serve_no_orders(client, address: str) -> None:
+    """Ray Serve's proxy would time out upon the first, and break upon the second, which is not UTF-8."""
+    body = {"model": "base", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+    for name, value in (("x-request-timeout-seconds", b"0.0001"), ("serve_multiplexed_model_id", b"\xff")):
+        assert httpx.post(f"{address}/v1/chat/completions", json=body, headers={name: value}).status_code == 200
+
+
+def is_gateway(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return "ServeReplica:cascade:gateway" in " ".join(process.cmdline())
+    return False
+
+
+def test_a_lost_gateway_is_answered_in_openais_shape_and_returns(client, address: str) -> None:
+    """Those that it was answering are told so, streams too, and the next one is answered."""
+    body = {"model": "sums", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 450, "temperature": 0}
+    url = f"{address}/v1/chat/completions"
+    (gateway,) = [p for p in psutil.Process().children(recursive=True) if is_gateway(p)]
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(httpx.post, url, json=body, timeout=60)
+        time.sleep(0.1)
+        with httpx.stream("POST", url, json=body | {"stream": True}) as stream:
+            parts = stream.iter_text()
+            text = next(parts)
+            gateway.kill()
+            text += "".join(parts)
+        lost = waiting.result()
+    said = [json.loads(event.removeprefix("data: ")) for event in text.strip().split("\n\n")]
+    assert said[-1]["error"]["code"] == lost.json()["error"]["code"] == "gateway_lost"
+    assert (lost.status_code, lost.headers["retry-after"]) == (503, "1")
+    assert all(len(lost.headers.get_list(name)) == 1 for name in ("x-request-id", *NO_ROUTE))
+    assert openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=8, timeout=60).models.list().data
 
 
 def test_a_new_version_goes_live_without_a_restart(client, stand_in, alone) -> None:
