@@ -218,7 +218,9 @@ class Compression(Section):
     halving: bool = Field(
         True, description="end trials that are clearly behind after a quarter or half of the held-out rows"
     )
-    tolerance: float = Field(0.02, ge=0, description="accuracy that may be lost against the uncompressed modifier")
+    tolerance: float = Field(
+        0.02, ge=0, description="share of validation tasks that may be lost, one standard error included"
+    )
     choose: Literal["smallest", "best"] = Field(
         "smallest", description="the smallest within the tolerance, or the most accurate within the size limits"
     )

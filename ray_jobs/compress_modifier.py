@@ -10,7 +10,7 @@ from dataclasses import asdict
 from cascade.compression.adapter import AdapterWeights, fp16_bytes
 from cascade.compression.recipe import limits
 from cascade.errors import CascadeError
-from cascade.scoring.statistics import Score
+from cascade.scoring.statistics import Score, paired_loss
 from cascade.tasks import Example, Verdict
 from ray_jobs._context import Job, Metrics, main
 from ray_jobs._evaluate import Assignment, evaluate, read_adapter
@@ -94,21 +94,31 @@ def _compare(job: Job, finalists: list[Trial], trained: str) -> dict[str, list[V
 
 
 def _choose(job: Job, finalists: list[Trial], verdicts: dict[str, list[Verdict]]) -> tuple[int, str]:
-    """By the config's rule: the smallest within the tolerated loss of accuracy, or the most accurate; and why."""
+    """By the config's rule: the smallest within the tolerated loss of accuracy, or the most accurate; and why.
+
+    A loss counts with one standard error on top (Breiman's rule): few tasks tolerate less than many, and a candidate
+    that was lucky on them is not taken for it.
+    """
     wanted = job.config.compression
     scores = {name: Score.of(v) for name, v in verdicts.items()}
-    accuracy = {name: score.accuracy for name, score in scores.items()}
     numbers = range(len(finalists))
-    good = [n for n in numbers if accuracy[f"candidate{n}"] >= accuracy["trained"] - wanted.tolerance]
+    lost = {n: sum(paired_loss(*_paired(verdicts["trained"], verdicts[f"candidate{n}"]))) for n in numbers}
+    good = [n for n in numbers if lost[n] <= wanted.tolerance]
     if good and wanted.choose == "smallest":
         chosen = min(good, key=lambda n: finalists[n].disk_bytes)
-        why = f"the smallest within {wanted.tolerance:.1%} of the modifier's accuracy on validation tasks"
+        why = f"the smallest that lost, by one standard error at most, {wanted.tolerance:.1%} of validation tasks"
     else:
-        chosen = max(numbers, key=lambda n: (accuracy[f"candidate{n}"], -finalists[n].disk_bytes))
+        chosen = max(numbers, key=lambda n: (scores[f"candidate{n}"].accuracy, -finalists[n].disk_bytes))
         why = "the most accurate on validation tasks within the size limits"
-        why += "" if good else f", though none kept the accuracy within {wanted.tolerance:.1%}"
+        why += "" if good else f", though none lost surely at most {wanted.tolerance:.1%}"
     mine, whole = scores[f"candidate{chosen}"], scores["trained"]
     return chosen, f"{why} ({mine.passed} of {mine.n} passed, uncompressed {whole.passed}; finalists: {len(finalists)})"
+
+
+def _paired(before: list[Verdict], after: list[Verdict]) -> tuple[list[bool], list[bool]]:
+    """Whether each task was passed, in one order."""
+    passed = {v.task_id: v.passed for v in after}
+    return [v.passed for v in before], [passed[v.task_id] for v in before]
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ unbiased pass@k.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import comb, fsum, sqrt
@@ -77,6 +78,24 @@ def mcnemar_exact(b: int | Sequence[bool], c: int | Sequence[bool]) -> float:
         only_first, only_second = pairs.count((True, False)), pairs.count((False, True))
     discordant = only_first + only_second
     return 1.0 if discordant == 0 else float(binomtest(only_first, discordant, 0.5).pvalue)
+
+
+def paired_loss(before: Sequence[bool], after: Sequence[bool]) -> tuple[float, float]:
+    """By how much accuracy fell between two verdicts on each task, and the standard error of that.
+
+    Returns:
+        Shares of the tasks. The error is Agresti and Min's (Statistics in Medicine 24, 2005): half a task is added to
+        either kind of change, so that it is not 0 where nothing changed.
+
+    Raises:
+        ValueError: no tasks, or sequences of different lengths.
+    """
+    pairs = list(zip(before, after, strict=True))
+    if not pairs:
+        raise ValueError("no tasks to compare on")
+    lost, won, n = pairs.count((True, False)), pairs.count((False, True)), len(pairs)
+    changed, net = lost + won + 1, lost - won
+    return net / n, math.sqrt(changed - net**2 / (n + 2)) / (n + 2)
 
 
 def paired_bootstrap(

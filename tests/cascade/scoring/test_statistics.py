@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from cascade.errors import DataError
-from cascade.scoring.statistics import Score, breakdown, mcnemar_exact, paired_bootstrap, pass_at_k, wilson
+from cascade.scoring.statistics import (
+    Score,
+    breakdown,
+    mcnemar_exact,
+    paired_bootstrap,
+    paired_loss,
+    pass_at_k,
+    wilson,
+)
 from cascade.tasks import Message, Task, Verdict
 
 
@@ -106,3 +114,20 @@ def test_breakdown_by_difficulty_sorts_and_refuses_strangers() -> None:
     assert set(breakdown(tasks, verdicts, lambda t: t.id[-1])) == set("012345")
     with pytest.raises(DataError, match="b/9"):
         breakdown(tasks, [verdict("b/9", "pass")])
+
+
+def test_a_paired_loss_is_as_uncertain_as_it_varies() -> None:
+    draws = np.random.default_rng(0)
+    found = []
+    for _ in range(2000):
+        changed = draws.choice([0, 1, -1], size=150, p=[0.9, 0.07, 0.03])
+        found.append(paired_loss([c >= 0 for c in changed], [c <= 0 for c in changed]))
+    losses, errors = np.array(found).T
+    assert np.mean(losses) == pytest.approx(0.04, abs=0.002)
+    assert np.mean(errors) == pytest.approx(np.std(losses), rel=0.06)
+
+
+def test_no_change_is_not_certain_to_be_none() -> None:
+    assert paired_loss([True] * 98, [True] * 98) == (0.0, pytest.approx(0.01))
+    with pytest.raises(ValueError, match="no tasks"):
+        paired_loss([], [])

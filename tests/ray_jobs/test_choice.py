@@ -1,0 +1,64 @@
+"""Which finalist of a compression search is taken."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from cascade.config import Compression
+from cascade.tasks import Verdict
+from ray_jobs.compress_modifier import _choose, _finalists
+
+FINALISTS = [SimpleNamespace(disk_bytes=size) for size in (10, 20, 30)]
+
+
+def verdicts(failed, n):
+    return [Verdict(f"t{i}", "m", "", "fail" if i in failed else "pass") for i in range(n)]
+
+
+def chosen(failed, n, **settings):
+    job = SimpleNamespace(config=SimpleNamespace(compression=Compression(**settings)))
+    found = {"trained": verdicts((), n)} | {f"candidate{i}": verdicts(f, n) for i, f in enumerate(failed)}
+    return _choose(job, FINALISTS, found)
+
+
+def test_the_smallest_that_surely_keeps_the_accuracy_is_taken():
+    assert chosen([range(40), range(2), ()], 1000)[0] == 1
+
+
+def test_few_tasks_tolerate_less_than_many():
+    few, why = chosen([range(3), range(2), ()], 120)
+    assert few == 2
+    assert "one standard error" in why
+    assert chosen([range(30), range(14), ()], 1200)[0] == 1
+
+
+def test_where_none_is_sure_the_most_accurate_is_taken():
+    best, why = chosen([range(9), range(5), range(5)], 60)
+    assert best == 1
+    assert "none lost surely" in why
+
+
+def test_finalists_are_spread_over_the_front():
+    front = [
+        SimpleNamespace(disk_bytes=s, resident_bytes=s, loss=9.0 - s, fits=True, share=1.0, file="f")
+        for s in range(1, 9)
+    ]
+    job = SimpleNamespace(config=SimpleNamespace(compression=Compression(finalists=4, keep_gain=0.5)))
+    ground = SimpleNamespace(gain=lambda loss: 1 - loss / 10)
+    found = [t.disk_bytes for t in _finalists(job, list(reversed(front)), ground, None)]
+    assert found[-1] == 8
+    assert len(found) == 4
+    assert found == sorted(found)
+    assert found[0] == min(s.disk_bytes for s in front if ground.gain(s.loss) >= 0.5)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_few_finalists(count):
+    front = [
+        SimpleNamespace(disk_bytes=s, resident_bytes=s, loss=1 / s, fits=True, share=1.0, file="f") for s in (1, 2, 3)
+    ]
+    job = SimpleNamespace(config=SimpleNamespace(compression=Compression(finalists=count, keep_gain=0.1)))
+    found = _finalists(job, front, SimpleNamespace(gain=lambda loss: 1 - loss / 10), None)
+    assert [t.disk_bytes for t in found] == {1: [3], 2: [1, 3]}[count]
