@@ -7,9 +7,10 @@ room for one that waits, stop strings are checked row by row, and a batch is as 
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 from collections import deque
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -22,6 +23,8 @@ from cascade.models.beginnings import COST, Group, shared_beginnings
 from cascade.models.graphs import StepGraphs
 from cascade.models.rows import Generated, OnToken, Request, Row, append, choose
 from cascade.models.steps import LlamaSteps
+
+_log = logging.getLogger(__name__)
 
 _CPU_TOKENS = 32_768
 """Tokens in memory at once on a CPU, where many rows are computed no faster than some."""
@@ -171,17 +174,38 @@ def stream(
     Args:
         tokens: how many may be in memory at once, padding and what answers may yet come to included (a shared
             beginning not); one row always may. None: as suits the device, see `tokens_in_memory`.
+        on_token: told every token; from an answer's first again where memory ran out.
 
     Raises:
         ValueError: a prompt is empty.
+        torch.OutOfMemoryError: the memory does not do for a single row. (Where it does not do for a batch, what is
+            not done begins again in batches of half the size.)
     """
     if any(len(r.prompt) == 0 for r in requests):
         raise ValueError("a prompt must have at least one token")
-    waiting = _Waiting(loaded, requests)
-    batch, budget = Batch(loaded), tokens or tokens_in_memory(loaded)
-    for i, request in enumerate(requests):
-        if request.max_tokens <= 0:
-            yield i, Generated((), "", "length")
+    left = {i: request for i, request in enumerate(requests) if request.max_tokens > 0}
+    yield from ((i, Generated((), "", "length")) for i in range(len(requests)) if i not in left)
+    budget = tokens or tokens_in_memory(loaded)
+    while left:
+        try:
+            for row in _until_done(loaded, left, budget, on_token):
+                del left[row.index]
+                yield row.index, Generated(tuple(row.tokens), row.text, row.finish or "length", row.seconds)
+        except torch.OutOfMemoryError:
+            if budget <= max(len(r.prompt) + r.max_tokens for r in left.values()):
+                raise
+        if left:  # outside of `except`, whose traceback keeps what is to be given up
+            budget //= 2
+            _log.warning("out of memory with %d answers to go; again with %d tokens at once", len(left), budget)
+            if loaded.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+
+def _until_done(
+    loaded: LoadedBase, requests: Mapping[int, Request], budget: int, on_token: OnToken | None
+) -> Iterator[Row]:
+    """Rows as they are done, with at most `budget` tokens in memory."""
+    waiting, batch = _Waiting(loaded, requests), Batch(loaded)
     while waiting or batch.rows:
         began = time.perf_counter()
         waiting.join(batch, budget)
@@ -190,8 +214,7 @@ def stream(
         share = (time.perf_counter() - began) / len(running)
         for row in running:
             row.seconds += share
-        for row in done:
-            yield row.index, Generated(tuple(row.tokens), row.text, row.finish or "length", row.seconds)
+        yield from done
 
 
 def tokens_in_memory(loaded: LoadedBase) -> int:
@@ -222,10 +245,10 @@ def _cost_of_a_group(device: torch.device) -> int:
 class _Waiting:
     """Requests that have not begun, those that begin alike together, longest first."""
 
-    def __init__(self, loaded: LoadedBase, requests: Sequence[Request]) -> None:
+    def __init__(self, loaded: LoadedBase, requests: Mapping[int, Request]) -> None:
         self._loaded = loaded
         self._prefix: Prefix | None = None
-        ready = [i for i, request in enumerate(requests) if request.max_tokens > 0]
+        ready = list(requests)
         prompts, cost = [requests[i].prompt for i in ready], _cost_of_a_group(loaded.device)
         groups = shared_beginnings(prompts, cost) if can_share(loaded.model) else []
         if not groups:
@@ -244,7 +267,7 @@ class _Waiting:
         room = self._room(batch, budget)
         if not batch.open or (batch.rows and room < min(len(self._queue), 1 + len(batch.rows) // 4)):
             return
-        most = tokens_in_a_pass(self._loaded.device)
+        most = min(tokens_in_a_pass(self._loaded.device), budget)
         coming = [row.need - length for length, row in itertools.islice(self._queue, room)]
         batch.expect(len(batch.rows) + room, max(coming, default=0))
         joining: list[Row] = []

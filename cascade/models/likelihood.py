@@ -8,6 +8,7 @@ values. lm-evaluation-harness computes a row for every pair of context and choic
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from cascade.models.attention import Prefix, Shared, can_share
 from cascade.models.base import LoadedBase
 from cascade.models.beginnings import shared_beginnings
 from cascade.models.generation import compute_prefix, last, tokens_in_a_pass
+
+_log = logging.getLogger(__name__)
 
 _SCORED = 1024
 """Positions whose distributions over the vocabulary are computed in float32 at once."""
@@ -68,7 +71,7 @@ def stream_logprobs(
         rows = [_Row.of(i, questions[i], group.length) for i in group.members]
         for batch in _batches(rows, budget):
             began = time.perf_counter()
-            scores = _score(loaded, batch, prefix)
+            scores = _score_in_parts(loaded, batch, prefix)
             share = (time.perf_counter() - began) / len(batch)
             yield from ((row.index, found, share) for row, found in zip(batch, scores, strict=True))
 
@@ -133,6 +136,20 @@ def _batches(rows: Sequence[_Row], budget: int) -> Iterator[list[_Row]]:
         batch.append(row)
     if batch:
         yield batch
+
+
+def _score_in_parts(loaded: LoadedBase, rows: list[_Row], prefix: Prefix | None) -> list[list[float]]:
+    """As `_score`; in two halves where the memory does not do for all at once."""
+    try:
+        return _score(loaded, rows, prefix)
+    except torch.OutOfMemoryError:
+        if len(rows) == 1:
+            raise
+    _log.warning("out of memory with %d questions at once; now half of them", len(rows))
+    if loaded.device.type == "cuda":
+        torch.cuda.empty_cache()
+    half = len(rows) // 2
+    return _score_in_parts(loaded, rows[:half], prefix) + _score_in_parts(loaded, rows[half:], prefix)
 
 
 @torch.inference_mode()

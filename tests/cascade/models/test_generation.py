@@ -179,6 +179,37 @@ def test_rows_take_the_places_of_those_that_are_done(loaded, monkeypatch):
     assert sum(steps) / len(steps) > 3.5, "places stay empty while others wait"
 
 
+def short_of_memory(monkeypatch, most):
+    """Lets no forward pass take more than so many tokens, cached ones and padding included."""
+    forward, refused = generation._forward, []
+
+    def bounded(model, ids, mask, positions, cache, shared):
+        if ids.shape[0] * mask.shape[-1] > most:
+            refused.append(ids.shape)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(model, ids, mask, positions, cache, shared)
+
+    monkeypatch.setattr(generation, "_forward", bounded)
+    monkeypatch.setattr(Batch, "_special_steps", lambda self: None)
+    return refused
+
+
+def test_where_memory_runs_out_batches_become_smaller(loaded, monkeypatch):
+    requests = [Request(PROMPTS[i % 7], 3 + 5 * (i % 4), temperature=i % 2, seed=i) for i in range(24)]
+    expected = [alone(loaded, r).token_ids for r in requests]
+    refused = short_of_memory(monkeypatch, 300)
+    answers = list(stream(loaded, requests))
+    assert sorted(i for i, _ in answers) == list(range(24)), "answers came twice or not at all"
+    assert [answer.token_ids for _, answer in sorted(answers)] == expected
+    assert refused
+
+
+def test_memory_that_does_not_do_for_one_row_is_an_error(loaded, monkeypatch):
+    short_of_memory(monkeypatch, 30)
+    with pytest.raises(torch.OutOfMemoryError):
+        generate(loaded, [Request(p, 9) for p in PROMPTS])
+
+
 def test_padding_stays_within_the_budget(loaded, monkeypatch):
     budget, seen = 300, []
     step = Batch.step

@@ -88,3 +88,29 @@ def test_what_has_no_probability_is_refused(loaded):
 
 def test_no_questions_no_answers(loaded):
     assert choice_logprobs(loaded, []) == []
+
+
+def test_where_memory_runs_out_passes_become_smaller(loaded, monkeypatch):
+    score, refused = likelihood._score, []
+
+    def bounded(loaded, batch, prefix):
+        if len(batch) > 2:
+            refused.append(len(batch))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return score(loaded, batch, prefix)
+
+    expected = choice_logprobs(loaded, [*PLAIN, *ALIKE])
+    monkeypatch.setattr(likelihood, "_score", bounded)
+    found = choice_logprobs(loaded, [*PLAIN, *ALIKE])
+    assert refused
+    for one, other in zip(found, expected, strict=True):
+        assert one == pytest.approx(other, abs=1e-4)
+
+
+def test_memory_that_does_not_do_for_one_question_is_an_error(loaded, monkeypatch):
+    def full(loaded, batch, prefix):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(likelihood, "_score", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        choice_logprobs(loaded, PLAIN)
