@@ -31,7 +31,7 @@ from typing import Any
 import httpx
 from serving_llama import served_by_llama
 from serving_openapi import attack
-from serving_setup import DOMAINS, QUESTIONS, Answered, Ask, Setup, arriving, load, one, percentile, prepare
+from serving_setup import DOMAINS, QUESTIONS, Answered, Ask, Setup, arriving, body_of, load, one, percentile, prepare
 from serving_stack import served, served_plainly
 
 HERE = Path(__file__).parent
@@ -225,12 +225,9 @@ def overload(setup: Setup, options: argparse.Namespace) -> Figures:
     rows, waiting = 8, 8
     asks = [Ask(DOMAINS[i % 3], f"{QUESTIONS[i % 6]} ({i})", 16) for i in range(4 * (rows + waiting))]
 
-    async def together(url: str) -> list[Answered]:
-        return (await load(url, asks, len(asks)))[0]
-
     with served(setup, options.threads, rows=rows, waiting=waiting) as url:
         asyncio.run(load(url, asks[:3], 3))
-        burst, healths = asyncio.run(watched(url, together(url)))
+        burst, healths = asyncio.run(watched(url, at_once(url, asks)))
         rate = rows * 2 / asyncio.run(load(url, asks[: rows * 2], rows))[1]
         steady, more = asyncio.run(watched(url, arriving(url, asks, 4 * rate)))
     answers = burst + steady
@@ -240,6 +237,17 @@ def overload(setup: Setup, options: argparse.Namespace) -> Figures:
         "overload_steady_429_p95_ms": refusals(steady, arriving_per_second=round(4 * rate, 1)),
         "health_p99_ms": at_most(percentile(healths + more, 0.99) * 1e3, 50, n=len(healths + more)),
     }
+
+
+async def at_once(url: str, asks: list[Ask]) -> list[Answered]:
+    """What came of requests that perf/serving_burst.py sent together: statuses and seconds."""
+    bodies = json.dumps([body_of(ask) for ask in asks]).encode()
+    client = await beside("serving_burst.py", url)
+    said, _ = await client.communicate(bodies)
+    assert client.returncode == 0, "the burst was not sent"
+    return [
+        Answered(ask, status, seconds=seconds) for ask, (status, seconds) in zip(asks, json.loads(said), strict=True)
+    ]
 
 
 def refusals(answers: list[Answered], **more: Any) -> dict[str, Any]:
@@ -252,15 +260,18 @@ def refusals(answers: list[Answered], **more: Any) -> dict[str, Any]:
 
 async def watched(url: str, work: Awaitable[list[Answered]]) -> tuple[list[Answered], list[float]]:
     """What came of the work, and how many seconds /health took while it was done, asked by a process of its own."""
-    host, port = url.removeprefix("http://").split(":")
-    pipe = asyncio.subprocess.PIPE
-    watchdog = await asyncio.create_subprocess_exec(
-        sys.executable, str(HERE / "serving_health.py"), host, port, stdin=pipe, stdout=pipe
-    )
+    watchdog = await beside("serving_health.py", url)
     answers = await work
-    said, _ = await watchdog.communicate()
+    said, _ = await watchdog.communicate(b"")  # which ends its input
     assert watchdog.returncode == 0, "/health failed"
     return answers, json.loads(said)
+
+
+async def beside(script: str, url: str) -> asyncio.subprocess.Process:
+    """A client in a process of its own, which is told things through a pipe and answers through one."""
+    host, port = url.removeprefix("http://").split(":")
+    pipe = asyncio.subprocess.PIPE
+    return await asyncio.create_subprocess_exec(sys.executable, str(HERE / script), host, port, stdin=pipe, stdout=pipe)
 
 
 def lifecycle(setup: Setup, options: argparse.Namespace) -> Figures:

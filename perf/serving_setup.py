@@ -145,17 +145,20 @@ async def one(http: httpx.AsyncClient, ask: Ask) -> Answered:
     return answered
 
 
-async def _converse(http: httpx.AsyncClient, ask: Ask, answered: Answered) -> None:
-    body = {
+def body_of(ask: Ask) -> dict[str, object]:
+    """What is sent for it to /v1/chat/completions."""
+    body: dict[str, object] = {
         "model": ask.model,
         "messages": [{"role": "user", "content": ask.question}],
         "max_tokens": ask.tokens,
         "temperature": 0,
         "stream": ask.stream,
     }
-    if ask.stream:
-        body["stream_options"] = {"include_usage": True}
-    async with http.stream("POST", "/v1/chat/completions", json=body) as response:
+    return body | ({"stream_options": {"include_usage": True}} if ask.stream else {})
+
+
+async def _converse(http: httpx.AsyncClient, ask: Ask, answered: Answered) -> None:
+    async with http.stream("POST", "/v1/chat/completions", json=body_of(ask)) as response:
         answered.status, answered.headers = response.status_code, dict(response.headers)
         if not ask.stream or response.status_code != 200:
             answer = response.json() if (await response.aread()) else {}
