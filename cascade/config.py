@@ -14,6 +14,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from cascade.config_sections import Fraction, Positive, Section, Usd, explain
+from cascade.config_sections import Weights as Weights
 from cascade.config_teachers import ANSWER_KEY as ANSWER_KEY
 from cascade.config_teachers import AnswerKey as AnswerKey
 from cascade.config_teachers import Endpoint as Endpoint
@@ -250,6 +251,15 @@ class Router(Section):
     calibration_share: Fraction = Field(0.4, description="share of the validation tasks kept for calibration")
 
 
+class Serving(Section):
+    """How the system is held where it is served. Jobs do not read it: what they measured stays measured."""
+
+    weights: Weights = Field(
+        "full",
+        description="the base's in memory: full, as base.dtype says; int8, on CPUs and of a base in bfloat16: 8 bits and a scale for each output",
+    )
+
+
 class Reference(Section):
     """Published scores to compare with."""
 
@@ -329,11 +339,12 @@ class Config(Section):
     training: Training = Training()
     compression: Compression = Compression()
     router: Router = Router()
+    serving: Serving = Serving()
     reference: Reference | None = None
     execution: Execution = Execution()
 
     @model_validator(mode="after")
-    def _execution_and_training_go_together(self) -> Config:
+    def _sections_go_together(self) -> Config:
         least, most = self.execution.train_workers_min, self.execution.train_workers
         if least is not None and least > most:
             raise ValueError(f"execution.train_workers_min {least} is more than execution.train_workers {most}")
@@ -343,6 +354,11 @@ class Config(Section):
             raise ValueError(
                 "execution.train_workers_min needs training.zero_stage 0: checkpoints of higher stages fit no other "
                 "number of workers"
+            )
+        if self.serving.weights == "int8" and (self.execution.use_gpu or self.base.dtype == "float32"):
+            raise ValueError(
+                "serving.weights int8 is for CPUs and a base in bfloat16: set execution.use_gpu false and base.dtype "
+                "bfloat16, or serving.weights full"
             )
         return self
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Usd = Annotated[float, Field(ge=0)]
+Weights = Literal["full", "int8"]
+"""In what numbers a base's weights are held: those of its dtype, or 8 bits."""
 
 
 class Section(BaseModel):

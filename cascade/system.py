@@ -1,7 +1,7 @@
 """The bill of a whole system: what base, modifiers and router weigh on disk, and what serving holds of them.
 
 Disk is what the files weigh. Resident is the weights that one serving process holds: the base, the largest modifier
-in its serving form, and the router; both in the type that the base computes in.
+in its serving form, and the router: the base as `serving.weights` says, the others in the type that it computes in.
 """
 
 from __future__ import annotations
@@ -11,15 +11,17 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import yaml
-from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from cascade import modifiers
 from cascade.artifacts import Store, sha256_of_file
 from cascade.compression.packed import resident_bytes
-from cascade.config import Base, Config, load_config
+from cascade.config import Config, load_config
 from cascade.errors import ConfigError, DataError
-from cascade.models.base import base_folder, base_sha256, default_device, resolve_dtype
+from cascade.models.base import base_folder, base_sha256, check_weights, default_device, resolve_dtype
+from cascade.models.int8 import hold_in_int8
 from cascade.routing.model import current_version, local_folder
 
 BUNDLE_MANIFEST = "bundle.json"
@@ -32,7 +34,7 @@ class Item:
 
     Attributes:
         kind: "base", "modifier" or "router".
-        resident_bytes: in the type that the base computes in.
+        resident_bytes: of its weights while it is served.
     """
 
     kind: str
@@ -69,13 +71,13 @@ def bill(config: Config, cache: Path) -> Bill:
     Raises:
         ConfigError: there is nothing to serve yet, or the base cannot be had.
     """
-    store, number = Store(config.storage), resolve_dtype(config.base.dtype, default_device()).itemsize
-    items = [_base(config.base, number)]
+    store, dtype = Store(config.storage), resolve_dtype(config.base.dtype, default_device())
+    items = [_base(config, dtype)]
     for domain in modifiers.list_domains(store):
         found = modifiers.current(store, domain)
         if found is not None:
             content = modifiers.load(store, found, verify=False)
-            resident = resident_bytes(content, bytes_per_number=number)
+            resident = resident_bytes(content, bytes_per_number=dtype.itemsize)
             items.append(Item("modifier", domain, found.version, found.sha256, found.disk_bytes, resident))
     if len(items) == 1:
         raise ConfigError(f"there is no modifier in {store.uri} yet: run the pipeline first")
@@ -145,15 +147,14 @@ def open_bundle(folder: Path) -> Config:
     return config.model_copy(update={"base": base, "storage": str((folder / "storage").absolute())})
 
 
-def _base(base: Base, number: int) -> Item:
+def _base(config: Config, dtype: torch.dtype) -> Item:
+    base, weights = config.base, config.serving.weights
+    check_weights(weights, dtype, default_device())
     folder = base_folder(base)
-    numbers = 0
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as opened:
-            for key in opened.keys():  # noqa: SIM118 (not a mapping)
-                size = 1
-                for width in opened.get_slice(key).get_shape():
-                    size *= width
-                numbers += size
     disk = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
-    return Item("base", base.model, base.revision or "", base_sha256(base), disk, numbers * number)
+    with torch.device("meta"):  # shapes alone
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
+    if weights == "int8":
+        hold_in_int8(model)
+    held = sum(p.numel() * p.element_size() for p in model.parameters())
+    return Item("base", base.model, base.revision or "", base_sha256(base), disk, held)

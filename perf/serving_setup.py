@@ -46,8 +46,11 @@ class Setup:
     peft: dict[str, Path]
 
 
-def prepare(folder: Path, model: str, dtype: str) -> Setup:
-    """Base, store, PEFT folders and config below a folder; what is there already is used again."""
+def prepare(folder: Path, model: str, dtype: str, weights: str = "full") -> Setup:
+    """Base, store, PEFT folders and config below a folder; what is there already is used again.
+
+    The modifiers weigh 48 MB in the dtype: give each dtype a folder of its own.
+    """
     base = Base(model=str(base_folder(Base(model=model))), dtype=dtype)  # type: ignore[arg-type]
     store = Store(str(folder / "store"))
     peft = {d: folder / "peft" / d for d in DOMAINS}
@@ -59,7 +62,7 @@ def prepare(folder: Path, model: str, dtype: str) -> Setup:
             save_peft_folder(adapter, peft[domain])
             modifiers.publish(store, domain, compress(adapter, Recipe()), fp16_size=adapter)
     config = folder / "serving.yaml"
-    config.write_text(yaml.safe_dump(_config(base, store.uri)), encoding="utf-8")
+    config.write_text(yaml.safe_dump(_config(base, store.uri, weights)), encoding="utf-8")
     load_config(config)
     return Setup(base, config, store, peft)
 
@@ -190,7 +193,7 @@ def percentile(values: Sequence[float], share: float) -> float:
     return float(np.percentile(values, 100 * share))
 
 
-def _config(base: Base, storage: str) -> dict[str, object]:
+def _config(base: Base, storage: str, weights: str) -> dict[str, object]:
     source = [{"benchmark": "reasoning_gym", "options": {}}]
     tier = {"endpoints": [{"base_url": "answer-key"}], "input_usd_per_million": 0.1, "output_usd_per_million": 0.1}
     return {
@@ -200,4 +203,5 @@ def _config(base: Base, storage: str) -> dict[str, object]:
         "tasks": {split: {"count": 10, "sources": source} for split in ("train", "validation", "test")},
         "tiers": [{**tier, "name": f"answer-key-{i}", "answer_key": {"max_difficulty": i}} for i in (1, 2, 3)],
         "budget_usd": 1.0,
+        "serving": {"weights": weights},
     }

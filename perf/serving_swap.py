@@ -20,6 +20,7 @@ from transformers import AutoTokenizer
 
 from cascade import modifiers
 from cascade.compression.apply import LoraSlot
+from cascade.config import load_config
 from cascade.models.base import base_folder, load_base
 from serve.forms import Forms
 
@@ -27,9 +28,9 @@ GROWTH_SWAPS = 1000
 
 
 def main() -> None:
-    who, folder, model, dtype, rounds = sys.argv[1:]
+    who, folder, model, dtype, weights, rounds = sys.argv[1:]
     torch.set_num_threads(2)
-    setup = prepare(Path(folder), model, dtype)
+    setup = prepare(Path(folder), model, dtype, weights)
     print(json.dumps({"ours": ours, "peft": peft}[who](setup, int(rounds))))
 
 
@@ -53,7 +54,7 @@ def ours(setup: Setup, rounds: int) -> dict[str, object]:
     torch.ones(300, 300, dtype=torch.float32) @ torch.ones(300, 300)
     gc.collect()
     before = rss_bytes()
-    loaded = load_base(setup.base)
+    loaded = load_base(setup.base, weights=load_config(setup.config).serving.weights)
     slot = LoraSlot(loaded.model)
     cuda = loaded.device.type == "cuda"
     cache = Path(setup.store.path()).parent / "forms"

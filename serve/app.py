@@ -97,6 +97,7 @@ def _application(args: Arguments) -> Application:
         log=args.log,
         room=args.room,
         gpu_share=config.execution.gpu_share,
+        weights=config.serving.weights,
     )
     options: dict[str, Any] = {"num_cpus": config.execution.cpus_per_actor}
     if config.execution.use_gpu:

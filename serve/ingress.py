@@ -24,7 +24,7 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from cascade.artifacts import Store
 from cascade.benchmarks.sources import cache_dir
-from cascade.config import Base
+from cascade.config import Base, Weights
 from cascade.models.base import keep_to_share, load_base
 from serve.engine import Engine, Limits
 from serve.events import Event, Failed, Started, Work
@@ -60,6 +60,7 @@ class Served:
         log: whether requests may be kept as new tasks; see `serve.feedback`.
         threads: of an engine's computing; None takes the machine's cores, as far as they still help.
         gpu_share: of a GPU's memory, for each engine, where there is one.
+        weights: see `cascade.config.Serving`.
     """
 
     base: Base
@@ -70,6 +71,7 @@ class Served:
     log: bool = False
     room: int | None = None
     gpu_share: float = 1.0
+    weights: Weights = "full"
 
 
 @ray_serve.deployment(
@@ -88,7 +90,7 @@ class EngineReplica:
     def __init__(self, served: Served) -> None:
         torch.set_num_threads(served.threads or min(os.cpu_count() or 1, _MOST_THREADS))
         keep_to_share(served.gpu_share)
-        loaded = load_base(served.base)
+        loaded = load_base(served.base, weights=served.weights)
         self._engine = Engine(loaded, Store(served.storage), cache_dir() / "serving", served.limits)
         self._engine.modifiers.watch()
 

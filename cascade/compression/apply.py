@@ -16,6 +16,7 @@ from cascade.compression.adapter import AdapterWeights, BaseRef
 from cascade.compression.flat import FlatAdapter, Held, Layout, layout_of, write_block
 from cascade.compression.packed import CompressedAdapter
 from cascade.errors import DataError
+from cascade.models.int8 import Int8Linear
 
 Adapter = AdapterWeights | CompressedAdapter | FlatAdapter
 
@@ -48,15 +49,15 @@ class LoraSlot:
         """Install the hooks.
 
         Args:
-            model: any module; its `nn.Linear` layers, by name, can be adapted.
+            model: any module; its `nn.Linear` and `Int8Linear` layers, by name, can be adapted.
             capacity: bytes that fit: `bytes_for` the largest adapter, which keeps the memory promise; larger ones are
                 refused. None: the buffer grows to the largest adapter that ever came.
             base: what the model is; adapters that name another base are then refused.
         """
-        self._layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+        self._layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | Int8Linear)}
         if not self._layers:
             raise DataError("the model has no linear layers that an adapter could change")
-        weight = next(iter(self._layers.values())).weight
+        weight = next(p for p in model.parameters() if p.is_floating_point())  # levels are not
         self._dtype: torch.dtype = weight.dtype
         self._base = base
         self._may_grow = capacity is None

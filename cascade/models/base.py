@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from cascade.artifacts import sha256_of_file
 from cascade.benchmarks.sources import cache_dir, wheel_file
-from cascade.config import Base
+from cascade.config import Base, Weights
 from cascade.errors import ConfigError, DataError
 from cascade.models.attention import enable_sharing
+from cascade.models.int8 import hold_in_int8
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class LoadedBase:
 
     Attributes:
         name: as the config names it.
-        sha256: over the weight files; a modifier fits the base that it was trained on and no other.
+        sha256: over the weight files, in whatever numbers they are held; a modifier fits the base that it was trained
+            on and no other.
     """
 
     model: PreTrainedModel
@@ -110,6 +112,18 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
 
 
+def check_weights(weights: Weights, dtype: torch.dtype, device: torch.device) -> None:
+    """
+    Raises:
+        ConfigError: a base of this dtype cannot be held so on the device.
+    """
+    if weights == "int8" and (device.type != "cpu" or dtype != torch.bfloat16):
+        raise ConfigError(
+            f"serving.weights: int8 is for CPUs and a base in bfloat16, not {dtype} on {device.type}: set base.dtype: "
+            "bfloat16, or serving.weights: full"
+        )
+
+
 def default_device() -> torch.device:
     """The GPU if this process was given one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -121,20 +135,25 @@ def keep_to_share(share: float) -> None:
         torch.cuda.set_per_process_memory_fraction(share)
 
 
-def load_base(base: Base, device: torch.device | None = None) -> LoadedBase:
+def load_base(base: Base, device: torch.device | None = None, weights: Weights = "full") -> LoadedBase:
     """Load model and tokenizer for inference (evaluation mode, gradients off).
+
+    Args:
+        weights: see `cascade.config.Serving`.
 
     Raises:
         ConfigError: see `base_folder`; also if the folder holds something else than a causal language model with a
-            tokenizer, or the tokenizer has no chat template or no end token.
+            tokenizer, or the tokenizer has no chat template or no end token; or if its numbers cannot be held so.
         DataError: the folder holds no safetensors.
     """
     device = device or default_device()
+    dtype = resolve_dtype(base.dtype, device)
+    check_weights(weights, dtype, device)
     folder = base_folder(base)
     sha256 = _sha256_of_weights(folder.resolve())
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=resolve_dtype(base.dtype, device))
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"base.model: {folder} is no causal language model with a tokenizer: {error}") from error
     if not tokenizer.chat_template:
@@ -146,6 +165,8 @@ def load_base(base: Base, device: torch.device | None = None) -> LoadedBase:
     model.to(device)  # type: ignore[arg-type]
     model.eval().requires_grad_(False)
     enable_sharing(model)
+    if weights == "int8":
+        hold_in_int8(model)
     return LoadedBase(model, tokenizer, base.model, sha256)
 
 

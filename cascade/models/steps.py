@@ -12,10 +12,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import linear, rms_norm, silu
+from torch.nn.functional import rms_norm, silu
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from cascade.models.attention import RowCache, Shared, additive, attention, one_query
+from cascade.models.int8 import Int8Linear
+
+_PLAIN = (nn.Linear, Int8Linear)
+"""Linear layers whose forward is all that there is to them, besides hooks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +81,7 @@ class LlamaSteps:
             mask: True where a token is seen, shape (rows, tokens of the cache and the new one).
         """
         core, rows = self._model.model, len(ids)
-        hidden = nn.functional.embedding(ids[:, 0], core.embed_tokens.weight)
+        hidden = core.embed_tokens(ids[:, 0])
         cos, sin = self._turn(hidden, positions)
         bias = _bias(mask, hidden.dtype)
         for layer, cached in zip(self._layers, cache.row_layers, strict=True):
@@ -114,9 +118,9 @@ class LlamaSteps:
 
 def _linear(module: nn.Module, rows: torch.Tensor) -> torch.Tensor:
     """A linear layer with what hangs on it; another module in its place is called."""
-    if type(module) is not nn.Linear:
+    if type(module) not in _PLAIN:
         return module(rows)  # type: ignore[no-any-return]
-    output = linear(rows, module.weight, module.bias)
+    output = module.forward(rows)
     for hook in module._forward_hooks.values():
         changed = hook(module, (rows,), output)
         output = output if changed is None else changed

@@ -219,3 +219,11 @@ def test_runs_of_the_pipeline_do_not_depend_on_execution(monkeypatch):
 def test_training_options_that_do_not_go_together_are_refused(training, execution, said):
     with pytest.raises(ConfigError, match=re.escape(said)):
         check_config(MINIMAL | {"training": training, "execution": execution})
+
+
+@pytest.mark.parametrize("more", [{"execution": {"use_gpu": True}}, {"base": {"model": "x", "dtype": "float32"}}])
+def test_weights_in_8_bits_are_for_cpus_and_bfloat16(more):
+    serving = {"serving": {"weights": "int8"}}
+    assert check_config(MINIMAL | serving).serving.weights == "int8"
+    with pytest.raises(ConfigError, match=re.escape("serving.weights int8 is for CPUs and a base in bfloat16")):
+        check_config(MINIMAL | serving | more)

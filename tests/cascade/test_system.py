@@ -6,13 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from stand_in import StandIn, build_stand_in, compressed_adapter
 from typer.testing import CliRunner
 
 from cascade import modifiers
 from cascade.artifacts import Store
+from cascade.config import Serving
 from cascade.errors import ConfigError, DataError
-from cascade.models.base import base_sha256
+from cascade.models.base import base_sha256, load_base
 from cascade.routing.model import RouterModel, current_report, load_current
 from cascade.system import bill, bundle, open_bundle
 from ray_jobs.cli import app
@@ -40,6 +42,19 @@ def test_the_bill_is_that_of_the_files(stand_in: StandIn, tmp_path: Path) -> Non
     assert letters.resident_bytes == 2 * current.resident_bytes  # float32, as the config says
     assert found.disk_bytes == sum(i.disk_bytes for i in found.items)
     assert found.resident_bytes == base.resident_bytes + sums.resident_bytes + router.resident_bytes
+
+
+def test_the_bill_of_a_base_in_8_bits_is_what_is_loaded(stand_in: StandIn, tmp_path: Path) -> None:
+    base = stand_in.config.base.model_copy(update={"dtype": "bfloat16"})
+    sizes = {}
+    for weights in ("full", "int8"):
+        config = stand_in.config.model_copy(update={"base": base, "serving": Serving(weights=weights)})
+        found = bill(config, tmp_path).items[0]
+        loaded = load_base(base, torch.device("cpu"), weights)
+        sizes[weights] = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
+        assert found.resident_bytes == sizes[weights]
+        assert found.sha256 == loaded.sha256
+    assert sizes["int8"] < 0.55 * sizes["full"]
 
 
 def test_without_modifiers_there_is_no_bill(stand_in: StandIn, tmp_path: Path) -> None:
