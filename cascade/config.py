@@ -256,7 +256,8 @@ class Serving(Section):
 
     weights: Weights = Field(
         "full",
-        description="the base's in memory: full, as base.dtype says; int8, on CPUs and of a base in bfloat16: 8 bits and a scale for each output",
+        description="the base's in memory: full, as base.dtype says; int8, on CPUs and of a base in bfloat16: 8 bits "
+        "and a scale for each output",
     )
 
 
