@@ -1,7 +1,7 @@
 """The bill of a whole system: what base, modifiers and router weigh on disk, and what serving holds of them.
 
 Disk is what the files weigh. Resident is the weights that one serving process holds: the base, the largest modifier
-in its serving form, and the router: the base as `serving.weights` says, the others in the type that it computes in.
+in its serving form, and the router; base and modifier as `serving.weights` says.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from cascade import modifiers
 from cascade.artifacts import Store, sha256_of_file
-from cascade.compression.packed import resident_bytes
+from cascade.compression.flat import layout_of
 from cascade.config import Config, load_config
 from cascade.errors import ConfigError, DataError
 from cascade.models.base import base_folder, base_sha256, check_weights, default_device, resolve_dtype
@@ -77,7 +77,7 @@ def bill(config: Config, cache: Path) -> Bill:
         found = modifiers.current(store, domain)
         if found is not None:
             content = modifiers.load(store, found, verify=False)
-            resident = resident_bytes(content, bytes_per_number=dtype.itemsize)
+            resident = layout_of(content, dtype, config.serving.weights == "int8").nbytes
             items.append(Item("modifier", domain, found.version, found.sha256, found.disk_bytes, resident))
     if len(items) == 1:
         raise ConfigError(f"there is no modifier in {store.uri} yet: run the pipeline first")

@@ -58,7 +58,9 @@ def ours(setup: Setup, rounds: int) -> dict[str, object]:
     slot = LoraSlot(loaded.model)
     cuda = loaded.device.type == "cuda"
     cache = Path(setup.store.path()).parent / "forms"
-    forms = Forms(setup.store, cache, base_sha256=loaded.sha256, dtype=slot.dtype, check=slot.check, pin=cuda)
+    forms = Forms(
+        setup.store, cache, base_sha256=loaded.sha256, dtype=slot.dtype, check=slot.check, int8=slot.int8, pin=cuda
+    )
     opened = [forms.open(current) for d in DOMAINS if (current := modifiers.current(setup.store, d))]
     for form in opened:
         slot.fill(form)

@@ -92,6 +92,7 @@ class Engine:
             cache,
             base_sha256=loaded.sha256,
             dtype=self._slot.dtype,
+            int8=self._slot.int8,
             check=self._slot.check,
             pin=loaded.device.type == "cuda",
         )

@@ -25,6 +25,7 @@ class Forms:
     Args:
         base_sha256: of the base that modifiers must have been made for.
         dtype: that the slot computes in.
+        int8: whether the slot's numbers are in 8 bits.
         check: raises DataError for an adapter that does not fit the model.
         cache: local folder; a form's name there is the hash of the modifier file that it was expanded from.
         pin: see `open_flat`.
@@ -38,10 +39,11 @@ class Forms:
         base_sha256: str,
         dtype: torch.dtype,
         check: Callable[[FlatAdapter], None],
+        int8: bool = False,
         pin: bool = False,
     ) -> None:
         self._store, self._cache = store, cache
-        self._base_sha256, self._dtype, self._check, self._pin = base_sha256, dtype, check, pin
+        self._base_sha256, self._dtype, self._int8, self._check, self._pin = base_sha256, dtype, int8, check, pin
 
     def open(self, modifier: Modifier) -> FlatAdapter:
         """The form of a version, expanded first if this machine has not got it.
@@ -50,14 +52,15 @@ class Forms:
             DataError: the modifier's file is missing, or it does not fit the model.
             FormatError: it is damaged, swapped, or made for another base.
         """
-        path = self._cache / f"{modifier.sha256}.{str(self._dtype).removeprefix('torch.')}.safetensors"
+        kind = "int8" if self._int8 else str(self._dtype).removeprefix("torch.")
+        path = self._cache / f"{modifier.sha256}.{kind}.safetensors"
         self._cache.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):
             try:
                 form = open_flat(path, pin=self._pin)
             except FormatError:  # not there yet, or damaged
                 content = modifiers.load(self._store, modifier, base_sha256=self._base_sha256)
-                save_flat(path, content, self._dtype)
+                save_flat(path, content, self._dtype, self._int8)
                 form = open_flat(path, pin=self._pin)
             path.touch()
         if form.base.sha256 != self._base_sha256:

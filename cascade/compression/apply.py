@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from cascade.compression.adapter import AdapterWeights, BaseRef
-from cascade.compression.flat import FlatAdapter, Held, Layout, layout_of, write_block
+from cascade.compression.flat import FlatAdapter, Held, Held8, Layout, layout_of, write_block
 from cascade.compression.packed import CompressedAdapter
 from cascade.errors import DataError
 from cascade.models.int8 import Int8Linear
@@ -27,12 +27,14 @@ class _Patch:
     __slots__ = ("a", "bt")
 
     def __init__(self) -> None:
-        self.a: Held | None = None  # (rank, in)
-        self.bt: Held | None = None  # (rank, out), scaled
+        self.a: Held | Held8 | None = None  # (rank, in)
+        self.bt: Held | Held8 | None = None  # (rank, out), scaled; not transposed where the base is in 8 bits
 
     def hook(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
         if self.a is None or self.bt is None:
             return None
+        if isinstance(self.a, Held8) or isinstance(self.bt, Held8):
+            return output + self.bt.times(self.a.times(args[0]))  # type: ignore[union-attr]
         low = nn.functional.linear(args[0], self.a.matrix()).view(-1, self.a.shape[0])
         return torch.addmm(output.reshape(-1, output.shape[-1]), low, self.bt.matrix()).view_as(output)
 
@@ -59,11 +61,12 @@ class LoraSlot:
             raise DataError("the model has no linear layers that an adapter could change")
         weight = next(p for p in model.parameters() if p.is_floating_point())  # levels are not
         self._dtype: torch.dtype = weight.dtype
+        self._int8 = any(isinstance(m, Int8Linear) for m in self._layers.values())
         self._base = base
         self._may_grow = capacity is None
         self._buffer = torch.zeros(capacity or 0, dtype=torch.uint8, device=weight.device)
         self._patches = {name: _Patch() for name in self._layers}
-        self._views: dict[str, tuple[Held, Held]] = {}
+        self._views: dict[str, tuple[Held, Held]] | dict[str, tuple[Held8, Held8]] = {}
         self._viewed: Layout | None = None  # what the views are of; most adapters have the same layout
         self._handles = [m.register_forward_hook(self._patches[n].hook) for n, m in self._layers.items()]
 
@@ -71,6 +74,11 @@ class LoraSlot:
     def dtype(self) -> torch.dtype:
         """That the model computes in."""
         return self._dtype
+
+    @property
+    def int8(self) -> bool:
+        """Whether the model is held in 8 bits, and so are adapters."""
+        return self._int8
 
     @property
     def resident_bytes(self) -> int:
@@ -83,7 +91,7 @@ class LoraSlot:
 
     def bytes_for(self, adapter: Adapter) -> int:
         """What the slot holds of an adapter."""
-        return layout_of(adapter, self._dtype).nbytes
+        return layout_of(adapter, self._dtype, self._int8).nbytes
 
     def fill(self, adapter: Adapter) -> None:
         """Put an adapter in, in place of the one that is there.
@@ -120,7 +128,7 @@ class LoraSlot:
         """
         if self._base is not None and adapter.base.sha256 not in ("", self._base.sha256):
             raise DataError(f"the adapter was made for {adapter.base.name or 'another base'}, not {self._base.name}")
-        layout = layout_of(adapter, self._dtype)
+        layout = layout_of(adapter, self._dtype, self._int8)
         for name, _, fan_in, fan_out in layout.layers:
             layer = self._layers.get(name)
             if layer is None:
@@ -130,8 +138,11 @@ class LoraSlot:
                     f"layer {name} has {layer.in_features} inputs and {layer.out_features} outputs, the adapter "
                     f"{fan_in} and {fan_out}: it was made for another base"
                 )
-        if layout.dtype != self._dtype:
-            raise DataError(f"the flat adapter is in {layout.dtype}, the slot in {self._dtype}")
+        if (layout.dtype, layout.int8) != (self._dtype, self._int8):
+            said = (
+                f"{'int8 and ' if i else ''}{d}" for d, i in ((layout.dtype, layout.int8), (self._dtype, self._int8))
+            )
+            raise DataError("the flat adapter is in {}, the slot in {}".format(*said))
         if layout.nbytes > self.resident_bytes and not self._may_grow:
             raise DataError(
                 f"the adapter needs {layout.nbytes} bytes, the slot has {self.resident_bytes}: "
@@ -140,7 +151,7 @@ class LoraSlot:
 
     @torch.no_grad()
     def _copy(self, adapter: Adapter) -> None:
-        layout = layout_of(adapter, self._dtype)
+        layout = layout_of(adapter, self._dtype, self._int8)
         if layout.nbytes > self.resident_bytes:
             self._viewed = None
             self._buffer = self._buffer.new_zeros(layout.nbytes)

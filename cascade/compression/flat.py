@@ -2,7 +2,8 @@
 
 A block holds all numbers in the model's own dtype or, where the modifier's numbers have few bits and nothing was
 pruned, a byte for each number and a scale per group in that dtype; then layers are brought into the dtype one by one,
-when they compute. So what saves bytes on disk saves them in memory too.
+when they compute. So what saves bytes on disk saves them in memory too. For a base that is held in 8 bits the numbers
+of every modifier are rounded as the base's are, and computed with by the same kernel: see `cascade.models.int8`.
 
 A modifier file is small because it is packed; expanding it takes time. Serving brings each version into a block once,
 kept as a safetensors file with a single tensor, and from then on a swap is one read into the slot's fixed buffer. The
@@ -21,7 +22,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -33,8 +34,11 @@ from cascade.compression.adapter import AdapterWeights, BaseRef
 from cascade.compression.methods import Settings
 from cascade.compression.packed import CompressedAdapter, Expanded, is_low_bit, iter_layers, iter_levels
 from cascade.errors import FormatError
+from cascade.models.int8 import BLOCK, product, rounded
 
 _TENSOR, _METADATA = "block", "cascade-flat"
+_ALIGNED = 64
+"""Bytes that the levels of a block begin at a multiple of."""
 _PARTS = 2
 """Threads that read one file: one alone does not fill the memory's bandwidth."""
 _readers = ThreadPoolExecutor(_PARTS, thread_name_prefix="flat-reader")
@@ -49,6 +53,7 @@ class _Metadata(Settings):
     layers: tuple[LayerShape, ...]
     dtype: Literal["float32", "bfloat16", "float16"]
     group: Annotated[int, Field(ge=1)] | None
+    int8: bool
     base_name: str
     base_sha256: str
     sha256: str
@@ -77,6 +82,23 @@ class Held:
 
 
 @dataclass(frozen=True, slots=True)
+class Held8:
+    """One factor of a layer as a weight in 8 bits, as views of a block; the rank is filled up to whole blocks.
+
+    Attributes:
+        levels: (rank, inputs) of A, (outputs, rank) of B.
+        scales: of each row.
+    """
+
+    levels: torch.Tensor
+    scales: torch.Tensor
+
+    def times(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows times the factor transposed."""
+        return product(rows, self.levels, self.scales)
+
+
+@dataclass(frozen=True, slots=True)
 class Layout:
     """How an adapter lies in a block.
 
@@ -86,11 +108,13 @@ class Layout:
         dtype: that the model computes in.
         group: levels that share a scale: first come the scales of all factors, then their levels, each factor
             filled up to whole groups. None: plain numbers.
+        int8: for a base in 8 bits: first the scales of all factors, then their levels, as `Held8` has them.
     """
 
     layers: tuple[LayerShape, ...]
     dtype: torch.dtype
     group: int | None
+    int8: bool = False
 
     @property
     def parameters(self) -> int:
@@ -100,6 +124,8 @@ class Layout:
     @property
     def nbytes(self) -> int:
         """Size of the block."""
+        if self.int8:
+            return self.border + sum(rows * width for rows, width in self._weights())
         if self.group is None:
             return self.parameters * self.dtype.itemsize
         return self._groups * (self.group + self.dtype.itemsize)
@@ -107,6 +133,8 @@ class Layout:
     @property
     def border(self) -> int:
         """Byte at which the levels begin."""
+        if self.int8:
+            return -(-2 * sum(rows for rows, _ in self._weights()) // _ALIGNED) * _ALIGNED
         return 0 if self.group is None else self._groups * self.dtype.itemsize
 
     @property
@@ -114,11 +142,29 @@ class Layout:
         assert self.group is not None
         return sum(-(-rank * width // self.group) for _, rank, *widths in self.layers for width in widths)
 
-    def views(self, block: torch.Tensor) -> dict[str, tuple[Held, Held]]:
-        """A and B transposed of each layer in a block of `nbytes` bytes."""
+    def _weights(self) -> Iterator[tuple[int, int]]:
+        """Shapes of A and B of each layer, as a base in 8 bits takes them."""
+        for _, rank, fan_in, fan_out in self.layers:
+            filled = -(-rank // BLOCK) * BLOCK
+            yield filled, fan_in
+            yield fan_out, filled
+
+    def views(self, block: torch.Tensor) -> dict[str, tuple[Held, Held]] | dict[str, tuple[Held8, Held8]]:
+        """A and B (transposed, but where `int8`) of each layer in a block of `nbytes` bytes."""
+        if self.int8:
+            weights = self._weights_in(block)
+            return {name: (next(weights), next(weights)) for name, *_ in self.layers}
         cut = self._plain if self.group is None else self._levels
         factors = cut(block)
         return {name: (next(factors), next(factors)) for name, *_ in self.layers}
+
+    def _weights_in(self, block: torch.Tensor) -> Iterator[Held8]:
+        scales, at = block[: self.border].view(torch.bfloat16), 0
+        levels, start = block[self.border :].view(torch.int8), 0
+        for rows, width in self._weights():
+            size = rows * width
+            yield Held8(levels[start : start + size].view(rows, width), scales[at : at + rows])
+            at, start = at + rows, start + size
 
     def _plain(self, block: torch.Tensor) -> Iterator[Held]:
         numbers, at = block.view(self.dtype), 0
@@ -166,10 +212,14 @@ class FlatAdapter:
         _read_parts(self.file.fileno(), self.offset, memoryview(target.numpy()))  # type: ignore[arg-type]
 
 
-def layout_of(adapter: AdapterWeights | CompressedAdapter | FlatAdapter, dtype: torch.dtype) -> Layout:
-    """How an adapter lies in the block of a model that computes in this dtype."""
+def layout_of(
+    adapter: AdapterWeights | CompressedAdapter | FlatAdapter, dtype: torch.dtype, int8: bool = False
+) -> Layout:
+    """How an adapter lies in the block of a model that computes in this dtype, and may be held in 8 bits."""
     if isinstance(adapter, FlatAdapter):
         return adapter.layout
+    if int8:
+        return Layout(tuple(_shapes(adapter)), dtype, None, int8=True)
     few_bits = isinstance(adapter, CompressedAdapter) and is_low_bit(adapter)
     return Layout(tuple(_shapes(adapter)), dtype, adapter.recipe.group if few_bits else None)  # type: ignore[union-attr]
 
@@ -184,12 +234,25 @@ def write_block(adapter: AdapterWeights | CompressedAdapter, layout: Layout, blo
         assert isinstance(adapter, CompressedAdapter)
         _write_levels(adapter, layout, block)
         return
-    views = layout.views(block)
+    if layout.int8:
+        _write_weights(adapter, layout, block)
+        return
+    views: dict[str, Any] = layout.views(block)
     for name, a, bt in _expanded(adapter):
         # Scaled before it is rounded to the dtype.
         for held, array in zip(views[name], (a, bt * np.float32(adapter.scaling)), strict=True):
             # Arrays from Ray's object store are read-only, which torch does not know.
             held.numbers.copy_(torch.from_numpy(array if array.flags.writeable else array.copy()))
+
+
+def _write_weights(adapter: AdapterWeights | CompressedAdapter, layout: Layout, block: torch.Tensor) -> None:
+    views: dict[str, Any] = layout.views(block)
+    block.zero_()
+    for name, a, bt in _expanded(adapter):
+        for held, array in zip(views[name], (a, bt.T * np.float32(adapter.scaling)), strict=True):
+            levels, scales = rounded(torch.from_numpy(np.array(array)))
+            held.levels[: len(levels), : levels.shape[1]].copy_(levels)
+            held.scales[: len(scales)].copy_(scales)
 
 
 def _write_levels(adapter: CompressedAdapter, layout: Layout, block: torch.Tensor) -> None:
@@ -204,15 +267,16 @@ def _write_levels(adapter: CompressedAdapter, layout: Layout, block: torch.Tenso
         at = end
 
 
-def save_flat(path: Path, adapter: AdapterWeights | CompressedAdapter, dtype: torch.dtype) -> None:
+def save_flat(path: Path, adapter: AdapterWeights | CompressedAdapter, dtype: torch.dtype, int8: bool = False) -> None:
     """Write an adapter's flat file, whole or not at all."""
-    layout = layout_of(adapter, dtype)
+    layout = layout_of(adapter, dtype, int8)
     block = torch.empty(layout.nbytes, dtype=torch.uint8)
     write_block(adapter, layout, block)
     metadata = _Metadata(
         layers=layout.layers,
         dtype=str(dtype).removeprefix("torch."),  # type: ignore[arg-type]
         group=layout.group,
+        int8=layout.int8,
         base_name=adapter.base.name,
         base_sha256=adapter.base.sha256,
         sha256="",
@@ -240,7 +304,7 @@ def open_flat(path: Path, *, pin: bool = False) -> FlatAdapter:
         file = io.FileIO(path)
     except (OSError, SafetensorError, KeyError, ValidationError, json.JSONDecodeError) as error:
         raise FormatError(f"{path} is no flat modifier file: {error}") from error
-    layout = Layout(metadata.layers, getattr(torch, metadata.dtype), metadata.group)
+    layout = Layout(metadata.layers, getattr(torch, metadata.dtype), metadata.group, metadata.int8)
     if size != [layout.nbytes]:
         raise FormatError(f"{path} is damaged: its block has not the size of its layers")
     offset = 8 + int.from_bytes(os.pread(file.fileno(), 8, 0), "little")

@@ -9,58 +9,85 @@ faster from some rows on. What a row comes to does not depend on how many are be
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
-_FEW = 4
-"""Rows up to which the 8 bits are read as they are: as many as the kernel for this computes together."""
-_BLOCK = 16
-"""Inputs that it reads at once; it must not be given any other number of them."""
+BLOCK = 16
+"""Inputs that the kernel for a few rows reads at once; it must not be given any other number of them."""
+_TOGETHER = 4
+"""Rows that it computes in one pass over the weight."""
+_SMALL = 2**18
+"""Numbers of a weight, times passes, up to which further passes take less time than another kernel's start."""
 _PART = 2**20
 """Numbers of a weight that are brought to bfloat16 at a time: 2 MB, which stay in a core's caches."""
 
 
+def product(rows: torch.Tensor, levels: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Rows of shape (…, inputs), bfloat16, times a weight in 8 bits: (…, outputs).
+
+    Args:
+        levels: int8, (outputs, inputs).
+        scales: of each output, bfloat16.
+    """
+    outputs, inputs = levels.shape
+    flat = rows.reshape(-1, inputs)
+    passes = -(-len(flat) // _TOGETHER)
+    if inputs % BLOCK == 0 and (passes == 1 or passes * levels.numel() <= _SMALL):
+        # It would scale before it rounds, which the other way cannot.
+        found = torch._weight_int8pack_mm(flat.contiguous(), levels, _ones(outputs))
+    else:
+        found = _in_parts(flat, levels)
+    return found.mul_(scales).view(*rows.shape[:-1], outputs)
+
+
+def _in_parts(rows: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+    outputs, inputs = levels.shape
+    step = max(_PART // inputs, 1)
+    if step >= outputs:
+        return linear(rows, levels.to(rows.dtype))
+    found = rows.new_empty(len(rows), outputs)
+    for start in range(0, outputs, step):
+        found[:, start : start + step] = linear(rows, levels[start : start + step].to(rows.dtype))
+    return found
+
+
+@cache
+def _ones(count: int) -> torch.Tensor:
+    return torch.ones(count, dtype=torch.bfloat16)
+
+
+def rounded(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Levels and scales of a weight of shape (outputs, inputs); the levels go with the scales as they are held."""
+    exact = weight.detach().float()
+    scales = (exact.abs().amax(1) / 127).bfloat16()
+    levels = (exact / scales.float().clamp(min=torch.finfo(torch.float32).tiny)[:, None]).round_().clamp_(-127, 127)
+    return levels.to(torch.int8), scales
+
+
 class Int8Linear(nn.Module):
-    """A linear layer in 8 bits. Rows of shape (…, in_features), bfloat16, to (…, out_features).
+    """A linear layer in 8 bits; see `product`.
 
     Attributes:
-        weight: levels, int8, (out_features, in_features).
-        scales: of each output, bfloat16.
+        weight: levels.
     """
 
     def __init__(self, weight: nn.Parameter, scales: nn.Parameter, bias: nn.Parameter | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.weight, self.scales, self.bias = weight, scales, bias
-        self._ones = torch.ones_like(scales)  # scaling comes after rounding, in both ways
 
     @classmethod
     def of(cls, layer: nn.Linear) -> Int8Linear:
         """A layer in bfloat16, rounded."""
-        return cls(*_rounded(layer.weight), layer.bias)
+        return cls(*_held(layer.weight), layer.bias)
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        flat = rows.reshape(-1, self.in_features)
-        if len(flat) <= _FEW and self.in_features % _BLOCK == 0:
-            output = torch._weight_int8pack_mm(flat.contiguous(), self.weight, self._ones)
-        else:
-            output = self._many(flat)
-        output.mul_(self.scales)
-        if self.bias is not None:
-            output += self.bias
-        return output.view(*rows.shape[:-1], self.out_features)
-
-    def _many(self, rows: torch.Tensor) -> torch.Tensor:
-        step = max(_PART // self.in_features, 1)
-        if step >= self.out_features:
-            return linear(rows, self.weight.to(rows.dtype))
-        output = rows.new_empty(len(rows), self.out_features)
-        for start in range(0, self.out_features, step):
-            part = self.weight[start : start + step].to(rows.dtype)
-            output[:, start : start + step] = linear(rows, part)
-        return output
+        output = product(rows, self.weight, self.scales)
+        return output if self.bias is None else output.add_(self.bias)
 
 
 class Int8Embedding(nn.Module):
@@ -87,7 +114,7 @@ def hold_in_int8(model: PreTrainedModel) -> None:
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if type(embedding) is nn.Embedding:
-        held = _rounded(embedding.weight)
+        held = _held(embedding.weight)
         if type(head) is nn.Linear and head.weight is embedding.weight:
             model.set_output_embeddings(Int8Linear(*held, head.bias))
         model.set_input_embeddings(Int8Embedding(*held))
@@ -96,9 +123,6 @@ def hold_in_int8(model: PreTrainedModel) -> None:
             model.set_submodule(name, Int8Linear.of(module))
 
 
-def _rounded(weight: torch.Tensor) -> tuple[nn.Parameter, nn.Parameter]:
-    """Levels, and scales in the weight's own type; the levels go with the scales as they are held."""
-    exact = weight.detach().float()
-    scales = (exact.abs().amax(1) / 127).to(weight.dtype)
-    levels = (exact / scales.float().clamp(min=torch.finfo(torch.float32).tiny)[:, None]).round_().clamp_(-127, 127)
-    return nn.Parameter(levels.to(torch.int8), requires_grad=False), nn.Parameter(scales, requires_grad=False)
+def _held(weight: torch.Tensor) -> tuple[nn.Parameter, nn.Parameter]:
+    levels, scales = rounded(weight)
+    return nn.Parameter(levels, requires_grad=False), nn.Parameter(scales, requires_grad=False)

@@ -14,8 +14,9 @@ from cascade.compression.adapter import AdapterWeights
 from cascade.compression.apply import LoraSlot
 from cascade.compression.flat import layout_of, open_flat, save_flat, write_block
 from cascade.compression.methods import Recipe, Truncate
-from cascade.compression.packed import compress, resident_bytes
+from cascade.compression.packed import compress, iter_layers, resident_bytes
 from cascade.errors import DataError, FormatError
+from cascade.models.int8 import hold_in_int8
 
 RECIPES = {"plain": Recipe(), "few bits": Recipe(truncate=Truncate(keep=0.5), values="int4")}
 
@@ -102,3 +103,38 @@ def test_a_slot_takes_its_own_type_alone(base: Path, adapter: AdapterWeights, tm
     with pytest.raises(DataError, match=r"bfloat16.*float32"):
         slot.fill(open_flat(tmp_path / "form.safetensors"))
     assert slot.is_empty
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+@torch.inference_mode()
+def test_beside_a_base_in_8_bits_it_is_in_8_bits_too(base: Path, adapter, tmp_path: Path, recipe: Recipe) -> None:
+    model = LlamaForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    hold_in_int8(model)
+    slot, compressed = LoraSlot(model), compress(adapter, recipe)
+    slot.fill(compressed)
+    expected = {n: (a, bt * np.float32(compressed.scaling)) for n, a, bt in iter_layers(compressed)}
+    for name, layer in model.named_modules():
+        if name not in expected:
+            continue
+        a, bt = (torch.from_numpy(np.array(x)) for x in expected[name])
+        for rows in (1, 3, 50):
+            x = torch.randn(rows, layer.in_features, generator=torch.Generator().manual_seed(rows)).bfloat16()
+            wanted = x.float() @ a.T @ bt
+            added = layer(x).float() - layer.forward(x).float()
+            assert (added - wanted).norm() < 0.02 * wanted.norm() + 0.01 * layer.forward(x).float().norm()
+    ids = torch.arange(5, 30)[None]
+    wanted = model(ids).logits
+    save_flat(tmp_path / "form.safetensors", compressed, torch.bfloat16, int8=True)
+    form = open_flat(tmp_path / "form.safetensors")
+    slot.clear()
+    slot.fill(form)
+    assert torch.equal(model(ids).logits, wanted)
+    filled = sum(-(-layer.rank // 16) * 16 * (layer.fan_in + layer.fan_out) for layer in compressed.layers)
+    scales = sum(2 * (-(-layer.rank // 16) * 16 + layer.fan_out) for layer in compressed.layers)
+    assert slot.resident_bytes == form.layout.nbytes
+    assert filled + scales <= form.layout.nbytes < filled + scales + 64
+    save_flat(tmp_path / "other.safetensors", compressed, torch.bfloat16)
+    with pytest.raises(DataError, match="the slot in int8"):
+        slot.fill(open_flat(tmp_path / "other.safetensors"))
+    with pytest.raises(DataError, match="flat adapter is in int8"):
+        LoraSlot(LlamaForCausalLM.from_pretrained(base, dtype=torch.bfloat16)).fill(form)
