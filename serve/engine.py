@@ -74,13 +74,19 @@ class Engine:
         modifiers: what is in use; `watch` it to follow the store.
     """
 
-    def __init__(self, loaded: LoadedBase, store: Store, cache: Path, limits: Limits = Limits()) -> None:
+    def __init__(
+        self,
+        loaded: LoadedBase,
+        store: Store,
+        cache: Path,
+        limits: Limits = Limits(),
+        threads: int | None = None,
+    ) -> None:
         """Prepare every modifier in use, and start the thread.
-
-        It computes with no more threads than PyTorch is set to use when this is called.
 
         Args:
             cache: local folder for modifiers in their serving form.
+            threads: most that it computes with; None: as many as PyTorch is set to use now.
         """
         self._loaded, self._limits = loaded, limits
         # Callers tokenise in their own threads; a tokenizer is not safe to share with the one that decodes.
@@ -103,7 +109,8 @@ class Engine:
         self._groups: dict[Key, Group] = {}
         self._held: Key = BARE
         self._serial = 0
-        self._threads = Threads(torch.get_num_threads() if loaded.device.type == "cpu" else 1)
+        self._most = threads or torch.get_num_threads()
+        self._threads = Threads(self._most if loaded.device.type == "cpu" else 1)
         self._changed = threading.Condition()
         self._closed = False
         self._beat: float | None = None  # start of the step being computed, None while idle
@@ -226,6 +233,7 @@ class Engine:
 
     def _run(self) -> None:
         give_way()
+        torch.set_num_threads(self._most)
         while True:
             self._forget_running()
             with self._changed:

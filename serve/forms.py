@@ -14,6 +14,7 @@ from cascade.artifacts import Store
 from cascade.compression.flat import FlatAdapter, open_flat, save_flat
 from cascade.errors import FormatError
 from cascade.modifiers import Modifier
+from serve.threads import alone
 
 _KEPT_S = 30 * 86_400
 """Forms that nobody opened for so long are removed from the cache."""
@@ -60,7 +61,8 @@ class Forms:
                 form = open_flat(path, pin=self._pin)
             except FormatError:  # not there yet, or damaged
                 content = modifiers.load(self._store, modifier, base_sha256=self._base_sha256)
-                save_flat(path, content, self._dtype, self._int8)
+                with alone():
+                    save_flat(path, content, self._dtype, self._int8)
                 form = open_flat(path, pin=self._pin)
             path.touch()
         if form.base.sha256 != self._base_sha256:

@@ -88,10 +88,11 @@ class EngineReplica:
     """A replica that generates: one base, one modifier slot, one computing thread."""
 
     def __init__(self, served: Served) -> None:
-        torch.set_num_threads(served.threads or min(os.cpu_count() or 1, _MOST_THREADS))
+        torch.set_num_threads(1)  # of this thread, which loads; the engine's own has several: see `serve.threads`
         keep_to_share(served.gpu_share)
         loaded = load_base(served.base, weights=served.weights)
-        self._engine = Engine(loaded, Store(served.storage), cache_dir() / "serving", served.limits)
+        threads = served.threads or min(os.cpu_count() or 1, _MOST_THREADS)
+        self._engine = Engine(loaded, Store(served.storage), cache_dir() / "serving", served.limits, threads)
         self._engine.modifiers.watch()
 
     async def stream(self, work: Work) -> AsyncGenerator[Event, None]:

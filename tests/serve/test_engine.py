@@ -12,7 +12,11 @@ import pytest
 from stand_in import CONTEXT, build_stand_in, compressed_adapter
 
 from cascade import modifiers
-from cascade.models.generation import Batch
+from cascade.compression.apply import LoraSlot
+from cascade.models.base import load_base
+from cascade.models.chat import prompt_text
+from cascade.models.generation import Batch, generate
+from cascade.models.rows import Request
 from serve.engine import Engine
 from serve.events import Delta, Failed, Finished, Started
 
@@ -166,7 +170,6 @@ async def test_a_failing_step_loses_its_own_work_alone(engine, work, reference, 
 
 async def test_new_versions_go_live_and_bad_ones_do_not(tmp_path, work):
     mine = build_stand_in(tmp_path)
-    from cascade.models.base import load_base
 
     engine = Engine(load_base(mine.config.base), mine.store, tmp_path / "forms")
     try:
@@ -272,7 +275,6 @@ async def test_an_answer_that_is_not_streamed_comes_whole(engine, work, referenc
 
 async def test_a_canary_gets_its_share_and_nobody_elses_version(tmp_path, work):
     mine = build_stand_in(tmp_path)
-    from cascade.models.base import load_base
 
     newer = modifiers.publish(
         mine.store, "letters", compressed_adapter(tmp_path / "base", seed=77), fp16_size=10_000, make_current=False
@@ -292,5 +294,23 @@ async def test_a_canary_gets_its_share_and_nobody_elses_version(tmp_path, work):
         modifiers.set_canary(mine.store, "letters", newer.version, 0.0)
         engine.modifiers.refresh()
         assert {engine.modifiers.pick("letters", f"request {i}") for i in range(100)} == {"current"}
+    finally:
+        engine.close()
+
+
+async def test_an_engine_in_8_bits_answers_as_the_base_in_8_bits_does(stand_in, tmp_path, work):
+    base = stand_in.config.base.model_copy(update={"dtype": "bfloat16"})
+    engine = Engine(load_base(base, weights="int8"), stand_in.store, tmp_path / "forms", threads=1)
+    alone = load_base(base, weights="int8")
+    slot = LoraSlot(alone.model)
+    try:
+        for choice in (*CHOICES, *CHOICES):
+            slot.clear()
+            if choice != "base":
+                slot.fill(modifiers.load_current(stand_in.store, choice)[1])
+                assert engine.modifiers.get(choice).form.layout.int8
+            piece = work(choice, "What is 4 plus 5?", 12)
+            prompt = alone.tokenizer(prompt_text(alone.tokenizer, piece.messages), add_special_tokens=False).input_ids
+            assert text_of(await collect(engine, piece)) == generate(alone, [Request(prompt, 12)])[0].text
     finally:
         engine.close()
