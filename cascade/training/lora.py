@@ -19,7 +19,11 @@ SIDECAR = "cascade_adapter.json"
 
 
 def add_lora(loaded: LoadedBase, settings: Lora, seed: int) -> PeftModel:
-    """A trainable adapter on all linear layers of a base, in place. A starts from the seed, B at zero."""
+    """A trainable adapter on all linear layers of a base, in place. A starts from the seed, B at zero.
+
+    All of the model is in evaluation mode: nothing drops out here, and code that torch.compile made for modules of one
+    mode is compiled anew when some of them change theirs.
+    """
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha if settings.alpha is not None else 2 * settings.rank,  # type: ignore[arg-type]
@@ -34,7 +38,7 @@ def add_lora(loaded: LoadedBase, settings: Lora, seed: int) -> PeftModel:
         rank, fan_in = weight.shape
         weight.data.copy_(torch.from_numpy(initial_lora_a(seed, name, rank, fan_in)))
         weight.requires_grad_(not settings.freeze_a)
-    return model
+    return model.eval()
 
 
 def lora_layers(model: PeftModel) -> dict[str, LoraLayer]:

@@ -41,7 +41,7 @@ def make_module(tiny_folder):
         torch.manual_seed(0)
         base = load_base(Base(model=str(tiny_folder), dtype="float32"), CPU)
         config = AutoConfig.from_pretrained(tiny_folder, num_hidden_layers=DEPTH)
-        base = replace(base, model=AutoModelForCausalLM.from_config(config))
+        base = replace(base, model=AutoModelForCausalLM.from_config(config).eval())
         module = TargetLoss(add_lora(base, Lora(rank=4), seed=1), fused=fused)
         for parameter in trainable(module):
             parameter.data += 0.02 * torch.randn(parameter.shape)
@@ -71,3 +71,15 @@ def test_all_layers_and_lengths_share_two_programs(make_module):
     compiled = loss_and_gradients(module, [row(2), row(5), row(7)])
     assert counter.frame_count == 2, "the first layer's input needs no gradient; the others are alike"
     torch.testing.assert_close(compiled[0], plain[0])
+
+
+def test_answering_between_two_steps_compiles_nothing_anew(make_module):
+    torch.compiler.reset()
+    module, counter = make_module(fused=True), CompileCounter()
+    compile_layers(module.model, backend=counter)
+    loss_and_gradients(module, [row(2), row(5)])
+    was_training = module.model.training
+    module.model.eval()
+    module.model.train(was_training)
+    loss_and_gradients(module, [row(2), row(5)])
+    assert counter.frame_count == 2
