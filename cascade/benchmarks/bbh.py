@@ -12,7 +12,9 @@ Options:
     path: folder; left out, the hub.
     tasks: list of task names; left out, all
     form: completion | chat
-    shots: 0 to 3 (0 needs no wheel)
+    shots: 0 to 3; 0 needs no wheel, and in chat form asks the question alone: how to answer is the prompt's to say.
+        (SmolLM2-135M-Instruct passed 51 of 220 so, and 31 when told to end with "So the answer is …", words that a
+        modifier trained on other answers gave as they stand: 37 and 6.)
 """
 
 from __future__ import annotations
@@ -155,7 +157,7 @@ def _task(
 ) -> Task:
     prompt = f"{head}Q: {row['input']}\nA: Let's think step by step.\n"
     if form == "chat":
-        prompt = prompt.rstrip() + '\nEnd with "So the answer is …."'
+        prompt = prompt.rstrip() if head else row["input"]
     return Task(
         id=f"bbh/{name}/{number}",
         benchmark="bbh",

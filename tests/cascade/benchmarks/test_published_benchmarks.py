@@ -141,6 +141,15 @@ def test_bbh_has_all_questions_and_reads_its_targets() -> None:
     assert {outcome(t, "I cannot tell.") for t in tasks if t.category != "word_sorting"} <= {"fail", "unparsed"}
 
 
+def test_bbh_asks_the_question_alone_where_it_shows_no_examples(tmp_path: Path) -> None:
+    rows = {"examples": [{"input": "not ( True ) is", "target": "False"}]}
+    (tmp_path / "boolean_expressions.json").write_text(json.dumps(rows))
+    options = {"path": str(tmp_path), "tasks": ["boolean_expressions"], "shots": 0}
+    (chat,), (completion,) = (load("bbh", form=form, **options) for form in ("chat", "completion"))
+    assert chat.prompt == "not ( True ) is"
+    assert completion.prompt == "Q: not ( True ) is\nA: Let's think step by step.\n"
+
+
 @pytest.mark.parametrize(
     ("text", "target", "expected"),
     [
