@@ -8,6 +8,7 @@ while there are no more, and takes more when they come.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,9 @@ from ray_jobs._train_worker import ADAPTER, LOOKS, PROGRESS, Assigned, train_wor
 
 RESIZE_S = 30.0
 """Seconds between two looks at how many workers there could be."""
+ELASTIC_START_S = 15
+"""Seconds that elastic training waits for its workers' places. A node that has just died is still counted among those
+that there are; Ray would wait a minute for it before it looks again."""
 
 
 def train_modifier(job: Job, examples: list[Example], style: PromptStyle) -> Metrics:
@@ -47,6 +51,8 @@ def train_modifier(job: Job, examples: list[Example], style: PromptStyle) -> Met
     assigned = Assigned(
         job.config, job.run, style, tuple(held_out(tasks)[: validation.tasks]), tuple(tasks[: validation.answered])
     )
+    if job.config.execution.train_workers_min is not None:
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(ELASTIC_START_S))
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"assigned": assigned},

@@ -1,4 +1,7 @@
-"""The train_modifier job alone: `python train_alone.py CONFIG` trains on its tasks' reference answers."""
+"""The train_modifier job alone: `python train_alone.py CONFIG [SECONDS]` trains on its tasks' reference answers.
+
+SECONDS: between two looks at how many workers there could be.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +29,7 @@ def examples_of(runs: Runs) -> list[Example]:
 
 def main() -> None:
     runs = Runs(load_config(sys.argv[1]))
+    _train.RESIZE_S = float(sys.argv[2]) if len(sys.argv) > 2 else _train.RESIZE_S
     connect_ray(runs.config)
     run = runs.train_modifier
     run.start(runs.config)

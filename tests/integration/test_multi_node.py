@@ -7,15 +7,13 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
+from clusters import add_worker
 from pipelines import ROOT, environment, write_config
 from ray.cluster_utils import Cluster
-from stand_in import free_port
 
 from cascade.config import load_config
 from cascade.tasks import Verdict
@@ -23,30 +21,6 @@ from cascade.teachers.ledger import Ledger
 from ray_jobs._runs import Runs
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
-
-
-@pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
-    """A head that offers no CPU, as in cluster.yaml; nodes are for the test to add."""
-    for name, value in environment().items():
-        monkeypatch.setenv(name, value)
-    # A dead node is noticed sooner than by default.
-    noticed = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 1000}
-    head = {"num_cpus": 0, "include_dashboard": False, "_system_config": noticed, **ports()}
-    made = Cluster(initialize_head=True, head_node_args=head)
-    try:
-        yield made
-    finally:
-        made.shutdown()
-
-
-def ports() -> dict[str, int]:
-    """Ports whose defaults may belong to another Ray."""
-    return {"dashboard_agent_listen_port": free_port()}
-
-
-def add_worker(cluster: Cluster) -> Any:
-    return cluster.add_node(num_cpus=2, **ports())
 
 
 def config_of(folder: Path, storage: Path) -> Path:
@@ -88,7 +62,7 @@ def outcomes(runs: Runs) -> dict[str, tuple[str, str]]:
 
 
 def test_the_node_of_the_teachers_is_killed_and_replaced(tmp_path: Path, cluster: Cluster) -> None:
-    node = add_worker(cluster)
+    node = add_worker(cluster, num_cpus=2)
     unbroken, broken = (config_of(tmp_path, tmp_path / name) for name in ("unbroken", "broken"))
     finish(start(unbroken, cluster, "test_domain", "generate_tier1"), unbroken)
     untaught = shutil.ignore_patterns("ledger", "generate_tier1@*")
@@ -106,7 +80,7 @@ def test_the_node_of_the_teachers_is_killed_and_replaced(tmp_path: Path, cluster
     cluster.remove_node(node, allow_graceful=False)
     bought = answered(runs)
     assert len(outcomes(runs)) < len(outcomes(expected)), "killed too late to show anything"
-    add_worker(cluster)
+    add_worker(cluster, num_cpus=2)
     finish(driver, broken)
 
     assert runs.generate_tier1.done
@@ -120,7 +94,7 @@ def test_the_node_of_the_teachers_is_killed_and_replaced(tmp_path: Path, cluster
 def test_students_share_a_gpu(tmp_path: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     """The node only says that it has a GPU; what is shown is that Ray places the work there, as on a real one."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    cluster.add_node(num_cpus=2, num_gpus=1, **ports())
+    add_worker(cluster, num_cpus=2, num_gpus=1)
     path = config_of(tmp_path, tmp_path / "shared")
     config = yaml.safe_load(path.read_text())
     styles = [{"name": "direct"}, {"name": "shots", "shots": 1}]

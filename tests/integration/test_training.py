@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -14,6 +15,8 @@ import psutil
 import pytest
 import torch
 import yaml
+from clusters import add_worker
+from ray.cluster_utils import Cluster
 from safetensors.torch import load_file
 from stand_in import save_tiny_base
 from train_alone import examples_of
@@ -63,8 +66,8 @@ def write_config(folder: Path, *, epochs: int, checkpoint_steps: int, execution:
     return path
 
 
-def start(config: Path, *more: str) -> subprocess.Popen[bytes]:
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{SCRIPT.parent}", "CUDA_VISIBLE_DEVICES": ""}
+def start(config: Path, *more: str, **variables: str) -> subprocess.Popen[bytes]:
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{SCRIPT.parent}", "CUDA_VISIBLE_DEVICES": ""} | variables
     log = open(config.with_suffix(".log"), "ab")  # noqa: SIM115 (the process's own)
     return subprocess.Popen([sys.executable, str(SCRIPT), str(config), *more], cwd=ROOT, env=environment, stderr=log)
 
@@ -151,3 +154,21 @@ def test_three_killed_workers_and_a_killed_driver_change_nothing(tmp_path: Path)
     assert not runs.train_modifier.done
     assert start(config).wait(300) == 0, config.with_suffix(".log").read_text()[-3000:]
     check_is_the_unbroken(runs)
+
+
+def test_a_worker_that_goes_and_one_that_comes_change_nothing(tmp_path: Path, cluster: Cluster) -> None:
+    """Elastic: two workers, then the one whose node is left, then two again."""
+    elastic = {"train_workers": 2, "train_workers_min": 1}
+    config = write_config(tmp_path, epochs=240, checkpoint_steps=25, execution=elastic)
+    runs = Runs(load_config(config))
+    add_worker(cluster, num_cpus=1)
+    taken = add_worker(cluster, num_cpus=1)
+    driver = start(config, "2", RAY_ADDRESS=cluster.address)
+    wait_until(lambda: steps_done(runs) > 100, driver, config)
+    cluster.remove_node(taken, allow_graceful=False)
+    before = steps_done(runs)
+    wait_until(lambda: steps_done(runs) > before + 100, driver, config)
+    add_worker(cluster, num_cpus=1)
+    assert driver.wait(400) == 0, config.with_suffix(".log").read_text()[-3000:]
+    workers = [step.workers for step in check_is_the_unbroken(runs)]
+    assert [count for count, _ in itertools.groupby(workers)] == [2, 1, 2]
