@@ -84,7 +84,7 @@ def _mmlu_file(data: Path, split: str, subject: str) -> list[Row]:
     return [{"question": x[0], "choices": x[1:5], "answer": int(x[5])} for x in lines]
 
 
-SUBJECTS = ["anatomy", "global_facts"]
+SUBJECTS = ["high_school_psychology", "miscellaneous"]
 BBH = ["navigate", "date_understanding"]
 SETS = [
     Set("BBH, 3 shots", "bbh", {"path": "bbh", "tasks": BBH}, 48, 256, "bbh/cot_fewshot/{}.yaml".format, _bbh_row),

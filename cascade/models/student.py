@@ -26,6 +26,8 @@ REPLY_THREADS = 4
 """Environments of conversations that reply at once, each in processes of its own."""
 SCORERS = 4
 """Answers judged at once, each in a process of its own where code runs."""
+TOKENIZED = 64
+"""Tasks whose contexts and choices go through the tokenizer at once."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,7 @@ class Student:
 
     def _compare(self, tasks: Sequence[Task]) -> Iterator[Completion]:
         """Log-likelihoods of the choices; the completion's text is the likeliest choice."""
-        questions = [_split_choices(self.loaded, task) for task in tasks]
+        questions = _split_choices(self.loaded, tasks)
         for i, scores, seconds in stream_logprobs(self.loaded, questions):
             yield Completion(
                 task_id=tasks[i].id,
@@ -194,25 +196,37 @@ def _whole(rounds: Sequence[Completion], said: tuple[Message, ...]) -> Completio
     )
 
 
-def _split_choices(loaded: LoadedBase, task: Task) -> Question:
-    """Token ids of the context and of each choice, cut where context + choice, tokenised together, departs.
+def _split_choices(loaded: LoadedBase, tasks: Sequence[Task]) -> list[Question]:
+    """Token ids of each task's context and choices, cut where context + choice, tokenised together, departs.
 
     As in lm-evaluation-harness, trailing spaces of the context belong to the choice, and a context without tokens
     becomes the tokenizer's first token. Where a choice's beginning merges with the context's end into one token,
     that token belongs to the choices: cut behind it, a choice could be left without tokens and be certain.
+    With worked examples this is much text, which the tokenizer reads with threads of its own; in lots, since what it
+    returns takes far more memory than the ids.
 
     Raises:
         DataError: a choice adds nothing to the context.
     """
-    tokenizer, context = loaded.tokenizer, task.messages[-1].content
+    tokenizer, questions = loaded.tokenizer, []
     first = [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id]
-    ids = list(tokenizer(context.rstrip()).input_ids)
-    wholes = [list(tokenizer(context + choice).input_ids) for choice in task.choices]
-    alike = itertools.takewhile(lambda tokens: len(set(tokens)) == 1, zip(ids, *wholes, strict=False))
-    cut = sum(1 for _ in alike)
-    if any(len(whole) == cut for whole in wholes):
-        raise DataError(f"task {task.id}: a choice is empty; give every choice a text of its own")
-    return Question(ids[:cut] or first, [whole[cut:] for whole in wholes])
+    for start in range(0, len(tasks), TOKENIZED):
+        lot = tasks[start : start + TOKENIZED]
+        contexts = [task.messages[-1].content for task in lot]
+        texts = [
+            text
+            for task, context in zip(lot, contexts, strict=True)
+            for text in (context.rstrip(), *(context + choice for choice in task.choices))
+        ]
+        found = iter(tokenizer(texts).input_ids)
+        for task in lot:
+            ids, wholes = next(found), [next(found) for _ in task.choices]
+            alike = itertools.takewhile(lambda tokens: len(set(tokens)) == 1, zip(ids, *wholes, strict=False))
+            cut = sum(1 for _ in alike)
+            if any(len(whole) == cut for whole in wholes):
+                raise DataError(f"task {task.id}: a choice is empty; give every choice a text of its own")
+            questions.append(Question(ids[:cut] or first, [whole[cut:] for whole in wholes]))
+    return questions
 
 
 def _seed_of(seed: int, task_id: str) -> int:

@@ -178,13 +178,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-def test_greedy_answers_do_not_depend_on_the_batch(folder: Path) -> None:
+@torch.inference_mode()
+def test_greedy_answers_do_not_depend_on_the_batch_but_for_ties(folder: Path) -> None:
+    """Sums in another order round to another bfloat16 now and then, which shows where two tokens are level."""
     loaded = load_base(Base(model=str(folder), dtype="bfloat16"), CPU, "int8")
     generator = torch.Generator().manual_seed(2)
     prompts = [torch.randint(5, 200, (int(n),), generator=generator).tolist() for n in range(3, 15)]
     asked = [Request(p, 12) for p in prompts]
-    together = generate(loaded, asked)
-    assert [a.token_ids for a in together] == [generate(loaded, [r])[0].token_ids for r in asked]
+    together = [answer.token_ids for answer in generate(loaded, asked)]
+    alone = [generate(loaded, [request])[0].token_ids for request in asked]
+    differing = [(p, a, b) for p, a, b in zip(prompts, together, alone, strict=True) if a != b]
+    assert len(differing) <= 2
+    for prompt, one, other in differing:
+        at = next(i for i, (a, b) in enumerate(zip(one, other, strict=True)) if a != b)
+        logits = loaded.model(input_ids=torch.tensor([[*prompt, *one[:at]]])).logits[0, -1].float()
+        assert logits.max() - logits[[one[at], other[at]]].min() <= 2**-6 * logits.abs().max()
 
 
 def test_it_is_the_same_base_to_modifiers(folder: Path) -> None:

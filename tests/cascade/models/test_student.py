@@ -222,7 +222,7 @@ class Tokens:
     def split(self, context, *choices):
         """Context and choices as tokens; Ġ is a space, Ċ a line break."""
         task = make_task(0, form="likelihood", prompt=context, choices=choices)
-        question = _split_choices(self, task)
+        [question] = _split_choices(self, [task])
         names = self.tokenizer.convert_ids_to_tokens
         return names(question.context), [names(c) for c in question.choices]
 
