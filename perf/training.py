@@ -32,15 +32,17 @@ import torch
 
 HERE = Path(__file__).parent
 TRL_PINS = ["trl==1.16.0", "transformers==5.23.0", "peft==0.21.2", "torch==2.13.0"]
-TRL_SETTINGS = {
+TRL_SETTINGS: dict[str, list[dict[str, Any]]] = {
     "cpu": [{"packing": False}, {"packing": True}],
     "cuda": [
+        {"packing": True, "row": 2048, "rows": 8},
+        {"packing": True, "row": 2048, "rows": 8, "use_liger_kernel": True},
+        {"packing": True, "row": 2048, "rows": 8, "torch_compile": True},
         {"packing": False},
-        {"packing": True},
-        {"packing": True, "torch_compile": True},
-        {"packing": True, "use_liger_kernel": True},
     ],
 }
+"""Of SFTConfig, and how many packed rows of how many tokens it computes at once: without flash attention the work of
+a row's attention grows with the square of its length, over all that it packs, so long rows are slower."""
 FIELD_PLAIN_H100 = 59_000
 """Tokens/s of a plain loop on one H100 (16 x 1024 random tokens, rank 128), measured apart."""
 
@@ -173,7 +175,7 @@ def list_contenders(options: argparse.Namespace, job: dict[str, Any]) -> dict[st
             found["plain padded PEFT loop, compiled"] = (plain, {})
     if "trl" in wanted and (python := trl_python()):
         for settings in TRL_SETTINGS[options.device]:
-            on = [key for key, value in settings.items() if value]
+            on = [f"{key} {value}" if type(value) is int else key for key, value in settings.items() if value]
             name = "TRL SFTTrainer" + (f" ({', '.join(on)})" if on else " (padded)")
             found[name] = ([python, str(HERE / "training_trl.py")], {"trl": settings})
     if "deepspeed" in wanted and available("deepspeed"):

@@ -12,9 +12,6 @@ from training_plain import Stopwatch, load_model, lora_config, read_job, validat
 from transformers import AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-LONGEST_ROW = 8192
-"""Tokens of a packed row: without flash attention its mask grows with the square, and 49,152 do not fit 80 GB."""
-
 
 class Watch(TrainerCallback):
     """Times the steps. With packing, examples per step are what the packed rows hold on average."""
@@ -37,10 +34,11 @@ def main() -> None:
     packing = settings.get("packing", False)
     # Packed rows together have as many tokens as the opponents' step; unpacked, as many examples.
     if packing:
-        length = max(job["longest"], min(job["tokens_per_step"], LONGEST_ROW))
-        parts = -(-job["tokens_per_step"] // length)
+        length, rows = settings.pop("row", job["tokens_per_step"]), settings.pop("rows", 1)
+        length = max(job["longest"], length)
+        parts = -(-job["tokens_per_step"] // (length * rows))
         settings |= {"max_length": length, "packing_strategy": "bfd"}
-        settings |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": parts}
+        settings |= {"per_device_train_batch_size": rows, "gradient_accumulation_steps": parts}
     else:
         parts = -(-job["batch"] // job["micro_batch"])
         settings |= {"max_length": job["longest"], "per_device_train_batch_size": -(-job["batch"] // parts)}
