@@ -62,7 +62,7 @@ def main() -> None:
     for round_number in range(options.rounds):
         for name, (command, changes) in contenders.items():
             print(f"round {round_number + 1}/{options.rounds}: {name} …", file=sys.stderr, flush=True)
-            outcome = run(command, job | changes, folder)
+            outcome = run(command, job | changes, folder, options.limit)
             if outcome is not None:
                 results[name].append(outcome)
                 print(
@@ -81,6 +81,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only", default="ours,plain,trl,deepspeed,ray")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=0, help="longest training of a contender and round")
+    parser.add_argument("--limit", type=float, help="seconds that a contender may take in all; it has failed then")
     parser.add_argument("--steps", type=int, default=0)
     parser.add_argument("--rank", type=int, default=0)
     parser.add_argument("--tokens", type=int, default=0, help="of one optimiser step")
@@ -203,7 +204,7 @@ def trl_python() -> str | None:
         return None
 
 
-def run(command: list[str], job: dict[str, Any], folder: Path) -> dict[str, Any] | None:
+def run(command: list[str], job: dict[str, Any], folder: Path, limit: float | None) -> dict[str, Any] | None:
     """Run a contender; returns what it measured, None (and says why) if it failed."""
     path = folder / f"job-{time.time_ns()}.json"
     path.write_text(json.dumps(job))
@@ -211,7 +212,13 @@ def run(command: list[str], job: dict[str, Any], folder: Path) -> dict[str, Any]
     variables = os.environ | {"PYTHONPATH": ":".join(paths), "TOKENIZERS_PARALLELISM": "false"}
     if job["device"] == "cpu":
         variables |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run([*command, str(path)], env=variables, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(
+            [*command, str(path)], env=variables, capture_output=True, text=True, check=False, timeout=limit
+        )
+    except subprocess.TimeoutExpired:
+        print(f"failed: not done in {limit} s", file=sys.stderr)
+        return None
     lines = [line for line in done.stdout.splitlines() if line.startswith('{"seconds"')]
     if done.returncode or not lines:
         print(f"failed: {(done.stderr or done.stdout)[-1500:]}", file=sys.stderr)
