@@ -30,12 +30,13 @@ LOCAL = {"mbpp": "mbpp.jsonl", "bbh": "bbh", "mmlu": "mmlu", "arc": "arc"}
 """Benchmark -> file or folder below --data."""
 SLIPS = (0.35, 0.35, 0.01)
 """Share of a tier's answers that are wrong."""
-LORA = {"learning_rate": 1e-3, "tokens_per_step": 8192, "max_length": 1024}
+LORA = {"learning_rate": 1e-3, "tokens_per_step": 8192}
 KINDS = ("base", "modifier", "compressed")
 CHANGES: dict[str, dict[str, Any]] = {
     "reasoning": {
         "counts": {"train": 12_000, "validation": 400, "test": 5_000},
         "epochs": 3,
+        "max_length": 1024,
         "max_tokens": 96,
         "prompts": [
             {"name": "direct", "system": "Give only the final answer."},
@@ -43,8 +44,8 @@ CHANGES: dict[str, dict[str, Any]] = {
             {"name": "plain"},
         ],
     },
-    "code": {"counts": {}, "epochs": 5, "max_tokens": 512},
-    "automation": {"counts": {}, "epochs": 5, "max_tokens": 384},
+    "code": {"counts": {}, "epochs": 5, "max_length": 1024, "max_tokens": 512},
+    "automation": {"counts": {}, "epochs": 5, "max_length": 2048, "max_tokens": 384},
 }
 
 
@@ -64,6 +65,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only", default=",".join(CHANGES))
     parser.add_argument("--out", type=Path, default=Path("out/domains"))
     parser.add_argument("--gpu-share", type=float, default=0, help="of a GPU, for each actor; 0: no GPU")
+    parser.add_argument("--test", type=int, help="test tasks, where that is fewer than a domain has")
+    parser.add_argument("--trials", type=int, default=12, help="recipes that compression tries")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the tasks")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -82,6 +85,8 @@ def write_config(name: str, options: argparse.Namespace) -> Path:
         count = changes["counts"].get(split)
         if options.scale < 1:
             count = max(24, round((count or 1000) * options.scale))
+        if split == "test" and options.test:
+            count = options.test if count is None else min(count, options.test)
         tasks["count"] = count
     if name == "automation":
         raw["tasks"]["test"]["sources"] = raw["tasks"]["validation"]["sources"]
@@ -105,9 +110,11 @@ def write_config(name: str, options: argparse.Namespace) -> Path:
         ]
         tier["answer_key"] = {"max_difficulty": 9, "slip_rate": slip}
         tier |= {"samples": 1, "repair_rounds": 0, "keep_reasoning": False}
-    raw["compression"] |= {"trials": 12, "finalists": 3} if options.scale == 1 else {"trials": 3, "finalists": 1}
-    raw["probe"]["lora"] |= LORA | {"learning_rate": 2e-3, "tokens_per_step": 4096}
-    raw["training"]["lora"] |= LORA | {"epochs": changes["epochs"]}
+    raw["compression"] |= (
+        {"trials": options.trials, "finalists": 3} if options.scale == 1 else {"trials": 3, "finalists": 1}
+    )
+    raw["probe"]["lora"] |= LORA | {"learning_rate": 2e-3, "tokens_per_step": 4096, "max_length": changes["max_length"]}
+    raw["training"]["lora"] |= LORA | {"epochs": changes["epochs"], "max_length": changes["max_length"]}
     raw["training"]["zero_stage"] = 0
     raw["execution"] |= {
         "use_gpu": options.gpu_share > 0,
