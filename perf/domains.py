@@ -59,7 +59,7 @@ def main() -> None:
         sys.exit(f"failed: {', '.join(failed)}; see {options.out}/*.log")
 
 
-def parse() -> argparse.Namespace:
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--only", default=",".join(CHANGES))
@@ -68,7 +68,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--test", type=int, help="test tasks, where that is fewer than a domain has")
     parser.add_argument("--trials", type=int, default=12, help="recipes that compression tries")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the tasks")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     return options
 

