@@ -242,13 +242,12 @@ class Compression(Section):
 class Router(Section):
     """The router's training."""
 
-    hidden: Positive = Field(64, description="width of the network's hidden layer")
+    hidden: Positive = Field(64, description="width of the hidden layers of each of the five networks it is made of")
     features: Positive = Field(4096, description="hashed n-gram buckets")
     epochs: Positive = Field(60, description="passes over the queries")
     threshold: Fraction = Field(
-        0.5, description="below this confidence that a request is of a kind that was measured, it goes to the base"
+        0.8, description="below this confidence that a request is of a kind that was measured, it goes to the base"
     )
-    calibration_share: Fraction = Field(0.4, description="share of the validation tasks kept for calibration")
 
 
 class Serving(Section):

@@ -210,7 +210,8 @@ class Route:
     Attributes:
         choice: "base" or a modifier's domain.
         confidence: calibrated probability that the choice answers correctly.
-        reason: "router", "override", "low-confidence" (fell back to base) or "no-router".
+        reason: "router", "follow-up" (an earlier message of the conversation decided), "override", "low-confidence"
+            (fell back to base), "unavailable" (the choice is not there now) or "no-router".
         probabilities: calibrated probability of a right answer, per candidate.
     """
 

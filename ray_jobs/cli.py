@@ -296,7 +296,7 @@ def _tune_router(path: str, threshold: float | None) -> None:
             f"{point['other_to_base']:.1%}",
         )
     beside = ", ".join(f"{name} {report['quality'][name]['value']:.1%}" for name in ("base", "best_single", "random"))
-    table.caption = f"beside it: {beside}, oracle {report['quality']['oracle']['value']:.1%} (n = {report['held_out']})"
+    table.caption = f"beside it: {beside}, oracle {report['quality']['oracle']['value']:.1%} (n = {report['queries']})"
     Console().print(table)
     if threshold is not None:
         version = set_threshold(store, cache_dir() / "router", threshold)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from cascade import modifiers
 from cascade.artifacts import Run, Store
 from cascade.config import PromptStyle
-from cascade.routing.model import publish
+from cascade.routing.model import publish, query_of
 from cascade.routing.train import train_router
 from cascade.tasks import Task
 from ray_jobs._context import Job, Metrics, main
@@ -29,7 +29,7 @@ def work(job: Job) -> Metrics:
     store = job.run.store
     verdicts = evaluate(job, assignments_as_served(store, job.runs.base_sha256, tasks))
     outcomes = {name: [v.passed for v in column] for name, column in verdicts.items()}
-    model, report = train_router([t.prompt for t in tasks], outcomes, job.config.router, job.config.seed)
+    model, report = train_router([query_of(t) for t in tasks], outcomes, job.config.router, job.config.seed)
     version = publish(store, model, report.as_dict())
     return {"version": version, "candidates": ", ".join(outcomes), "queries": len(tasks), "report": report.as_dict()}
 

@@ -79,6 +79,11 @@ HINTS = {"java": "Java 8 SDK", "javascript": "JavaScript", "python": "Python 3"}
 """Language -> how the prompt names its syntax."""
 
 
+def describes_functions(message: Message) -> bool:
+    """Whether it is a system message that offers functions to call, as BFCL's tasks and the endpoint's `tools` do."""
+    return message.role == "system" and message.content.startswith(SYSTEM_PROMPT.partition("{functions}")[0])
+
+
 class Options(Section):
     """What the config says under `options`."""
 

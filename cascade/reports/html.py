@@ -130,10 +130,12 @@ def router_rows(router: Any) -> list[tuple[str, str]]:
     rows.append(("as good as any candidate", _measured(report["accuracy"])))
     rows.append(("decided, not fallen back to the base", _measured(report["coverage"])))
     rows.append(("queries of other kinds sent to the base", _measured(report["other_to_base"])))
+    rows.append(("follow-ups taken for such", _measured(report["follow_ups"])))
+    rows.append(("other queries not taken for follow-ups", _measured(report["no_follow_ups"])))
     rows.append(
         ("calibration error", f"{report['ece_before']:.3f} before, {report['ece_after']:.3f} after calibration")
     )
-    rows.append(("learned from / measured on", f"{report['trained_on']} / {report['held_out']} tasks"))
+    rows.append(("learned from and, cross-fitted, measured on", f"{report['queries']} tasks"))
     return rows
 
 

@@ -15,7 +15,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-MAX_BYTES = 8192
+MAX_BYTES = 4096
 """Longer queries are represented by their first and last half of this many bytes: bounded time per request."""
 
 _CHARACTER_SIZES = (3, 4, 5)

@@ -4,6 +4,9 @@ Rule: the router first asks whether it knows queries of this kind. If its confid
 the request goes to the base ("low-confidence"). Otherwise the candidate with the highest calibrated probability of a
 right answer gets it; the base wins ties. The confidence of a route is P(known kind) x P(right | known kind): what the
 measurements vouch for, hence low for anything unlike them.
+
+In a conversation the last user message decides, unless it is a follow-up ("Why?", "Shorter, please."), which says
+nothing of what it is about: then the message before it does, and the confidence has P(follow-up) as a further factor.
 """
 
 from __future__ import annotations
@@ -22,17 +25,24 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from cascade.artifacts import Store, sha256_of_file
+from cascade.benchmarks.bfcl import describes_functions
 from cascade.errors import DataError, FormatError
 from cascade.routing.calibration import Calibrator
 from cascade.routing.features import featurize
 from cascade.routing.network import RouterNetwork
-from cascade.tasks import Message, Route
+from cascade.tasks import Message, Route, Task
 
 BASE = "base"
 KNOWN = "known"
 """Name of the output that says whether a query is of a measured kind."""
+FOLLOW_UP = "follow-up"
+"""Name of the output that says whether a message means nothing without those before it."""
+RESERVED = (KNOWN, FOLLOW_UP)
+"""The outputs that are no candidates, in their order behind these."""
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_MOST_TURNS = 8
+"""A conversation is read back so many user messages at most."""
 _WEIGHTS, _MANIFEST = "router.safetensors", "manifest.json"
 
 
@@ -69,7 +79,7 @@ class RouterModel:
         features: length of a query's vector.
         hidden: width of the network.
         threshold: used where a request does not bring its own.
-        calibrators: per candidate and for `KNOWN`.
+        calibrators: per candidate and for each of `RESERVED`.
     """
 
     network: RouterNetwork
@@ -83,16 +93,29 @@ class RouterModel:
         """Decide who answers.
 
         Args:
-            query: a question, or a conversation, whose last user message decides.
+            query: a question, or a conversation.
             threshold: confidence that the kind of query is known, below which the base answers; null: the mode's.
             mode: see `MODES`.
         """
-        text = query if isinstance(query, str) else last_question(query)
-        known, right = self.probabilities([text])
         lean = MODES[mode]
         if threshold is None:
             threshold = self.threshold if lean.threshold is None else lean.threshold
-        return self.decide(float(known[0]), right[0], threshold, lean.handicap)
+        texts = [query] if isinstance(query, str) else queries_of(query)
+        vouched = 1.0
+        for place, text in enumerate(texts):
+            known, right, follow_up = (column[0] for column in self.probabilities([text]))
+            if follow_up < 0.5:
+                break
+            if place == len(texts) - 1:  # to a question that is not there
+                known = 0.0
+                break
+            vouched *= float(follow_up)
+        route = self.decide(float(known), right, threshold, lean.handicap)
+        if place == 0:
+            return route
+        reason = "follow-up" if route.reason == "router" else route.reason
+        scaled = {name: vouched * p for name, p in route.probabilities.items()}
+        return Route(route.choice, scaled[route.choice], reason, scaled)
 
     def decide(self, known: float, right: NDArray[np.float64], threshold: float, handicap: float = 0.0) -> Route:
         """The rule, given the probabilities.
@@ -110,17 +133,19 @@ class RouterModel:
         choice = self.candidates[int(leaning.argmax())]
         return Route(choice, vouched[choice], "router", vouched)
 
-    def probabilities(self, queries: Sequence[str]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def probabilities(
+        self, queries: Sequence[str]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
         """Calibrated probabilities.
 
         Returns:
             Shape (queries,): that the query is of a measured kind; shape (queries, candidates): that the candidate
-            answers it rightly, if so.
+            answers it rightly, if so; shape (queries,): that it is a follow-up.
         """
         logits = self.network.logits(featurize(queries, self.features))
-        names = (*self.candidates, KNOWN)
+        names = (*self.candidates, *RESERVED)
         columns = [self.calibrators.get(n, Calibrator())(logits[:, i]) for i, n in enumerate(names)]
-        return columns[-1], np.stack(columns[:-1], axis=1)
+        return columns[-2], np.stack(columns[:-2], axis=1), columns[-1]
 
     def save(self, folder: str | os.PathLike[str], report: dict[str, Any] | None = None) -> None:
         """Write weights and manifest (with the report of the training, if given) to a folder."""
@@ -156,7 +181,9 @@ class RouterModel:
                 )
             if sha256_of_file(source / _WEIGHTS) != manifest["sha256"]:
                 raise FormatError(f"{source / _WEIGHTS} is damaged (its SHA-256 is not the manifest's)")
-            network = RouterNetwork(manifest["features"], manifest["hidden"], len(manifest["candidates"]) + 1)
+            network = RouterNetwork(
+                manifest["features"], manifest["hidden"], len(manifest["candidates"]) + len(RESERVED)
+            )
             network.load_state_dict(load_file(source / _WEIGHTS))
             calibrators = {
                 n: Calibrator(c["method"], tuple(c["parameters"])) for n, c in manifest["calibrators"].items()
@@ -168,9 +195,24 @@ class RouterModel:
         return cls(network.eval(), names, manifest["features"], manifest["hidden"], threshold, calibrators)
 
 
-def last_question(messages: Sequence[Message]) -> str:
-    """The last user message of a conversation, "" if there is none."""
-    return next((m.content for m in reversed(messages) if m.role == "user"), "")
+TOOLS_OFFERED = "Functions to call are offered."
+"""Stands in a query's text for the functions that its system message describes."""
+
+
+def queries_of(messages: Sequence[Message]) -> list[str]:
+    """What the router reads of a conversation: its user messages, the last one first, "" if there is none.
+
+    Each says whether functions to call are offered: whether "What is the weather in Oslo?" is small talk or a call to
+    make is not in the question.
+    """
+    questions = [m.content for m in reversed(messages) if m.role == "user"][:_MOST_TURNS] or [""]
+    offered = f"\n{TOOLS_OFFERED}" if any(describes_functions(m) for m in messages) else ""
+    return [f"{question}{offered}" for question in questions]
+
+
+def query_of(task: Task) -> str:
+    """What the router reads of a task: the text of its last question."""
+    return queries_of(task.messages)[0]
 
 
 # ------------------------------------------------------------------------------------------------ registry

@@ -1,7 +1,8 @@
 """The router's network: a small feed-forward net from hashed n-grams to one logit per candidate.
 
-Its last output is not a candidate: it says whether the query is of the kind that the candidates were measured on at
-all. Without it a router would hand a letter of condolence to a reasoning modifier with the confidence of a sum.
+Its last two outputs are not candidates. One says whether the query is of the kind that the candidates were measured on
+at all: without it a router would hand a letter of condolence to a reasoning modifier with the confidence of a sum. The
+other says whether it is a follow-up, which means nothing without what came before.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class RouterNetwork(nn.Module):
     Args:
         features: length of an input vector.
         hidden: width of both hidden layers.
-        outputs: candidates + 1.
+        outputs: candidates + 2.
 
     Raises:
         ConfigError: the weights would exceed `MAX_BYTES`.
@@ -64,6 +65,28 @@ class RouterNetwork(nn.Module):
         """Logits of feature vectors, shape (queries, outputs)."""
         self.eval()
         return self(torch.from_numpy(vectors)).double().numpy()
+
+
+def joined(networks: Sequence[RouterNetwork]) -> RouterNetwork:
+    """One network whose logits are the mean of those of several: side by side in its layers, without links between.
+
+    Raises:
+        ConfigError: see `RouterNetwork`.
+    """
+    parts = [[layer for layer in network.layers if isinstance(layer, nn.Linear)] for network in networks]
+    first, _, last = parts[0]
+    with torch.random.fork_rng(devices=[]):
+        whole = RouterNetwork(first.in_features, first.out_features * len(parts), last.out_features)
+    wide = [layer for layer in whole.layers if isinstance(layer, nn.Linear)]
+    firsts, seconds, lasts = zip(*parts, strict=True)
+    with torch.no_grad():
+        wide[0].weight.copy_(torch.cat([layer.weight for layer in firsts]))
+        wide[1].weight.copy_(torch.block_diag(*(layer.weight for layer in seconds)))
+        wide[2].weight.copy_(torch.cat([layer.weight for layer in lasts], dim=1) / len(parts))
+        wide[0].bias.copy_(torch.cat([layer.bias for layer in firsts]))
+        wide[1].bias.copy_(torch.cat([layer.bias for layer in seconds]))
+        wide[2].bias.copy_(torch.stack([layer.bias for layer in lasts]).mean(0))
+    return whole.eval()
 
 
 def train_network(

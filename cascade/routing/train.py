@@ -1,7 +1,8 @@
 """Training the router from verdicts, and saying how good it is.
 
-The queries are split once: the network learns from one part, calibrators and every reported figure come from the
-other. Figures use cross-fitted probabilities, so that no task is judged by a calibrator that saw it.
+The queries are split into folds, equal ones together, and a network is trained without each fold. What it says of that
+fold is what calibrators learn from, and what every reported figure comes from; calibrators are cross-fitted too, so
+that no query is judged by a network or a calibrator that saw it. The networks side by side are the router.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from cascade.config import Router
 from cascade.errors import DataError
 from cascade.routing.calibration import Bin, Calibration, calibrate, expected_calibration_error, reliability
 from cascade.routing.features import featurize
-from cascade.routing.model import BASE, KNOWN, RouterModel
-from cascade.routing.network import target_matrix, train_network
+from cascade.routing.model import BASE, FOLLOW_UP, KNOWN, RESERVED, TOOLS_OFFERED, RouterModel
+from cascade.routing.network import joined, target_matrix, train_network
 from cascade.scoring.statistics import paired_bootstrap, wilson
 
 MIN_QUERIES = 10
+_FOLDS = 5
 _THRESHOLDS = np.linspace(0, 1, 21)
 Bools = NDArray[np.bool_]
 
@@ -89,12 +91,11 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class RouterReport:
-    """How good a router is. Every figure is of held-out queries.
+    """How good a router is. Every figure is of queries held out from what judged them (see the module).
 
     Attributes:
-        trained_on, held_out: queries with verdicts on either side of the split.
-        other_trained_on, other_held_out: queries of no measured kind on either side; where they come from is in
-            `other_source`.
+        queries: with verdicts.
+        others: queries of no measured kind; where they come from is in `other_source`.
         outputs: calibration per candidate and for "known".
         ece_before, ece_after: over all candidates' probabilities together.
         accuracy: share of queries routed to a candidate that answers as well as any does.
@@ -104,15 +105,15 @@ class RouterReport:
         best_single: name of that candidate.
         gain: routed minus "base", "best_single" and "random", paired.
         other_to_base: share of queries of no measured kind that went to the base.
+        follow_ups: share of follow-ups that were taken for such.
+        no_follow_ups: share of all other queries that were not.
         curve: the same under other thresholds.
     """
 
     seed: int
     threshold: float
-    trained_on: int
-    held_out: int
-    other_trained_on: int
-    other_held_out: int
+    queries: int
+    others: int
     other_source: str
     outputs: dict[str, OutputReport]
     ece_before: float
@@ -123,6 +124,8 @@ class RouterReport:
     best_single: str
     gain: dict[str, Figure]
     other_to_base: Figure
+    follow_ups: Figure
+    no_follow_ups: Figure
     curve: list[CurvePoint]
 
     def as_dict(self) -> dict[str, Any]:
@@ -133,7 +136,17 @@ class RouterReport:
 @cache
 def general_chat() -> tuple[str, ...]:
     """The built-in queries of general chat, which no modifier is expected to answer better than the base."""
-    text = resources.files("cascade.routing").joinpath("general_chat.txt").read_text(encoding="utf-8")
+    return _lines("general_chat.txt")
+
+
+@cache
+def follow_ups() -> tuple[str, ...]:
+    """The built-in messages that mean nothing without those before them."""
+    return _lines("follow_ups.txt")
+
+
+def _lines(name: str) -> tuple[str, ...]:
+    text = resources.files("cascade.routing").joinpath(name).read_text(encoding="utf-8")
     return tuple(line for line in text.splitlines() if line)
 
 
@@ -151,8 +164,8 @@ def train_router(
         queries: prompts of validation tasks.
         outcomes: per candidate ("base" and each modifier's domain) whether it answered each query rightly; None where
             it was not asked (counts as wrong in the figures, and not at all in the training).
-        settings: widths, epochs, threshold and the share kept for calibration.
-        seed: of split, start and order.
+        settings: widths, epochs and threshold.
+        seed: of folds, starts and orders.
         other: queries of no measured kind; null: the built-in ones of general chat.
 
     Raises:
@@ -161,32 +174,34 @@ def train_router(
     """
     candidates = _checked_candidates(queries, outcomes)
     unknown = list(dict.fromkeys(general_chat() if other is None else other))
-    rng = np.random.default_rng(seed)
-    held = _held_out(queries, settings.calibration_share, rng)
-    other_held = _held_out(unknown, settings.calibration_share, rng)
-    texts = [*queries, *unknown]
-    columns = [[*outcomes[c], *[None] * len(unknown)] for c in candidates]
-    columns.append([*[True] * len(queries), *[False] * len(unknown)])
+    later = [line for line in follow_ups() if line not in {*queries, *unknown}]
+    later += [f"{line}\n{TOOLS_OFFERED}" for line in later]
+    texts, unjudged = [*queries, *unknown, *later], [None] * (len(unknown) + len(later))
+    columns = [[*outcomes[c], *unjudged] for c in candidates]
+    known: list[bool | None] = [*[True] * len(queries), *[False] * len(unknown), *[None] * len(later)]
+    columns += [known, [is_known is None for is_known in known]]
     vectors, targets = featurize(texts, settings.features), target_matrix(columns)
-    all_held = np.concatenate([held, other_held])
-    network = train_network(
-        vectors[~all_held], targets[~all_held], hidden=settings.hidden, epochs=settings.epochs, seed=seed
-    )
-    held_logits, held_targets = network.logits(vectors[all_held]), targets[all_held]
-    names = (*candidates, KNOWN)
-    calibrations = {n: _calibrate(held_logits[:, i], held_targets[:, i], seed) for i, n in enumerate(names)}
+    fold = np.concatenate([_folds(part, seed) for part in (queries, unknown, later)])
+    networks, logits = [], np.empty(targets.shape)
+    for k in range(_FOLDS):
+        rest = fold != k
+        network = train_network(
+            vectors[rest], targets[rest], hidden=settings.hidden, epochs=settings.epochs, seed=seed * _FOLDS + k
+        )
+        logits[~rest] = network.logits(vectors[~rest])
+        networks.append(network)
+    names = (*candidates, *RESERVED)
+    calibrations = {n: _calibrate(logits[:, i], targets[:, i], seed) for i, n in enumerate(names)}
     model = RouterModel(
-        network=network,
+        network=joined(networks),
         candidates=candidates,
         features=settings.features,
-        hidden=settings.hidden,
+        hidden=settings.hidden * _FOLDS,
         threshold=settings.threshold,
         calibrators={n: c.calibrator for n, c in calibrations.items()},
     )
     source = "built-in general chat" if other is None else "given by the caller"
-    report = _Measurement(model, calibrations, held_logits, held_targets, seed).report(
-        trained_on=int((~held).sum()), other_trained_on=int((~other_held).sum()), other_source=source
-    )
+    report = _Measurement(model, calibrations, logits, targets, seed).report(source)
     return model, report
 
 
@@ -194,8 +209,9 @@ def _checked_candidates(queries: Sequence[str], outcomes: Mapping[str, Sequence[
     """The candidates, base first."""
     if BASE not in outcomes:
         raise DataError(f"a router needs the outcomes of {BASE!r}; there are those of {sorted(outcomes)}")
-    if KNOWN in outcomes:
-        raise DataError(f"{KNOWN!r} cannot be a modifier's name: the router uses it itself")
+    for name in RESERVED:
+        if name in outcomes:
+            raise DataError(f"{name!r} cannot be a modifier's name: the router uses it itself")
     for name, column in outcomes.items():
         if len(column) != len(queries):
             raise DataError(f"{name!r} has {len(column)} outcomes for {len(queries)} queries")
@@ -207,12 +223,12 @@ def _checked_candidates(queries: Sequence[str], outcomes: Mapping[str, Sequence[
     return (BASE, *sorted(set(outcomes) - {BASE}))
 
 
-def _held_out(queries: Sequence[str], share: float, rng: np.random.Generator) -> Bools:
-    """Which queries are kept from the network; equal texts stay on one side."""
+def _folds(queries: Sequence[str], seed: int) -> NDArray[np.int64]:
+    """The fold of each query; equal texts share one."""
     texts = list(dict.fromkeys(queries))
-    count = min(max(round(share * len(texts)), 2), max(len(texts) - 2, 0))
-    kept = {texts[i] for i in rng.permutation(len(texts))[:count]}
-    return np.array([q in kept for q in queries], dtype=bool)
+    order = np.random.default_rng(seed).permutation(len(texts))
+    fold = {texts[i]: place % _FOLDS for place, i in enumerate(order)}
+    return np.array([fold[q] for q in queries], dtype=np.int64)
 
 
 def _calibrate(logits: NDArray[np.float64], targets: NDArray[np.float32], seed: int) -> Calibration:
@@ -226,7 +242,7 @@ def _calibrate(logits: NDArray[np.float64], targets: NDArray[np.float32], seed: 
 
 @dataclass(frozen=True)
 class _Measurement:
-    """What the report is computed from: held-out rows, those with verdicts and the others."""
+    """What the report is computed from: held-out rows with verdicts, of no measured kind, and follow-ups."""
 
     model: RouterModel
     calibrations: dict[str, Calibration]
@@ -234,9 +250,11 @@ class _Measurement:
     targets: NDArray[np.float32]
     seed: int
 
-    def report(self, *, trained_on: int, other_trained_on: int, other_source: str) -> RouterReport:
-        inside = self.targets[:, -1] > 0.5
-        right = self.targets[inside, :-1] == 1
+    def report(self, other_source: str) -> RouterReport:
+        known, later = self.targets[:, -2], self.targets[:, -1] == 1
+        inside, other = known == 1, known == 0
+        taken = self.calibrations[FOLLOW_UP].held_out >= 0.5
+        right = self.targets[inside, : len(self.model.candidates)] == 1
         chosen, decided = self._routes(self.model.threshold)
         routed = right[np.arange(len(right)), chosen[inside]]
         best = int(right.mean(axis=0).argmax())
@@ -252,10 +270,8 @@ class _Measurement:
         return RouterReport(
             seed=self.seed,
             threshold=self.model.threshold,
-            trained_on=trained_on,
-            held_out=int(inside.sum()),
-            other_trained_on=other_trained_on,
-            other_held_out=int((~inside).sum()),
+            queries=int(inside.sum()),
+            others=int(other.sum()),
             other_source=other_source,
             outputs={name: self._output(i, name) for i, name in enumerate(self.calibrations)},
             ece_before=before,
@@ -268,18 +284,20 @@ class _Measurement:
                 name: Figure.difference(answers[name].astype(float).tolist(), routed.astype(float).tolist(), self.seed)
                 for name in ("base", "best_single", "random")
             },
-            other_to_base=Figure.share(chosen[~inside] == 0),
-            curve=[self._point(float(t), inside, right) for t in _THRESHOLDS],
+            other_to_base=Figure.share(chosen[other] == 0),
+            follow_ups=Figure.share(taken[later]),
+            no_follow_ups=Figure.share(~taken[~later]),
+            curve=[self._point(float(t), inside, other, right) for t in _THRESHOLDS],
         )
 
-    def _point(self, threshold: float, inside: Bools, right: Bools) -> CurvePoint:
+    def _point(self, threshold: float, inside: Bools, other: Bools, right: Bools) -> CurvePoint:
         chosen, decided = self._routes(threshold)
         return CurvePoint(
             threshold=round(threshold, 2),
             coverage=float(decided[inside].mean()),
             modifier_share=float((chosen[inside] > 0).mean()),
             quality=Figure.share(right[np.arange(len(right)), chosen[inside]]),
-            other_to_base=float((chosen[~inside] == 0).mean()) if (~inside).any() else 1.0,
+            other_to_base=float((chosen[other] == 0).mean()) if other.any() else 1.0,
         )
 
     def _routes(self, threshold: float) -> tuple[NDArray[np.int64], Bools]:

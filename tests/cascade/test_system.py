@@ -99,7 +99,7 @@ def test_the_threshold_is_shown_and_set(tmp_path: Path) -> None:
     version, model = load_current(mine.store, tmp_path)
     assert version != before[0]
     assert isinstance(model, RouterModel)
-    assert (before[1].threshold, model.threshold) == (0.5, 0.9)
+    assert (before[1].threshold, model.threshold) == (0.8, 0.9)
     assert CliRunner().invoke(app, ["tune-router", str(mine.config_path), "--threshold", "2"]).exit_code != 0
 
 

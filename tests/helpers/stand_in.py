@@ -155,7 +155,7 @@ def router_data(count: int = 60) -> tuple[list[str], dict[str, list[bool]]]:
 def publish_router(store: Store) -> str:
     """Train and publish a router; returns its version."""
     queries, outcomes = router_data()
-    model, report = train_router(queries, outcomes, Router(features=1024, hidden=16, epochs=40), seed=5)
+    model, report = train_router(queries, outcomes, Router(features=1024, hidden=16, epochs=20), seed=5)
     return publish(store, model, report.as_dict())
 
 

@@ -56,10 +56,8 @@ def _router() -> RouterReport:
     return RouterReport(
         seed=17,
         threshold=0.5,
-        trained_on=180,
-        held_out=120,
-        other_trained_on=60,
-        other_held_out=40,
+        queries=120,
+        others=40,
         other_source="built-in general chat",
         outputs={"base": output(0.2), "reasoning": output(0.5)},
         ece_before=0.12,
@@ -72,6 +70,8 @@ def _router() -> RouterReport:
         best_single="reasoning",
         gain={"base": Figure(0.41, 120, 0.33, 0.49), "best_single": Figure(0.008, 120, -0.01, 0.03)},
         other_to_base=share(115),
+        follow_ups=share(110),
+        no_follow_ups=share(118),
         curve=[ThresholdPoint(t, 0.9, 0.5, 0.45, 0.95) for t in (0.3, 0.5, 0.8)],
     )
 
