@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import os
 import random
 import signal
@@ -126,21 +127,41 @@ def isolation(setup: Setup, options: argparse.Namespace) -> Figures:
         leaves = rng.random() * 2 if i % 10 == 7 else None
         ask = Ask(rng.choice(["base", *DOMAINS]), rng.choice(questions), rng.randint(2, 12), i % 2 == 0, leaves)
         asks.append(ask)
-    alone = [Ask(m, q, 12) for m in ("base", *DOMAINS) for q in questions]
+    alone = [Ask(m, q, 12, margins=True) for m in ("base", *DOMAINS) for q in questions]
     with served(setup, options.threads, patience_s=0.2, waiting=64) as url:
         references, _ = asyncio.run(load(url, alone, 1))
         crowd, seconds = asyncio.run(load(url, asks, 16))
-    expected = {(a.ask.model, a.ask.question): a.text for a in references}
+    found = {(a.ask.model, a.ask.question): a for a in references}
+    expected = {key: a.text for key, a in found.items()}
     compared = [a for a in crowd if not a.left]
     wrong = [a for a in compared if a.status != 200 or not expected[a.ask.model, a.ask.question].startswith(a.text)]
     idle = sum(all(expected[d, q] == expected["base", q] for q in questions) for d in DOMAINS)
     swaps = sum(float(a.headers.get("x-cascade-swap-ms", 0)) > 0 for a in compared)
+    margins = [_margin_of_difference(found[a.ask.model, a.ask.question], a) for a in wrong]
+    usual = statistics.median(margin for a in references for _, margin in a.margins)
+    print(f"   margins in nats where answers differ: {sorted(round(m, 3) for m in margins)}; usual: {usual:.2f}")
+    leaked = [
+        a
+        for a in wrong
+        if any(expected[m, a.ask.question].startswith(a.text) for m in ("base", *DOMAINS) if m != a.ask.model)
+    ]
     return {
+        "isolation_answers_of_another_modifier": at_most(len(leaked), 0),
         "isolation_wrong_outputs": at_most(
             len(wrong), 0, compared=len(compared), left=len(crowd) - len(compared), swapped_for=swaps, seconds=seconds
         ),
         "isolation_modifiers_that_change_nothing": at_most(idle, 0),
     }
+
+
+def _margin_of_difference(alone: Answered, crowd: Answered) -> float:
+    """By how many nats the token at which two answers part was ahead of the next, when it was asked alone."""
+    written = ""
+    for token, margin in alone.margins:
+        written += token
+        if not (written.startswith(crowd.text) or crowd.text.startswith(written)):
+            return margin
+    return math.inf
 
 
 def throughput(setup: Setup, options: argparse.Namespace) -> Figures:

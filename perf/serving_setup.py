@@ -83,18 +83,29 @@ def random_adapter(model: nn.Module, base: BaseRef, number: int, seed: int) -> A
 
 @dataclass(frozen=True)
 class Ask:
-    """One request. `leave_after_s`: the client goes away so long after it has begun, if the answer is not there yet."""
+    """One request.
+
+    Attributes:
+        leave_after_s: the client goes away so long after it has begun, if the answer is not there yet.
+        margins: the answer comes with the log-probabilities of the two likeliest tokens.
+    """
 
     model: str
     question: str
     tokens: int
     stream: bool = False
     leave_after_s: float | None = None
+    margins: bool = False
 
 
 @dataclass
 class Answered:
-    """What came of a request. `seconds`: until the answer was whole."""
+    """What came of a request.
+
+    Attributes:
+        seconds: until the answer was whole.
+        margins: where the request asked for them, per token its text and by how many nats it was ahead of the next.
+    """
 
     ask: Ask
     status: int = 0
@@ -103,6 +114,7 @@ class Answered:
     seconds: float = 0.0
     headers: dict[str, str] = field(default_factory=dict)
     left: bool = False
+    margins: list[tuple[str, float]] = field(default_factory=list)
 
 
 async def load(url: str, asks: Sequence[Ask], clients: int) -> tuple[list[Answered], float]:
@@ -157,6 +169,8 @@ def body_of(ask: Ask) -> dict[str, object]:
         "temperature": 0,
         "stream": ask.stream,
     }
+    if ask.margins:
+        body |= {"logprobs": True, "top_logprobs": 2}
     return body | ({"stream_options": {"include_usage": True}} if ask.stream else {})
 
 
@@ -168,6 +182,9 @@ async def _converse(http: httpx.AsyncClient, ask: Ask, answered: Answered) -> No
             if response.status_code == 200:
                 answered.text = answer["choices"][0]["message"]["content"]
                 answered.tokens = answer["usage"]["completion_tokens"]
+                for token in (answer["choices"][0].get("logprobs") or {}).get("content") or ():
+                    first, second = (rival["logprob"] for rival in token["top_logprobs"][:2])
+                    answered.margins.append((token["token"], first - second))
             return
         ended = False
         async for line in response.aiter_lines():
