@@ -185,6 +185,11 @@ class Training(Section):
         description="DeepSpeed ZeRO, what is spread over the workers: 1 optimiser state, 2 gradients, 3 parameters too",
     )
     offload: bool = Field(False, description="optimiser state (and with stage 3, parameters) in CPU memory")
+    base_bits: Literal[16, 8, 4] = Field(
+        16,
+        description="of the frozen base while the modifier is trained on it: 16 as base.dtype says, 8 (LLM.int8) or 4 "
+        "(NF4, QLoRA) by bitsandbytes: less memory, more time; the modifier is tested on the base as it is",
+    )
     checkpoint_steps: Positive = Field(20, description="optimiser steps between checkpoints")
     gradient_checkpointing: bool = Field(
         False, description="compute activations again instead of keeping them: less memory, a third more time"
@@ -201,6 +206,8 @@ class Training(Section):
     def _stage_allows_it(self) -> Training:
         if self.zero_stage == 3 and self.validation.answered:
             raise ValueError("validation.answered needs the whole base on every worker: set zero_stage below 3")
+        if self.zero_stage == 3 and self.base_bits != 16:
+            raise ValueError("zero_stage: 3 cannot spread a base of base_bits 8 or 4: set zero_stage below 3")
         return self
 
 

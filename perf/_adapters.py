@@ -40,14 +40,15 @@ _TIER = {"endpoints": [{"base_url": "answer-key"}], **_PRICE}
 
 @dataclass(frozen=True)
 class Cell:
-    """One adapter to compress: what it learned, how large it is, and from which seed."""
+    """One adapter to compress: what it learned, how large it is, from which seed, and whether A stayed at its start."""
 
     domain: str
     rank: int
     seed: int
+    freeze_a: bool = False
 
     def __str__(self) -> str:
-        return f"{self.domain} r{self.rank} s{self.seed}"
+        return f"{self.domain} r{self.rank} s{self.seed}{' A frozen' if self.freeze_a else ''}"
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,8 @@ def config_of(cell: Cell, base: str, counts: tuple[int, int, int], epochs: float
     splits = zip(("train", "validation", "test"), counts, strict=True)
     rate = 1e-3 if cell.rank <= 32 else 5e-4
     lora = {"rank": cell.rank, "learning_rate": rate, "epochs": epochs, "tokens_per_step": 768, "max_length": 256}
+    if cell.freeze_a:
+        lora |= {"freeze_a": True, "learning_rate": 2 * rate}  # B alone has to go the whole way
     return Config.model_validate(
         {
             "domain": cell.domain,

@@ -3,6 +3,7 @@
     python perf/compression.py                                   # all parts; hours on a laptop, minutes on a GPU
     python perf/compression.py --parts quality --seeds 1 --ranks 96 --domains words
     python perf/compression.py --parts large                     # a 260 MB adapter; needs no model
+    python perf/compression.py --parts quality --frozen-a        # trained to be compressed: also adapters of B alone
 
 quality: adapters trained by the project's own loop on the real base (kept under --cache); per method and size the
     share of the gain in held-out loss and in exact answers that is left on the test split. Ours is chosen on the
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,9 @@ def _extra_points(share: float) -> list[dict[str, Any]]:
 
 def quality(options: argparse.Namespace) -> tuple[list[Outcome], Figures]:
     """All cells, `--processes` at a time: one after another leaves a GPU, and most of a large CPU, idle."""
-    cells = [Cell(d, r, s) for s in range(options.seeds) for d in options.domains for r in options.ranks]
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
+    frozen = (False, True) if options.frozen_a else (False,)
+    cells = [Cell(d, r, s, f) for s in seeds for f in frozen for d in options.domains for r in options.ranks]
     found: list[Outcome] = []
     with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
         for done in as_completed([pool.submit(_cell, cell, options) for cell in cells]):
@@ -181,8 +184,9 @@ def _print_outcomes(found: list[Outcome]) -> None:
 
 def _quality_figures(found: list[Outcome]) -> Figures:
     """The worst cell counts."""
+    figures = _frozen_figures(found)
+    found = [o for o in found if not o.cell.freeze_a]
     mine = [o for o in found if o.method == "cascade"]
-    figures = {}
     for size, target in (("48 of 260", 0.99), ("1/16", 0.99), ("1/25", 0.95)):
         cells = [o for o in mine if o.size == size]
         if cells:
@@ -199,6 +203,19 @@ def _quality_figures(found: list[Outcome]) -> Figures:
         ]
         if pairs:
             figures[f"loss gain above {method}, worst cell and size"] = _at_least(min(pairs), -0.005)
+    return figures
+
+
+def _frozen_figures(found: list[Outcome]) -> Figures:
+    """Right answers of compressed adapters whose A stayed at its start minus those of ordinary ones, in points."""
+    mine = {(o.cell, o.size): o for o in found if o.method == "cascade"}
+    figures: Figures = {}
+    for size in SIZES:
+        pairs = [(o, mine.get((replace(o.cell, freeze_a=False), size))) for o in mine.values() if o.cell.freeze_a]
+        differences = [100 * (o.correct / o.n - b.correct / b.n) for o, b in pairs if b is not None and o.size == size]
+        if differences:
+            mean = sum(differences) / len(differences)
+            figures[f"A frozen at {size} on disk, points"] = {"value": round(mean, 2), "target": None, "met": True}
     return figures
 
 
@@ -238,6 +255,8 @@ def main() -> None:
     parser.add_argument("--domains", nargs="+", default=list(DOMAINS), choices=list(DOMAINS))
     parser.add_argument("--ranks", nargs="+", type=int, default=[128, 96])
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--frozen-a", action="store_true", help="each cell also with A frozen at its seeded start")
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--train", type=int, default=1000, help="training tasks per domain")
     parser.add_argument("--validation", type=int, default=120)

@@ -1,7 +1,8 @@
 """Training speed: Cascade's loop against a plain padded PEFT loop and TRL's SFTTrainer, and what Ray + DeepSpeed cost.
 
     python perf/training.py                          # this machine's GPU if it has one, else its CPU
-    python perf/training.py --only ours,plain        # leave contenders out
+    python perf/training.py --only ours,plain        # leave contenders out (trl-padded: its one best setting on a GPU)
+    python perf/training.py --only bits              # a base of 8 and 4 bits (bitsandbytes) beside one of 16
     python perf/training.py --write-data FILE        # tokenise only; then elsewhere: --data FILE
 
 All contenders get the same tokenised examples, base, LoRA (all linear layers), learning rate, examples per step and
@@ -158,13 +159,14 @@ def make_job(options: argparse.Namespace, data: Path) -> dict[str, Any]:
         "threads": options.threads or max(1, len(os.sched_getaffinity(0))),
         "zero_stage": 0,
         "way": "torch",
+        "base_bits": 16,
         "compile": gpu,
     }
 
 
 def list_contenders(options: argparse.Namespace, job: dict[str, Any]) -> dict[str, tuple[list[str], dict[str, Any]]]:
     """Name to command and changes of the job."""
-    wanted = options.only.split(",")
+    wanted = set(options.only.split(","))
     ours = [sys.executable, str(HERE / "training_ours.py")]
     plain = [sys.executable, str(HERE / "training_plain.py")]
     found: dict[str, tuple[list[str], dict[str, Any]]] = {}
@@ -174,8 +176,14 @@ def list_contenders(options: argparse.Namespace, job: dict[str, Any]) -> dict[st
         found["plain padded PEFT loop"] = (plain, {"compile": False})
         if options.device == "cuda":
             found["plain padded PEFT loop, compiled"] = (plain, {})
-    if "trl" in wanted and (python := trl_python()):
+    if "bits" in wanted and available("bitsandbytes"):
+        found["ours, base in 16 bits, not compiled"] = (ours, {"compile": False})
+        for bits in (8, 4):
+            found[f"ours, base in {bits} bits"] = (ours, {"base_bits": bits, "compile": False})
+    if wanted & {"trl", "trl-padded"} and (python := trl_python()):
         for settings in TRL_SETTINGS[options.device]:
+            if settings["packing"] and "trl" not in wanted:
+                continue
             on = [f"{key} {value}" if type(value) is int else key for key, value in settings.items() if value]
             name = "TRL SFTTrainer" + (f" ({', '.join(on)})" if on else " (padded)")
             found[name] = ([python, str(HERE / "training_trl.py")], {"trl": settings})

@@ -35,7 +35,7 @@ def run(job: dict[str, Any], train: list[dict[str, Any]], validation: list[dict[
         warmup_share=0.0,
     )
     device = torch.device(job["device"])
-    loaded = load_base(Base(model=job["model"], dtype=job["dtype"]), device)
+    loaded = load_base(Base(model=job["model"], dtype=job["dtype"]), device, bits=job["base_bits"])
     model = add_lora(loaded, settings, seed=0)
     module = TargetLoss(model)
     if job["compile"]:

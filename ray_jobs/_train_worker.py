@@ -94,7 +94,7 @@ class _Session:
         context = ray.train.get_context()
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         self.first = self.rank == 0
-        self.loaded = load_base(config.base, get_device())
+        self.loaded = load_base(config.base, get_device(), bits=config.training.base_bits)
         self.encoded = _encode(assigned, self.loaded)
         self.model = add_lora(self.loaded, config.training.lora, config.seed)
         if config.training.gradient_checkpointing:

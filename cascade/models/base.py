@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
+import logging
 import shutil
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from filelock import FileLock
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from cascade.artifacts import sha256_of_file
 from cascade.benchmarks.sources import cache_dir, wheel_file
@@ -135,11 +144,14 @@ def keep_to_share(share: float) -> None:
         torch.cuda.set_per_process_memory_fraction(share)
 
 
-def load_base(base: Base, device: torch.device | None = None, weights: Weights = "full") -> LoadedBase:
+def load_base(
+    base: Base, device: torch.device | None = None, weights: Weights = "full", bits: Literal[16, 8, 4] = 16
+) -> LoadedBase:
     """Load model and tokenizer for inference (evaluation mode, gradients off).
 
     Args:
         weights: see `cascade.config.Serving`.
+        bits: of a base that a LoRA is trained on, see `cascade.config.Training.base_bits`.
 
     Raises:
         ConfigError: see `base_folder`; also if the folder holds something else than a causal language model with a
@@ -149,11 +161,12 @@ def load_base(base: Base, device: torch.device | None = None, weights: Weights =
     device = device or default_device()
     dtype = resolve_dtype(base.dtype, device)
     check_weights(weights, dtype, device)
+    quantization = {} if bits == 16 else _quantization(bits, dtype, device)
     folder = base_folder(base)
     sha256 = _sha256_of_weights(folder.resolve())
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **quantization)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"base.model: {folder} is no causal language model with a tokenizer: {error}") from error
     if not tokenizer.chat_template:
@@ -162,12 +175,30 @@ def load_base(base: Base, device: torch.device | None = None, weights: Weights =
         raise ConfigError(f"base.model: the tokenizer of {base.model} names no end token (eos_token)")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model.to(device)  # type: ignore[arg-type]
+    if bits == 16:  # others were put there as they were packed
+        model.to(device)  # type: ignore[arg-type]
     model.eval().requires_grad_(False)
     enable_sharing(model)
     if weights == "int8":
         hold_in_int8(model)
     return LoadedBase(model, tokenizer, base.model, sha256)
+
+
+def _quantization(bits: Literal[8, 4], dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """What `from_pretrained` takes for linear layers of 8 bits (LLM.int8) or 4 (QLoRA: NF4, scales packed too)."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"training.base_bits: {bits} needs bitsandbytes: pip install 'cascade-modifiers[qlora]', or set it to 16"
+        )
+    if bits == 8:
+        # It computes in float16 between, and would say so at every layer of every step.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+        config = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        config = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
+    return {"quantization_config": config, "device_map": {"": device}}
 
 
 def end_token_ids(loaded: LoadedBase) -> frozenset[int]:
@@ -199,9 +230,9 @@ def _convert_gguf(gguf: Path, target: Path) -> None:
     Without `dequantize=True` transformers keeps the weights packed: slow to compute and not saveable.
     """
     from transformers import GgufConfig
-    from transformers.utils import logging
+    from transformers.utils.logging import disable_progress_bar
 
-    logging.disable_progress_bar()
+    disable_progress_bar()
 
     partial = target.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
