@@ -189,7 +189,9 @@ def run(
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16")] = "auto",
     data: Annotated[Path | None, typer.Option(help="folder with mbpp.jsonl, mmlu/, arc/, bbh/ as published")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="tasks of each benchmark; left out, all")] = None,
-    only: Annotated[str, typer.Option(help="names of benchmarks, with commas between")] = "",
+    only: Annotated[
+        str, typer.Option(help="names of benchmarks, or parts of the table's names, with commas between")
+    ] = "",
     out: Annotated[Path, typer.Option(help="folder for the table and its Parquet files")] = Path("out/benchmarks"),
     max_tokens: Annotated[int, typer.Option(min=1, help="upper limit of an answer, below the benchmark's own")] = 1024,
     answers: Annotated[
@@ -197,7 +199,8 @@ def run(
     ] = 0,
 ) -> None:
     """Print and write the table of benchmarks with what the bare base scores on each."""
-    wanted = [e for e in ENTRIES if not only or e.benchmark in only.split(",")]
+    names = [name for name in only.split(",") if name]
+    wanted = [e for e in ENTRIES if not names or any(name == e.benchmark or name in e.title for name in names)]
     wanted = [replace(e, answers=answers) if answers and e.benchmark in CODE else e for e in wanted]
     loaded = load_base(Base.model_validate({"model": base, "dtype": dtype}))
     student = Student(loaded, max_tokens=max_tokens)
