@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
-import logging
 import shutil
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from filelock import FileLock
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -26,6 +23,7 @@ from cascade.benchmarks.sources import cache_dir, wheel_file
 from cascade.config import Base, Weights
 from cascade.errors import ConfigError, DataError
 from cascade.models.attention import enable_sharing
+from cascade.models.bits import keep_to_sound_kernels, quantization
 from cascade.models.int8 import hold_in_int8
 
 
@@ -161,12 +159,12 @@ def load_base(
     device = device or default_device()
     dtype = resolve_dtype(base.dtype, device)
     check_weights(weights, dtype, device)
-    quantization = {} if bits == 16 else _quantization(bits, dtype, device)
+    packed = {} if bits == 16 else quantization(bits, dtype, device)
     folder = base_folder(base)
     sha256 = _sha256_of_weights(folder.resolve())
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **quantization)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **packed)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"base.model: {folder} is no causal language model with a tokenizer: {error}") from error
     if not tokenizer.chat_template:
@@ -177,28 +175,13 @@ def load_base(
         tokenizer.pad_token = tokenizer.eos_token
     if bits == 16:  # others were put there as they were packed
         model.to(device)  # type: ignore[arg-type]
+    elif bits == 4 and device.type == "cpu":
+        keep_to_sound_kernels(model)
     model.eval().requires_grad_(False)
     enable_sharing(model)
     if weights == "int8":
         hold_in_int8(model)
     return LoadedBase(model, tokenizer, base.model, sha256)
-
-
-def _quantization(bits: Literal[8, 4], dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """What `from_pretrained` takes for linear layers of 8 bits (LLM.int8) or 4 (QLoRA: NF4, scales packed too)."""
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError(
-            f"training.base_bits: {bits} needs bitsandbytes: pip install 'cascade-modifiers[qlora]', or set it to 16"
-        )
-    if bits == 8:
-        # It computes in float16 between, and would say so at every layer of every step.
-        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-        config = BitsAndBytesConfig(load_in_8bit=True)
-    else:
-        config = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-        )
-    return {"quantization_config": config, "device_map": {"": device}}
 
 
 def end_token_ids(loaded: LoadedBase) -> frozenset[int]:

@@ -74,14 +74,14 @@ def build_stand_in(folder: Path) -> StandIn:
     return StandIn(config_path, config, store)
 
 
-def save_tiny_base(folder: Path, seed: int = 11) -> None:
+def save_tiny_base(folder: Path, seed: int = 11, hidden: int = 48, intermediate: int = 80) -> None:
     """A random Llama and a byte-level tokenizer with a chat template, in Hugging Face's layout."""
     tokenizer = byte_tokenizer()
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=48,
-        intermediate_size=80,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from stand_in import save_tiny_base
 from torch.nn.functional import cross_entropy
 
 from cascade.compression.adapter import load_peft_folder
@@ -23,6 +24,14 @@ CPU = torch.device("cpu")
 SETTINGS = Lora(rank=4, learning_rate=1e-2, epochs=20, tokens_per_step=64, max_length=64)
 IDS = torch.arange(5, 37) * 7 % 256 + 5
 EXAMPLES = [EncodedExample(f"e{i}", tuple((IDS + i).tolist()), (False,) * 8 + (True,) * 24) for i in range(4)]
+
+
+@pytest.fixture(scope="module")
+def even_folder(tmp_path_factory):
+    """A base whose layers have multiples of 64 inputs."""
+    folder = tmp_path_factory.mktemp("even-base")
+    save_tiny_base(folder, hidden=64, intermediate=128)
+    return folder
 
 
 def held_in(bits, folder, dtype="float32"):
@@ -42,8 +51,8 @@ def mean_loss(model):
 
 @pytest.mark.parametrize(("bits", "layer"), [(8, Linear8bitLt), (4, Linear4bit)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_linear_layers_are_held_in_so_many_bits(tiny_folder, bits, layer, dtype):
-    whole, packed = held_in(16, tiny_folder, dtype), held_in(bits, tiny_folder, dtype)
+def test_linear_layers_are_held_in_so_many_bits(even_folder, bits, layer, dtype):
+    whole, packed = held_in(16, even_folder, dtype), held_in(bits, even_folder, dtype)
     pairs = [
         (mine, theirs)
         for (name, mine), theirs in zip(packed.model.named_modules(), whole.model.modules(), strict=True)
@@ -61,14 +70,14 @@ def test_linear_layers_are_held_in_so_many_bits(tiny_folder, bits, layer, dtype)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_what_is_learned_on_few_bits_fits_the_whole_base(tiny_folder, tmp_path, bits):
-    packed = held_in(bits, tiny_folder)
+def test_what_is_learned_on_few_bits_fits_the_whole_base(even_folder, tmp_path, bits):
+    packed = held_in(bits, even_folder)
     model = add_lora(packed, SETTINGS, seed=3)
     engine = TorchEngine(TargetLoss(model), SETTINGS)
     reports = list(run_steps(engine, plan_steps(EXAMPLES, SETTINGS, seed=3), SETTINGS))
     assert reports[-1].loss < 0.7 * reports[0].loss
     save_adapter(model, packed, 3, tmp_path)
-    whole = held_in(16, tiny_folder)
+    whole = held_in(16, even_folder)
     before = mean_loss(whole.model)
     slot = LoraSlot(whole.model)
     slot.fill(load_peft_folder(tmp_path))
@@ -79,6 +88,11 @@ def test_without_bitsandbytes_the_error_says_what_to_install(tiny_folder, monkey
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"training.base_bits: 4 needs bitsandbytes: pip install"):
+        held_in(4, tiny_folder)
+
+
+def test_four_bits_that_a_cpu_would_compute_wrongly_are_refused(tiny_folder):
+    with pytest.raises(ConfigError, match=r"training.base_bits: 4 .* has 48 inputs, no multiple of 64; set it to 8"):
         held_in(4, tiny_folder)
 
 
