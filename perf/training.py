@@ -87,6 +87,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=0)
     parser.add_argument("--tokens", type=int, default=0, help="of one optimiser step")
     parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--eager", action="store_true", help="torch.compile for none of them, on a GPU too")
     return parser.parse_args()
 
 
@@ -160,7 +161,7 @@ def make_job(options: argparse.Namespace, data: Path) -> dict[str, Any]:
         "zero_stage": 0,
         "way": "torch",
         "base_bits": 16,
-        "compile": gpu,
+        "compile": gpu and not options.eager,
     }
 
 
@@ -174,7 +175,7 @@ def list_contenders(options: argparse.Namespace, job: dict[str, Any]) -> dict[st
         found["ours"] = (ours, {})
     if "plain" in wanted:
         found["plain padded PEFT loop"] = (plain, {"compile": False})
-        if options.device == "cuda":
+        if job["compile"]:
             found["plain padded PEFT loop, compiled"] = (plain, {})
     if "bits" in wanted and available("bitsandbytes"):
         found["ours, base in 16 bits, not compiled"] = (ours, {"compile": False})
