@@ -29,8 +29,22 @@ class Lora(Section):
         False, description="train B alone; A stays at its seeded start, which a modifier file stores as one number"
     )
 
+    init: Literal["seeded", "pissa"] = Field(
+        "seeded",
+        description="where A and B start: seeded noise and zero, or the weight's own first singular vectors (PiSSA), "
+        "which decomposes every layer at the start, computes more a step and leaves a file of twice the rank",
+    )
+    dora: bool = Field(
+        False,
+        description="train the length of every row of the weights apart (DoRA); stock PEFT loads such a modifier, but "
+        "it is more than B A, which is all that compression and serving hold: `cascade run` refuses it, `cascade "
+        "train-modifier` trains it",
+    )
+
     @model_validator(mode="after")
     def _options_go_together(self) -> Lora:
+        if self.init == "pissa" and (self.freeze_a or self.dora):
+            raise ValueError("init: pissa trains A and B from the weight itself: set freeze_a and dora to false")
         if self.freeze_a and self.lora_plus is not None:
             raise ValueError("lora_plus sets the rates of A and B apart, but freeze_a leaves B alone: choose one")
         return self
@@ -100,6 +114,12 @@ class Training(Section):
             raise ValueError("validation.answered needs the whole base on every worker: set zero_stage below 3")
         if self.zero_stage == 3 and self.base_bits != 16:
             raise ValueError("zero_stage: 3 cannot spread a base of base_bits 8 or 4: set zero_stage below 3")
+        if self.zero_stage == 3 and (self.lora.dora or self.lora.init == "pissa"):
+            raise ValueError(
+                "lora.dora and lora.init: pissa need whole weights on every worker: set zero_stage below 3"
+            )
+        if self.base_bits != 16 and self.lora.init == "pissa":
+            raise ValueError("lora.init: pissa takes the base's weights apart, which base_bits 8 and 4 pack: set one")
         return self
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from cascade.config import load_config
+from cascade.errors import ConfigError
 from cascade.reports.console import print_summary
 from cascade.reports.data import tables_folder
 from cascade.reports.html import write_report
@@ -49,9 +50,18 @@ WORK: dict[str, Work] = {
 
 
 def run_pipeline(config_path: str) -> Summary:
-    """Run what has not been run, write the report, and say where it is."""
+    """Run what has not been run, write the report, and say where it is.
+
+    Raises:
+        ConfigError: the modifier would be one that can be neither compressed nor served.
+    """
     began = time.perf_counter()
     runs = Runs(load_config(config_path))
+    if runs.config.training.lora.dora:
+        raise ConfigError(
+            "training.lora.dora: a DoRA modifier is more than B A, which is all that compression and serving hold: "
+            "leave it out, or run the jobs up to `cascade train-modifier` one by one and load the folder with PEFT"
+        )
     with PeakMemory() as memory:
         account = _Account(runs, memory, began)
         with showing(runs, f"cascade: {runs.config.domain}", JOBS) as progress:

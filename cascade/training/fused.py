@@ -15,6 +15,8 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from cascade.training.pissa import START, factors
+
 
 class LoraProduct(torch.autograd.Function):
     """x Wᵀ (+ bias) + s (x Aᵀ) Bᵀ; gradients to x, A and B, none to the frozen W and bias."""
@@ -69,7 +71,10 @@ class FusedLoraLinear(LoraLinear):
             return plain
         name = self.active_adapters[0]
         base = self.get_base_layer()
-        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        a, b = factors(self, name)
+        if START in self.lora_A:
+            start_a, start_b = factors(self, START)
+            a, b = torch.cat([a, start_a]), torch.cat([b, -start_b], 1)
         out: torch.Tensor = LoraProduct.apply(x, base.weight, base.bias, a, b, self.scaling[name])
         return out
 
@@ -100,7 +105,7 @@ def _is_plain(layer: LoraLinear) -> bool:
     return bool(
         name
         and type(base) is nn.Linear
-        and list(layer.active_adapters) == [name]
+        and list(layer.active_adapters) in ([name], [name, START])
         and name not in layer.lora_variant
         and isinstance(layer.lora_dropout[name], nn.Identity)
         and layer.lora_A[name].bias is None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -12,6 +14,7 @@ from peft.tuners.lora import LoraLayer
 
 from cascade.config import Lora
 from cascade.models.base import LoadedBase
+from cascade.training.pissa import START, add_start, change_alone, factors
 from cascade.training.seeded_init import initial_lora_a
 
 SIDECAR = "cascade_adapter.json"
@@ -19,7 +22,7 @@ SIDECAR = "cascade_adapter.json"
 
 
 def add_lora(loaded: LoadedBase, settings: Lora, seed: int) -> PeftModel:
-    """A trainable adapter on all linear layers of a base, in place. A starts from the seed, B at zero.
+    """A trainable adapter on all linear layers of a base, in place, which changes nothing yet.
 
     All of the model is in evaluation mode: nothing drops out here, and code that torch.compile made for modules of one
     mode is compiled anew when some of them change theirs.
@@ -30,14 +33,18 @@ def add_lora(loaded: LoadedBase, settings: Lora, seed: int) -> PeftModel:
         target_modules="all-linear",
         lora_dropout=0.0,
         use_rslora=settings.rslora,
+        use_dora=settings.dora,
         task_type="CAUSAL_LM",
     )
     model = get_peft_model(loaded.model, config)
-    for name, layer in lora_layers(model).items():
-        weight: torch.Tensor = layer.lora_A["default"].weight  # type: ignore[assignment]
-        rank, fan_in = weight.shape
-        weight.data.copy_(torch.from_numpy(initial_lora_a(seed, name, rank, fan_in)))
-        weight.requires_grad_(not settings.freeze_a)
+    layers = lora_layers(model)
+    if settings.init == "pissa":
+        add_start(model, layers)
+    else:
+        for name, layer in layers.items():
+            a, _ = factors(layer)
+            a.data.copy_(torch.from_numpy(initial_lora_a(seed, name, *a.shape)))
+            a.requires_grad_(not settings.freeze_a)
     return model.eval()
 
 
@@ -60,9 +67,10 @@ def save_adapter(
     folder: str | Path,
     weights: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """An ordinary PEFT folder in fp16 with our sidecar, which stock PEFT ignores.
+    """An ordinary PEFT folder in fp16 with our sidecar, which stock PEFT ignores; it fits the base as it is.
 
-    fp16 rather than fp32, so that the sizes that we compare with are not flattered.
+    fp16 rather than fp32, so that the sizes that we compare with are not flattered. DoRA's magnitudes stay in float32,
+    since one that is rounded scales the base's own output. With PiSSA the folder has twice the rank.
 
     Args:
         weights: of trainable parameters, by name in the model, where they are more exact than the model's own.
@@ -74,14 +82,22 @@ def save_adapter(
     path.mkdir(parents=True, exist_ok=True)
     own = {name: p for name, p in model.named_parameters() if "lora_" in name}
     found = get_peft_model_state_dict(model, state_dict={**own, **(weights or {})})
-    state = {k: v.detach().to("cpu", torch.float16).contiguous() for k, v in found.items()}
+    config: Any = copy.copy(model.peft_config["default"])
+    start = START in model.peft_config
+    if start:
+        for name, layer in lora_layers(model).items():
+            keys = [f"base_model.model.{name}.lora_{factor}.weight" for factor in "AB"]
+            found |= zip(keys, change_alone(layer, *(found[key] for key in keys)), strict=True)
+        config.r, config.lora_alpha = 2 * config.r, config.lora_alpha * (2**0.5 if config.use_rslora else 2)
+    state = {
+        key: tensor.detach().to("cpu", torch.float32 if "magnitude" in key else torch.float16).contiguous()
+        for key, tensor in found.items()
+    }
     save_file(state, path / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = model.peft_config["default"]
     config.base_model_name_or_path = loaded.name
     config.inference_mode = True
     config.save_pretrained(str(path))
-    config.inference_mode = False
-    sidecar = {"init_seed": seed, "base": {"name": loaded.name, "sha256": loaded.sha256}}
+    sidecar = {"init_seed": None if start else seed, "base": {"name": loaded.name, "sha256": loaded.sha256}}
     (path / SIDECAR).write_text(json.dumps(sidecar, indent=2) + "\n")
 
 

@@ -202,6 +202,11 @@ def test_runs_of_the_pipeline_do_not_depend_on_execution(monkeypatch):
     ("training", "execution", "said"),
     [
         ({"lora": {"freeze_a": True, "lora_plus": 4}}, {}, "training.lora: lora_plus sets the rates of A and B apart"),
+        ({"lora": {"init": "pissa", "freeze_a": True}}, {}, "training.lora: init: pissa trains A and B"),
+        ({"lora": {"init": "pissa", "dora": True}}, {}, "set freeze_a and dora to false"),
+        ({"lora": {"init": "pissa"}, "zero_stage": 3}, {}, "need whole weights on every worker"),
+        ({"lora": {"dora": True}, "zero_stage": 3}, {}, "need whole weights on every worker"),
+        ({"lora": {"init": "pissa"}, "base_bits": 4}, {}, "takes the base's weights apart"),
         ({"validation": {"keep": "best_accuracy"}}, {}, "training.validation: keep: best_accuracy needs answers"),
         ({"validation": {"tasks": 0, "keep": "best_loss"}}, {}, "keep: best_loss and patience need validation tasks"),
         ({"validation": {"tasks": 0, "patience": 2}}, {}, "keep: best_loss and patience need validation tasks"),
