@@ -3,18 +3,24 @@
 The conversation is cut at the places where the model would be asked: a target is what the chat template adds
 between "prompt with generation prompt" and "conversation with this answer". Context and target are tokenised
 apart, as they are when the model answers, and a target ends with its end token, which is learned too (also where
-the padding token is the same id: nothing here looks at padding). A prefill is context: the model was given it.
+the padding token is the same id: nothing here looks at padding). A prefill is context: the model was given it. So is
+a thought that a template opens when it asks, and leaves out of what was said (DeepSeek-R1's, QwQ's).
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from cascade.errors import DataError
 from cascade.models.chat import conversation_text, prompt_text
 from cascade.tasks import Example, Message
+
+_OPENED = re.compile(r"<(think|thinking|thought|reasoning)>\s*$")
+"""How a prompt ends whose template opens a thought."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +47,34 @@ class EncodedExample:
 
 @dataclass(frozen=True)
 class EncodedSet:
-    """What can be trained on, and what was refused and why (sample ids)."""
+    """What can be trained on, and what was refused and why (sample ids).
+
+    Attributes:
+        by_template: those that the chat template refuses, or whose answer it does not show as it was given.
+        refusal: what is to be said of the first of these.
+    """
 
     examples: tuple[EncodedExample, ...]
     without_target: tuple[str, ...]
     too_long: tuple[str, ...]
+    by_template: tuple[str, ...] = ()
+    refusal: str = ""
+
+    def check(self, longest: str) -> None:
+        """
+        Args:
+            longest: the setting that limits the length, e.g. "training.lora.max_length = 512".
+
+        Raises:
+            DataError: nothing can be trained on.
+        """
+        if not self.examples:
+            refused = f"; {self.refusal}" if self.refusal else ""
+            raise DataError(
+                f"none of the examples can be trained on: {len(self.too_long)} are longer than {longest} tokens, "
+                f"{len(self.without_target)} have no assistant text, {len(self.by_template)} do not go through the "
+                f"base's chat template{refused}"
+            )
 
 
 def encode_example(
@@ -112,14 +141,38 @@ def _segments(
         after = conversation_text(tokenizer, _joined(messages[: i + 1]))
         if not whole.startswith(after):  # some templates put the end token behind a conversation, not behind a turn
             after = after.removesuffix(str(tokenizer.eos_token))
-        if not before.startswith(consumed) or not after.startswith(before):
+        if not before.startswith(consumed):
             return None
-        answer = after[len(before) :]
-        if messages[i].content.strip() == "" or messages[i].content.strip() not in answer:
+        if after.startswith(before):
+            answer = after[len(before) :]
+            found: str | None = answer if messages[i].content.strip() in answer else None
+        else:  # an earlier answer stands in the conversation without its thought: it is not what the model was asked
+            found = _behind_thought(before, after, messages[i].content) if i == answers[-1] == answers[0] else None
+        if found is None or messages[i].content.strip() == "":
             return None
-        segments.append((before[len(consumed) :], answer))
+        segments.append((before[len(consumed) :], found))
         consumed = after
     return segments
+
+
+def _behind_thought(before: str, after: str, content: str) -> str | None:
+    """What the model says where the template asks with an opened thought that it leaves out of what was said.
+
+    Args:
+        before: the prompt. after: the conversation with the answer. content: the answer, perhaps with its thought.
+
+    Returns:
+        The answer from within the thought on, ended as the template ends it; None if the template does something else.
+    """
+    opened = _OPENED.search(before)
+    if opened is None or not after.startswith(before[: opened.start()]):
+        return None
+    shown, whole = after[opened.start() :], content.strip()
+    visible = whole.rpartition(f"</{opened[1]}>")[2].strip()
+    if not visible or visible not in shown:
+        return None
+    said = whole.removeprefix(f"<{opened[1]}>").lstrip("\n") if visible != whole else visible
+    return said + shown[shown.rindex(visible) + len(visible) :]
 
 
 def _joined(messages: Sequence[Message]) -> list[Message]:
@@ -141,16 +194,31 @@ def encode_examples(
     system: str | None = None,
     end_ids: frozenset[int] = frozenset(),
 ) -> EncodedSet:
-    """Encode a training set; examples without a target and those longer than a row are refused and listed."""
+    """Encode a training set; what cannot be learned from, and what is longer than a row, is refused and listed."""
     good: list[EncodedExample] = []
     without: list[str] = []
     long: list[str] = []
+    by_template: dict[str, str] = {}
     for example in examples:
-        encoded = encode_example(example.task_id, example.messages, tokenizer, system=system, end_ids=end_ids)
-        if encoded.targets == 0:
+        try:
+            encoded = encode_example(example.task_id, example.messages, tokenizer, system=system, end_ids=end_ids)
+        except DataError as error:
+            by_template[example.task_id] = str(error)
+            continue
+        if encoded.targets == 0 and _answers_something(example.messages):
+            by_template[example.task_id] = (
+                f"the chat template of {tokenizer.name_or_path or 'the base'} does not show the answer as it was "
+                "given behind what it asks with: take another base, or give it another chat_template.jinja"
+            )
+        elif encoded.targets == 0:
             without.append(example.task_id)
         elif len(encoded) > max_length:
             long.append(example.task_id)
         else:
             good.append(encoded)
-    return EncodedSet(tuple(good), tuple(without), tuple(long))
+    refusal = next((f"{name}: {why}" for name, why in by_template.items()), "")
+    return EncodedSet(tuple(good), tuple(without), tuple(long), tuple(by_template), refusal)
+
+
+def _answers_something(messages: Sequence[Message]) -> bool:
+    return len(messages) > 1 and messages[-1].role == "assistant" and bool(messages[-1].content.strip())

@@ -38,14 +38,23 @@ def look_steps(total: int, training: Training) -> frozenset[int]:
 
 
 def is_better(look: Look, than: Look | None, training: Training) -> bool:
-    """Whether a look found more than the best so far: by accuracy where that decides, else by loss."""
+    """Whether a look found more than the best so far: by accuracy where that decides, else by loss.
+
+    A loss that is no number is worse than any.
+    """
     if than is None:
         return True
     settings = training.validation
     by_accuracy = settings.keep == "best_accuracy" or (settings.keep == "last" and settings.answered > 0)
     if by_accuracy and look.passed != than.passed:
         return look.passed > than.passed
-    return look.loss < than.loss
+    return look.loss < than.loss or (math.isnan(than.loss) and not math.isnan(look.loss))
+
+
+def needs_loss(training: Training) -> bool:
+    """Whether what is kept, or when training ends, is decided by the loss on validation tasks."""
+    settings = training.validation
+    return settings.keep == "best_loss" or (settings.patience is not None and not settings.answered)
 
 
 def best_of(looks: Sequence[Look]) -> Look | None:

@@ -13,8 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from cascade.errors import DataError
-from cascade.tasks import Message
-from cascade.training.examples import encode_example
+from cascade.tasks import Example, Message
+from cascade.training.examples import encode_example, encode_examples
 
 CONVERSATION = [
     Message("user", "Hi there"),
@@ -117,6 +117,24 @@ STYLES = {
         "<|im_end|>",
         "<|im_start|>user\nHi there<|im_end|>\n<|im_start|>assistant\nHello.<|im_end|>\n<|im_start|>user\n2 + 2?"
         "<|im_end|>\n<|im_start|>assistant\n⟦<think>\n\n</think>\n\nIt is 4.<|im_end|>⟧",
+        special=("<|im_start|>",),
+    ),
+    # Opens a thought when it asks and leaves it out of what was said: an earlier answer is not what it was asked for.
+    "deepseek-r1": Style(
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '<|User|>' + m.content }}{% else %}"
+        "{{ '<|Assistant|>' + m.content.split('</think>')[-1] + eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|Assistant|><think>\n' }}{% endif %}",
+        "<|end|>",
+        "<s><|User|>Hi there<|Assistant|>Hello.<|end|><|User|>2 + 2?<|Assistant|><think>\n⟦It is 4.<|end|>⟧",
+        special=("<|User|>", "<|Assistant|>"),
+    ),
+    "qwq": Style(
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content.split('</think>')[-1].lstrip('\n') + "
+        "'<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}"
+        "{% endif %}",
+        "<|im_end|>",
+        "<|im_start|>user\nHi there<|im_end|>\n<|im_start|>assistant\nHello.<|im_end|>\n<|im_start|>user\n2 + 2?"
+        "<|im_end|>\n<|im_start|>assistant\n<think>\n⟦It is 4.<|im_end|>⟧",
         special=("<|im_start|>",),
     ),
     "alpaca": Style(
@@ -277,6 +295,23 @@ def test_thoughts_of_the_last_answer_are_learned():
     )
 
 
+@pytest.mark.parametrize("name", ["deepseek-r1", "qwq"])
+@pytest.mark.parametrize("opening", ["", "<think>\n"])
+def test_a_thought_that_the_prompt_opened_is_gone_on_with(name, opening):
+    style = STYLES[name]
+    tokenizer = make_tokenizer(style)
+    thought = f"{opening}Easy: <b>.\n</think>\n\nIt is 4."
+    encoded = encode([CONVERSATION[0], Message("assistant", thought)], style, tokenizer)
+    assert marked(encoded, tokenizer).endswith(f"<think>\n⟦Easy: <b>.\n</think>\n\nIt is 4.{style.eos}⟧")
+
+
+def test_an_answer_that_begins_as_a_thought_does_is_whole():
+    style = STYLES["deepseek-r1"]
+    tokenizer = make_tokenizer(style)
+    encoded = encode([CONVERSATION[0], Message("assistant", "<table>")], style, tokenizer)
+    assert marked(encoded, tokenizer).endswith("<think>\n⟦<table><|end|>⟧")
+
+
 def test_nothing_behind_an_end_token_is_learned():
     style = STYLES["chatml"]
     tokenizer = make_tokenizer(style)
@@ -287,6 +322,31 @@ def test_nothing_behind_an_end_token_is_learned():
 def test_a_template_that_loses_the_answer_leaves_nothing_to_learn():
     style = Style("{% for m in messages %}{{ m.role + ';' }}{% endfor %}", "</s>", "")
     assert encode(CONVERSATION, style, make_tokenizer(style)).input_ids == ()
+
+
+def example(name, messages):
+    return Example(name, "quiz", "reasoning", "", 1, tuple(messages), "teacher", 1)
+
+
+def test_what_a_template_refuses_or_loses_is_counted_and_the_rest_is_learned():
+    tokenizer = make_tokenizer(STYLES["mistral"])
+    twice = [Message("user", "Hi"), *CONVERSATION[:2]]
+    found = encode_examples([example("twice", twice), example("good", CONVERSATION)], tokenizer, max_length=400)
+    assert [e.sample_id for e in found.examples] == ["good"]
+    assert (found.by_template, found.without_target) == (("twice",), ())
+    assert "roles must alternate" in found.refusal
+    found.check("x")
+    only = encode_examples([example("twice", twice)], tokenizer, max_length=400)
+    with pytest.raises(DataError, match=r"0 have no assistant text, 1 do not go through.*twice.*roles must alternate"):
+        only.check("training.lora.max_length = 400")
+
+
+def test_a_template_that_loses_answers_is_named():
+    tokenizer = make_tokenizer(Style("{% for m in messages %}{{ m.role + ';' }}{% endfor %}", "</s>", ""))
+    tokenizer.name_or_path = "own/base"
+    found = encode_examples([example("lost", CONVERSATION)], tokenizer, max_length=400)
+    with pytest.raises(DataError, match=r"lost: the chat template of own/base does not show the answer"):
+        found.check("training.lora.max_length = 400")
 
 
 def test_a_refusal_of_the_template_is_told():

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cascade.config import Lora, Training, Validation
-from cascade.training.looks import Look, best_of, is_better, is_enough, look_steps
+from cascade.training.looks import Look, best_of, is_better, is_enough, look_steps, needs_loss
 
 
 def training(epochs=3.0, **validation):
@@ -44,6 +44,23 @@ def test_the_better_look_by_what_decides():
     assert is_better(look(3, 0.6, passed=5, answered=9), right, by_accuracy)  # as right, and surer
     assert is_better(low, None, by_loss)
     assert not is_better(low, low, by_loss)
+
+
+def test_a_loss_that_is_no_number_is_worse_than_any():
+    unmeasured, measured = look(1, float("nan")), look(2, 9.0)
+    for keep in ("last", "best_loss", "best_accuracy"):
+        settings = training(keep=keep, answered=9)
+        assert is_better(measured, unmeasured, settings)
+        assert not is_better(unmeasured, measured, settings)
+        assert not is_better(unmeasured, unmeasured, settings)
+
+
+def test_what_is_decided_by_loss():
+    assert needs_loss(training(keep="best_loss", answered=9))
+    assert needs_loss(training(patience=2))
+    assert not needs_loss(training(patience=2, answered=9))
+    assert not needs_loss(training(keep="best_accuracy", answered=9))
+    assert not needs_loss(training())
 
 
 def test_patience_counts_looks_since_the_best():
