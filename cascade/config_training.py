@@ -17,6 +17,10 @@ class Lora(Section):
     learning_rate: float = Field(1e-3, gt=0, description="AdamW's highest, after warm-up")
     epochs: float = Field(3.0, gt=0, description="times that every example is seen; fractions are allowed")
     warmup_share: Fraction = Field(0.06, description="share of the steps in which the learning rate rises")
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="how the learning rate falls after warm-up"
+    )
+    final_rate: Fraction = Field(0.05, description="share of the highest learning rate that it falls to at the end")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's")
     gradient_clip: float = Field(1.0, gt=0, description="largest norm of a step's gradient")
     tokens_per_step: Positive = Field(1024, description="packed tokens of one optimiser step, over all workers")

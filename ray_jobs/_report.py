@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 from cascade import benchmarks, modifiers
@@ -112,9 +113,14 @@ def _summary(
 
 
 def _curve(runs: Runs) -> list[CurvePoint]:
-    points = runs.train_modifier.read("curve", StepReport)
-    seen = {look.step - 1: look.loss for look in runs.train_modifier.read(LOOKS, Look)}
-    return [CurvePoint(p.step, p.loss, p.learning_rate, p.tokens / p.seconds, seen.get(p.step)) for p in points]
+    looks = {look.step - 1: look for look in runs.train_modifier.read(LOOKS, Look)}
+    points = []
+    for p in runs.train_modifier.read("curve", StepReport):
+        look = looks.get(p.step, Look(p.step, math.nan))
+        seen = look.loss if math.isfinite(look.loss) else None
+        measured = p.gradient_norm, p.memory_bytes, look.answered, look.passed
+        points.append(CurvePoint(p.step, p.loss, p.learning_rate, p.tokens / p.seconds, seen, *measured))
+    return points
 
 
 def _trials(runs: Runs) -> list[TrialRow]:

@@ -30,6 +30,9 @@ class CurvePoint:
         loss: mean cross-entropy (nats) of the step's trained tokens.
         tokens_per_s: trained and prompt tokens per second of the step.
         validation_loss: on held-out examples, where it was measured after this step.
+        gradient_norm: before clipping.
+        memory_bytes: of the first worker (`cascade.training.memory`); 0 where nobody looked.
+        answered, passed: validation tasks that the student answered after this step, and answered rightly.
     """
 
     step: int
@@ -37,6 +40,10 @@ class CurvePoint:
     learning_rate: float
     tokens_per_s: float
     validation_loss: float | None = None
+    gradient_norm: float | None = None
+    memory_bytes: int = 0
+    answered: int = 0
+    passed: int = 0
 
 
 @dataclass(frozen=True, slots=True)

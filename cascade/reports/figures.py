@@ -7,8 +7,9 @@ themes. Text stays text: it scales, can be selected and read aloud.
 from __future__ import annotations
 
 import io
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -22,7 +23,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 from cascade.compression.pareto import front
 from cascade.reports.data import CurvePoint, KindRow, TrialRow
 from cascade.reports.summary import MODELS, TierRow
-from cascade.scoring.statistics import Score
+from cascade.scoring.statistics import Score, wilson
 
 INK, MUTED, GRID, PAPER = "#010101", "#020202", "#030303", "#040404"
 BASE, MODIFIER, COMPRESSED = "#050505", "#060606", "#070707"
@@ -233,19 +234,65 @@ def cost(tiers: Sequence[TierRow], single_usd: float) -> str:
 
 
 @mpl.rc_context(STYLE)
-def loss_curve(curve: Sequence[CurvePoint]) -> str:
-    """Training loss per step, with the held-out loss where it was measured."""
-    figure, axes = _figure(2.6)
-    axes.plot([p.step for p in curve], [p.loss for p in curve], color=MODIFIER, linewidth=1.3, label="training")
-    held = [(p.step, p.validation_loss) for p in curve if p.validation_loss is not None]
+def training_curves(curve: Sequence[CurvePoint]) -> str:
+    """Small multiples over the steps: loss, accuracy on validation tasks, learning rate, gradient, speed, memory.
+
+    What was not measured has no panel.
+    """
+    panels = _training_panels(curve)
+    rows = (len(panels) + 1) // 2
+    figure = Figure(figsize=(WIDTH, 1.55 * rows + 0.2), layout="constrained", facecolor="none")
+    for place, (title, draw) in enumerate(panels.items()):
+        axes = figure.add_subplot(rows, 2, place + 1, facecolor="none")
+        draw(axes)
+        axes.set_title(title, fontsize=9, color=INK)
+        axes.tick_params(labelsize=8)
+        axes.set_xlim(0, 1.02 * max(p.step + 1 for p in curve))
+        axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+        if place >= len(panels) - 2:
+            axes.set_xlabel("optimiser step", fontsize=8)
+    return to_svg(figure, "Training, step by step")
+
+
+def _training_panels(curve: Sequence[CurvePoint]) -> dict[str, Callable[[Axes], object]]:
+    """Title of each panel and what draws it."""
+    steps = [p.step + 1 for p in curve]
+
+    def line(values: Sequence[float]) -> Callable[[Axes], object]:
+        return lambda axes: axes.plot(steps, values, color=MODIFIER, linewidth=1.1)
+
+    panels: dict[str, Callable[[Axes], object]] = {"loss (nats per token)": lambda axes: _losses(axes, curve)}
+    if any(p.answered for p in curve):
+        panels["right answers, validation"] = lambda axes: _validation_accuracy(axes, curve)
+    panels["learning rate"] = line([p.learning_rate for p in curve])
+    norms = [p.gradient_norm if p.gradient_norm is not None else math.nan for p in curve]
+    if not all(math.isnan(norm) for norm in norms):
+        panels["norm of the gradient"] = line(norms)
+    panels["tokens per second"] = line([p.tokens_per_s for p in curve])
+    if any(p.memory_bytes for p in curve):
+        panels["memory (GB)"] = line([p.memory_bytes / 1e9 if p.memory_bytes else math.nan for p in curve])
+    return panels
+
+
+def _losses(axes: Axes, curve: Sequence[CurvePoint]) -> None:
+    axes.plot([p.step + 1 for p in curve], [p.loss for p in curve], color=MODIFIER, linewidth=1.1, label="training")
+    held = [(p.step + 1, p.validation_loss) for p in curve if p.validation_loss is not None]
     if held:
-        steps, losses = zip(*held, strict=True)
-        axes.plot(steps, losses, color=COMPRESSED, marker="o", markersize=4, linewidth=1.3, label="held out")
-    axes.set_xlabel("optimiser step")
-    axes.set_ylabel("loss (nats per token)")
-    axes.set_ylim(bottom=0)
-    axes.legend(loc="upper right", labelcolor=INK)
-    return to_svg(figure, "Training loss")
+        style: Any = {"color": COMPRESSED, "marker": "o", "markersize": 3, "linewidth": 1.1}
+        axes.plot(*zip(*held, strict=True), label="held out", **style)
+    axes.legend(loc="upper right", labelcolor=INK, fontsize=8)
+
+
+def _validation_accuracy(axes: Axes, curve: Sequence[CurvePoint]) -> None:
+    """Shares with 95 % intervals."""
+    found = [(p.step + 1, wilson(p.passed, p.answered)) for p in curve if p.answered]
+    steps, scores = zip(*found, strict=True)
+    axes.vlines(steps, [s.low for s in scores], [s.high for s in scores], color=COMPRESSED, linewidth=1, alpha=0.6)
+    style: Any = {"color": COMPRESSED, "marker": "o", "markersize": 3, "linewidth": 1.1}
+    axes.plot(steps, [p.passed / p.answered for p in curve if p.answered], **style)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
 
 
 @mpl.rc_context(STYLE)

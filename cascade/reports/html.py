@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from cascade.reports import figures
 from cascade.reports.console import duration, megabytes, p_value, points
-from cascade.reports.data import ReportData, plain, save_tables, tables_folder
+from cascade.reports.data import CurvePoint, ReportData, plain, save_tables, tables_folder
 from cascade.reports.heat_map import heat_map, heat_rows
 from cascade.reports.summary import MODELS, ModelScore
 from cascade.scoring.statistics import Score, breakdown, wilson
@@ -59,6 +59,7 @@ def render(data: ReportData, *, tables: str) -> str:
             difficulties=by_group(data, "difficulty"),
             outcomes=outcomes(data),
             chosen=next((t for t in data.trials if t.chosen), None),
+            looks=[(p, wilson(p.passed, p.answered) if p.answered else None) for p in data.curve if _is_look(p)],
             heat=heat_rows(data.layers),
             policies=policies(data.router),
             router_rows=router_rows(data.router) if data.router else [],
@@ -116,6 +117,11 @@ def outcomes(data: ReportData) -> dict[str, dict[str, int]]:
     return table
 
 
+def _is_look(point: CurvePoint) -> bool:
+    """Whether validation tasks were looked at after this step."""
+    return point.validation_loss is not None or point.answered > 0
+
+
 def policies(router: Any) -> list[tuple[str, str]]:
     """How good routing is beside the base, the best single model, chance and an oracle: policy and share of right."""
     quality = plain(router).get("quality", {})
@@ -160,7 +166,7 @@ def _figures(data: ReportData) -> dict[str, Markup]:
         "flow": (bool(data.tiers), lambda: figures.tier_flow(data.tiers)),
         "cost": (bool(data.tiers), lambda: figures.cost(data.tiers, s.cost_single_teacher_usd)),
         "kinds": (bool(data.kinds), lambda: figures.kinds(data.kinds)),
-        "loss": (bool(data.curve), lambda: figures.loss_curve(data.curve)),
+        "training": (bool(data.curve), lambda: figures.training_curves(data.curve)),
         "pareto": (bool(data.trials), lambda: figures.pareto(data.trials, limit)),
         "layers": (bool(data.layers), lambda: heat_map(data.layers)),
         "reliability": (bool(reliability), lambda: figures.reliability(reliability)),

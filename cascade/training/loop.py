@@ -14,7 +14,9 @@ from torch import nn
 from cascade.config import Lora
 from cascade.training.fused import fuse_lora
 from cascade.training.layout import Layout, layout_for
+from cascade.training.memory import memory_bytes
 from cascade.training.packing import Row, Step
+from cascade.training.schedule import learning_rate_at
 
 
 class TargetLoss(nn.Module):
@@ -77,6 +79,7 @@ class StepReport:
     Attributes:
         loss: mean over the step's target tokens (nats), over all workers.
         tokens: packed tokens of the step, over all workers; targets: learned ones among them.
+        memory_bytes: that the first worker took, see `cascade.training.memory`; 0 where nobody looked.
         sample_ids: the examples that were learned from, over all workers: the ledger of what was seen.
     """
 
@@ -89,6 +92,7 @@ class StepReport:
     seconds: float
     sample_ids: tuple[str, ...] = ()
     workers: int = 1
+    memory_bytes: int = 0
 
 
 class TorchEngine:
@@ -135,15 +139,6 @@ def set_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
         group["lr"] = learning_rate * group.get("rate_factor", 1.0)
 
 
-def learning_rate_at(step: int, total: int, settings: Lora) -> float:
-    """Linear warm-up, then a cosine down to 5 % of the peak."""
-    warmup = max(1, round(total * settings.warmup_share))
-    if step < warmup:
-        return settings.learning_rate * (step + 1) / warmup
-    progress = (step - warmup) / max(1, total - warmup)
-    return settings.learning_rate * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
-
-
 def run_steps(
     engine: Engine,
     plan: Sequence[Step],
@@ -176,7 +171,8 @@ def run_steps(
         norm = engine.step(rate)
         loss_mean = reduce_sum(float(summed)) / step.targets
         seconds = time.perf_counter() - began
-        yield StepReport(number, loss_mean, rate, norm, step.tokens, step.targets, seconds, step.sample_ids, world)
+        counts = step.tokens, step.targets, seconds, step.sample_ids, world, memory_bytes(engine.device)
+        yield StepReport(number, loss_mean, rate, norm, *counts)
 
 
 def summed_loss(engine: Engine, step: Step, rank: int, world: int) -> float:

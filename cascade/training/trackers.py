@@ -51,6 +51,7 @@ class Trackers:
             "train/learning_rate": report.learning_rate,
             "train/gradient_norm": report.gradient_norm,
             "train/tokens_per_second": report.tokens / report.seconds,
+            "train/memory_bytes": float(report.memory_bytes),
         }
         self._log(report.step + 1, figures)
 

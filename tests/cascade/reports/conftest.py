@@ -119,8 +119,17 @@ def report_data() -> ReportData:
         saving_interval=(saved.low, saved.high),
     )
     curve = [
-        CurvePoint(s, 2.4 * 0.985**s + 0.3 * rng.random(), 1e-3, 290.0, 2.5 * 0.987**s if s % 20 == 0 else None)
-        for s in range(1, 161)
+        CurvePoint(
+            s,
+            2.4 * 0.985**s + 0.3 * rng.random(),
+            1e-3 * min(1, (s + 1) / 10) * (1 - s / 170),
+            290.0 + 20 * rng.random(),
+            2.5 * 0.987**s if s % 20 == 19 else None,
+            0.8 + rng.random(),
+            1_200_000_000 + 1_000_000 * s,
+            *((48, 4 + s // 5) if s % 40 == 39 else ()),
+        )
+        for s in range(160)
     ]
     trials = [
         TrialRow(

@@ -65,7 +65,7 @@ def tables(report):
     return {path.stem: pq.read_table(path).to_pylist() for path in folder.glob("*.parquet")}
 
 
-NAMED = ("tier_shares/", "policy/", "reference/", "kind/", "shortcut/", "stage/", "general/")
+NAMED = ("training/", "tier_shares/", "policy/", "reference/", "kind/", "shortcut/", "stage/", "general/")
 """Beginnings of figures' names that have tests of their own."""
 
 
@@ -147,6 +147,43 @@ def test_every_number_of_the_stages_is_recomputed_from_parquet(report, page):
     html = report.read_text()
     assert percent(rows[-1]["disk_bytes"] / rows[0]["disk_bytes"]) in html
     assert f"{rows[2]['loss'] - rows[1]['loss']:+.4f}" in html
+
+
+def test_every_number_of_the_training_is_recomputed_from_parquet(report, page):
+    rows = tables(report)["curve"]
+    found = {
+        "training/steps": str(len(rows)),
+        "training/tokens_per_s": f"{sum(r['tokens_per_s'] for r in rows) / len(rows):.0f}",
+        "training/memory": f"{max(r['memory_bytes'] for r in rows) / 1e9:.2f} GB",
+    }
+    for row in rows:
+        if row["validation_loss"] is not None:
+            found[f"training/loss/{row['step'] + 1}"] = f"{row['validation_loss']:.4f}"
+        if row["answered"]:
+            found[f"training/accuracy/{row['step'] + 1}"] = percent(row["passed"] / row["answered"])
+    assert len(found) == 3 + 8 + 4
+    assert {name: text for name, text in page.figures.items() if name.startswith("training/")} == found
+    last = wilson(rows[-1]["passed"], rows[-1]["answered"])
+    assert f"<small> {percent(last.low)} – {percent(last.high)}</small>" in report.read_text()
+
+
+PANELS = ("loss", "right answers, validation", "learning rate", "norm of the gradient", "tokens per second", "memory")
+
+
+def test_each_curve_of_the_training_has_a_panel(report):
+    picture = figure_of(report.read_text(), "Training, step by step")
+    assert [p for p in PANELS if f">{p}" not in picture] == []
+
+
+def test_a_curve_from_before_norms_and_memory_were_kept_is_drawn_without_them(report_data, tmp_path):
+    page = write_report(report_data, tmp_path / "report.html")
+    table = page.with_name("report.tables") / "curve.parquet"
+    old = pq.read_table(table).drop_columns(["gradient_norm", "memory_bytes", "answered", "passed"])
+    pq.write_table(old, table)
+    html = render(load_tables(page), tables="t")
+    picture = figure_of(html, "Training, step by step")
+    assert [p for p in PANELS if f">{p}" in picture] == ["loss", "learning rate", "tokens per second"]
+    assert "at most in one worker" not in html
 
 
 def test_the_choice_is_explained(report):

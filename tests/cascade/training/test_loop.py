@@ -9,8 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from cascade.config import Base, Lora
 from cascade.models.base import load_base
@@ -18,9 +16,10 @@ from cascade.models.generation import generate
 from cascade.models.rows import Request
 from cascade.tasks import Message
 from cascade.training.examples import EncodedExample, encode_example
-from cascade.training.loop import TargetLoss, TorchEngine, learning_rate_at, mean_loss, run_steps
+from cascade.training.loop import TargetLoss, TorchEngine, mean_loss, run_steps
 from cascade.training.lora import add_lora, trainable
 from cascade.training.packing import Row, Step, pack, plan_steps
+from cascade.training.schedule import learning_rate_at
 
 CPU = torch.device("cpu")
 SETTINGS = Lora(rank=4, learning_rate=5e-3, epochs=2, tokens_per_step=90, max_length=48, gradient_clip=0.7)
@@ -215,24 +214,6 @@ def test_gradients_are_clipped_before_the_step_and_cleared_after(module):
     assert all(p.grad is None for p in engine.parameters)
 
 
-def test_the_schedule_warms_up_and_falls_to_a_twentieth():
-    settings = Lora(learning_rate=1.0, warmup_share=0.1)
-    rates = [learning_rate_at(i, 100, settings) for i in range(100)]
-    assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
-    assert rates[10] == pytest.approx(1.0)
-    assert rates[55] == pytest.approx(0.05 + 0.95 / 2)
-    assert rates[10:] == sorted(rates[10:], reverse=True)
-    assert 0.05 < rates[99] < 0.051
-
-
-@given(st.integers(1, 400), st.floats(0, 1))
-def test_no_step_is_without_a_rate(total, warmup):
-    settings = Lora(learning_rate=2.0, warmup_share=warmup)
-    rates = [learning_rate_at(i, total, settings) for i in range(total)]
-    assert all(0 < r <= 2.0 for r in rates)
-    assert max(rates) == pytest.approx(2.0)
-
-
 def test_the_rate_of_each_step_is_the_one_used(module):
     engine = TorchEngine(module, SETTINGS)
     used = []
@@ -240,6 +221,7 @@ def test_the_rate_of_each_step_is_the_one_used(module):
     engine.optimizer.step = lambda: used.append(engine.optimizer.param_groups[0]["lr"]) or original()
     reports = list(run_steps(engine, PLAN, SETTINGS, start=2))
     assert [r.step for r in reports] == list(range(2, len(PLAN)))
+    assert all(10e6 < r.memory_bytes < 100e9 for r in reports), "torch alone takes more than the one"
     assert used == [r.learning_rate for r in reports]
     assert used == [learning_rate_at(i, len(PLAN), SETTINGS) for i in range(2, len(PLAN))]
 

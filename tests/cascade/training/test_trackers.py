@@ -14,7 +14,7 @@ from cascade.training.looks import Look
 from cascade.training.loop import StepReport
 from cascade.training.trackers import TENSORBOARD, Trackers
 
-REPORT = StepReport(4, loss=1.5, learning_rate=1e-3, gradient_norm=float("nan"), tokens=600, targets=60, seconds=2.0)
+REPORT = StepReport(4, loss=1.5, learning_rate=1e-3, gradient_norm=float("nan"), tokens=600, targets=60, seconds=2.0, memory_bytes=2_000_000_000)
 
 
 def config(*trackers):
@@ -40,6 +40,7 @@ def test_tensorboard_has_the_curves(run):
         "train/loss": [(5, 1.5)],
         "train/learning_rate": [(5, pytest.approx(1e-3))],
         "train/tokens_per_second": [(5, 300)],
+        "train/memory_bytes": [(5, 2e9)],
         "validation/loss": [(5, 1.25)],
         "validation/accuracy": [(5, 0.75)],
     }
@@ -66,7 +67,7 @@ def test_named_trackers_get_the_same_figures(run, monkeypatch):
     trackers = Trackers.open(config("mlflow", "wandb"), run)
     trackers.step(REPORT)
     trackers.close()
-    figures = {"train/loss": 1.5, "train/learning_rate": 1e-3, "train/tokens_per_second": 300.0}
+    figures = {"train/loss": 1.5, "train/learning_rate": 1e-3, "train/tokens_per_second": 300.0, "train/memory_bytes": 2e9}
     assert ("log_metrics", (figures,), {"step": 5}) in mlflow.calls
     assert ("log", (figures,), {"step": 5}) in wandb.calls
     assert mlflow.calls[-1][0] == "end_run"
