@@ -9,16 +9,22 @@ from typing import Any
 import torch
 
 from cascade.config import Training
-from cascade.training.loop import TargetLoss, adamw, set_rate
+from cascade.errors import DataError
+from cascade.training.loop import TargetLoss, adamw, clip_or_drop, set_rate
 from cascade.training.packing import Row
+
+STATE = "state.pt"
+"""The file of a checkpoint."""
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""What AdamW keeps of each parameter beside the number of its steps."""
 
 
 def deepspeed_config(training: Training, dtype: torch.dtype) -> dict[str, Any]:
     """DeepSpeed's own configuration for our settings.
 
     Gradient accumulation is the loop's (`managed_gradient_accumulation` off): a step has as many rows as it has.
-    Stage 0 trains the adapter in float32 beside a base of any dtype, so it needs no master weights, and its
-    checkpoints fit any number of workers; it clips in the engine below, which DeepSpeed does not tell the norm of.
+    Stage 0 trains the adapter in float32 beside a base of any dtype, so it needs no master weights; it clips in the
+    engine below, which DeepSpeed does not tell the norm of. The other stages skip a step whose gradient is not finite.
     """
     offload = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     zero: dict[str, Any] = {"stage": training.zero_stage}
@@ -53,6 +59,9 @@ class DeepSpeedEngine:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.device, self.module, self.stage = device, module, training.zero_stage
         self.parameters = [p for p in module.parameters() if p.requires_grad]
+        named = module.model.named_parameters()
+        # Kept as they are: DeepSpeed rounds them to bfloat16, and spreads them over the workers in stage 3.
+        self.frozen = {name: _on_cpu(p) for name, p in named if "lora_" in name and not p.requires_grad}
         self.norm: torch.Tensor | None = None
         optimizer = adamw(module, training.lora)
         if not self.stage:
@@ -80,29 +89,119 @@ class DeepSpeedEngine:
 
     def _clip(self, most: float) -> None:
         """Clip gradients that were just averaged over the workers, before the optimiser takes its step."""
-        self.norm = torch.nn.utils.clip_grad_norm_(self.parameters, most)
+        self.norm = clip_or_drop(self.parameters, most)
 
     def save(self, folder: str | Path, step: int) -> None:
-        """This worker's part of a checkpoint: trainable weights, optimiser, next step. Every worker calls it."""
-        self.engine.save_checkpoint(
-            str(folder), tag="state", client_state={"next_step": step}, exclude_frozen_parameters=True
-        )
+        """Trainable weights, AdamW's moments, the next step, as one file that fits any stage and number of workers.
+
+        LoRA's state is small enough to be gathered whole. Every worker calls it, the first writes.
+        """
+        updates = self._updates()
+        found = {name: self._whole(p) for name, p in self._trainable()}
+        moments = {key: {n: self._moment(p, key) for n, p in self._trainable()} for key in MOMENTS if updates}
+        if torch.distributed.get_rank() == 0:
+            state = {"next_step": step, "updates": updates, "weights": found, "moments": moments}
+            torch.save(state, Path(folder) / STATE)
 
     def load(self, folder: str | Path) -> int:
-        """Continue from a checkpoint; returns the next step."""
-        path, state = self.engine.load_checkpoint(str(folder), tag="state", load_module_strict=False)
-        if path is None:
-            raise FileNotFoundError(f"no DeepSpeed checkpoint in {folder}")
+        """Continue from a checkpoint; returns the next step.
+
+        Raises:
+            DataError: it is none, or one of another adapter.
+        """
+        path = Path(folder) / STATE
+        if not path.exists():
+            raise DataError(f"{folder} holds no {STATE}: it is no checkpoint of this version")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        names = [name for name, _ in self._trainable()]
+        if set(names) != set(state["weights"]):
+            raise DataError(f"{path} is a checkpoint of another adapter or base than this one")
+        if state["updates"]:
+            self._make_moments(state["updates"])
+        for name, parameter in self._trainable():
+            self._set_weight(parameter, state["weights"][name])
+            for key, values in state["moments"].items():
+                self._set(parameter, values[name], key)
         return int(state["next_step"])
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """Trainable parameters by name in the model, whole and in float32, on the CPU. Every worker calls it."""
+        """All parameters of the adapter by name in the model, the frozen ones too, whole and in float32, on the CPU.
+
+        Every worker calls it.
+        """
+        return self.frozen | {name: self._whole(p) for name, p in self._trainable()}
+
+    def _trainable(self) -> list[tuple[str, torch.nn.Parameter]]:
+        return [(name, p) for name, p in self.module.model.named_parameters() if p.requires_grad]
+
+    def _whole(self, parameter: torch.nn.Parameter) -> torch.Tensor:
         from deepspeed.utils import safe_get_full_fp32_param
 
-        found: dict[str, torch.Tensor] = {}
-        for name, parameter in self.module.model.named_parameters():
-            if parameter.requires_grad:
-                full = safe_get_full_fp32_param(parameter) if self.stage else None
-                whole = parameter if full is None else full.reshape(getattr(parameter, "ds_shape", parameter.shape))
-                found[name] = whole.detach().to("cpu", torch.float32, copy=True)
-        return found
+        if not self.stage:
+            return _on_cpu(parameter)
+        return _on_cpu(safe_get_full_fp32_param(parameter).reshape(getattr(parameter, "ds_shape", parameter.shape)))
+
+    def _moment(self, parameter: torch.nn.Parameter, key: str) -> torch.Tensor:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        if not self.stage:
+            return _on_cpu(self.optimizer.state[parameter][key])
+        return _on_cpu(safe_get_full_optimizer_state(parameter, key))
+
+    @property
+    def _inner(self) -> torch.optim.Optimizer:
+        """The AdamW that DeepSpeed's optimiser of stage 1 to 3 holds, or itself."""
+        inner: torch.optim.Optimizer = self.optimizer.optimizer if self.stage else self.optimizer
+        return inner
+
+    def _stepped(self) -> list[torch.Tensor]:
+        """What AdamW has in its hands: the parameters, or this worker's flat parts of them."""
+        if not self.stage:
+            return list(self.parameters)
+        parts = "fp32_partitioned_groups_flat" if self.stage == 3 else "single_partition_of_fp32_groups"
+        return list(getattr(self.optimizer, parts))
+
+    def _updates(self) -> int:
+        """Steps that AdamW has taken; those that were skipped are none."""
+        found = [self._inner.state.get(tensor, {}).get("step") for tensor in self._stepped()]
+        return max((int(step) for step in found if step is not None), default=0)
+
+    def _make_moments(self, updates: int) -> None:
+        """AdamW's state as it is after so many steps, with moments of zero."""
+        for tensor in self._stepped():
+            step = torch.tensor(float(updates), device=tensor.device)
+            self._inner.state[tensor] = {"step": step, **{key: torch.zeros_like(tensor) for key in MOMENTS}}
+        if self.stage in (1, 2):  # it finds the parameters' places in flat moments once, after its first step
+            self.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _set_weight(self, parameter: torch.nn.Parameter, weight: torch.Tensor) -> None:
+        """Of the model, in its own dtype, and the exact one that AdamW goes on from."""
+        from deepspeed import zero
+
+        with zero.GatheredParameters([parameter], modifier_rank=0, enabled=self.stage == 3), torch.no_grad():
+            parameter.copy_(weight)
+        if self.stage:
+            self._set(parameter, weight)
+
+    def _set(self, parameter: torch.nn.Parameter, value: torch.Tensor, key: str | None = None) -> None:
+        """Of a whole tensor, what AdamW has of it here: a moment, or the parameter itself without a key."""
+        from deepspeed import utils
+
+        if not self.stage:
+            self.optimizer.state[parameter][key].copy_(value)
+            return
+        if self.stage < 3:
+            write, part = "full", value
+        else:  # DeepSpeed's own setter of whole tensors does not fill up those that the workers do not divide
+            spread: Any = parameter
+            write, count = "local", spread.ds_tensor.numel()
+            flat = torch.nn.functional.pad(value.flatten(), (0, count * torch.distributed.get_world_size()))
+            part = flat.narrow(0, count * torch.distributed.get_rank(), count)
+        if key is None:
+            getattr(utils, f"safe_set_{write}_fp32_param")(parameter, part)
+        else:
+            getattr(utils, f"safe_set_{write}_optimizer_state")(parameter, part, key)
+
+
+def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", torch.float32, copy=True)

@@ -12,11 +12,15 @@ import torch
 from torch import nn
 
 from cascade.config import Lora
+from cascade.errors import DataError
 from cascade.training.fused import fuse_lora
 from cascade.training.layout import Layout, layout_for
 from cascade.training.memory import memory_bytes
 from cascade.training.packing import Row, Step
 from cascade.training.schedule import learning_rate_at
+
+MOST_SKIPPED = 3
+"""Steps in a row without a finite gradient that end a training: it would not come back."""
 
 
 class TargetLoss(nn.Module):
@@ -69,7 +73,7 @@ class Engine(Protocol):
         """Accumulate gradients."""
 
     def step(self, learning_rate: float) -> float:
-        """Clip, update, clear; returns the gradient's norm before clipping."""
+        """Clip, update, clear; returns the gradient's norm before clipping. One that is not finite updates nothing."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,11 @@ class StepReport:
     workers: int = 1
     memory_bytes: int = 0
 
+    @property
+    def skipped(self) -> bool:
+        """Whether nothing was learned, since loss or gradient was not finite."""
+        return not (math.isfinite(self.loss) and math.isfinite(self.gradient_norm))
+
 
 class TorchEngine:
     """A plain single-process engine: AdamW on the trainable parameters."""
@@ -114,10 +123,23 @@ class TorchEngine:
 
     def step(self, learning_rate: float) -> float:
         set_rate(self.optimizer, learning_rate)
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        norm = clip_or_drop(self.parameters, self.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return float(norm)
+
+
+def clip_or_drop(parameters: Sequence[nn.Parameter], most: float) -> torch.Tensor:
+    """Clip gradients to a norm, or drop them if they are not finite: the optimiser then leaves all as it is.
+
+    Returns:
+        Their norm before.
+    """
+    norm = nn.utils.clip_grad_norm_(parameters, most)
+    if not torch.isfinite(norm):
+        for parameter in parameters:
+            parameter.grad = None
+    return norm
 
 
 def adamw(module: nn.Module, settings: Lora) -> torch.optim.AdamW:
@@ -153,10 +175,15 @@ def run_steps(
 
     The loss of a step is the mean over its target tokens on all workers, so the number of workers and how rows
     fall to them do not change what is learned. Engines average gradients over workers, hence the factor `world`.
+    A step whose loss or gradient is not finite changes nothing and is reported as skipped.
 
     Args:
         reduce_sum: sums a number over all workers.
+
+    Raises:
+        DataError: several steps in a row were skipped.
     """
+    skipped: list[StepReport] = []
     for number in range(start, len(plan)):
         step, began = plan[number], time.perf_counter()
         summed = torch.zeros((), device=engine.device)
@@ -164,7 +191,8 @@ def run_steps(
             # A worker without a row still takes part in the collective work, with a loss of zero weight.
             loss = engine.loss(row or step.rows[0])
             weight = world / step.targets if row is not None else 0.0
-            engine.backward(loss * weight)
+            # A loss that is not finite makes all gradients so, on all workers: none of them takes the step.
+            engine.backward(loss * torch.where(loss.detach().isfinite(), weight, math.nan))
             if row is not None:
                 summed += loss.detach()  # read after the step: reading waits for a GPU
         rate = learning_rate_at(number, len(plan), settings)
@@ -172,7 +200,21 @@ def run_steps(
         loss_mean = reduce_sum(float(summed)) / step.targets
         seconds = time.perf_counter() - began
         counts = step.tokens, step.targets, seconds, step.sample_ids, world, memory_bytes(engine.device)
-        yield StepReport(number, loss_mean, rate, norm, *counts)
+        found = StepReport(number, loss_mean, rate, norm, *counts)
+        skipped = [*skipped, found] if found.skipped else []
+        yield found
+        if len(skipped) >= MOST_SKIPPED:
+            raise DataError(_not_finite(skipped))
+
+
+def _not_finite(skipped: Sequence[StepReport]) -> str:
+    ids = list(dict.fromkeys(i for report in skipped for i in report.sample_ids))
+    shown = ", ".join(ids[:20]) + (f" and {len(ids) - 20} more" if len(ids) > 20 else "")
+    return (
+        f"loss or gradient was not finite in {len(skipped)} steps in a row (from step {skipped[0].step + 1} on), which "
+        f"were skipped; they learn from {shown}. Lower training.lora.learning_rate or training.lora.alpha, set "
+        "base.dtype to float32, or take these examples out; what the last checkpoint holds is sound"
+    )
 
 
 def summed_loss(engine: Engine, step: Step, rank: int, world: int) -> float:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from cascade.config import Base, Lora
+from cascade.errors import DataError
 from cascade.models.base import load_base
 from cascade.models.generation import generate
 from cascade.models.rows import Request
@@ -260,3 +261,42 @@ def test_gradient_checkpointing_changes_nothing_but_memory(module):
     other.model.train()
     one, two = train(module), train(other)
     assert [r.loss for r in one] == pytest.approx([r.loss for r in two], rel=1e-5)
+
+
+def poisoned(engine, numbers, kind):
+    """An engine whose loss or gradient is not finite in the steps of these numbers (from 0)."""
+    counted = {"step": 0}
+    loss, step = engine.loss, engine.step
+
+    def bad_loss(row):
+        found = loss(row)
+        return found * math.inf if counted["step"] in numbers and kind == "loss" else found
+
+    def bad_step(rate):
+        if counted["step"] in numbers and kind == "gradient":
+            engine.parameters[-1].grad[0, 0] = math.nan
+        counted["step"] += 1
+        return step(rate)
+
+    engine.loss, engine.step = bad_loss, bad_step
+    return engine
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_is_skipped_and_the_others_are_as_without_it(module, kind):
+    other = copy.deepcopy(module)
+    reports = list(run_steps(poisoned(TorchEngine(module, SETTINGS), {1, 2}, kind), PLAN[:5], SETTINGS))
+    assert [r.skipped for r in reports] == [False, True, True, False, False]
+    engine = TorchEngine(other, SETTINGS)
+    for k in (0, 3, 4):
+        next(run_steps(engine, PLAN[:5], SETTINGS, start=k))
+    for x, y in zip(weights(module), weights(other), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_several_steps_in_a_row_that_are_not_finite_end_the_training(module):
+    before = weights(module)
+    steps = run_steps(poisoned(TorchEngine(module, SETTINGS), range(99), "loss"), PLAN, SETTINGS)
+    with pytest.raises(DataError, match=r"3 steps in a row \(from step 1 on\).*e\d.*training\.lora\.learning_rate"):
+        list(steps)
+    assert all(torch.equal(x, y) for x, y in zip(before, weights(module), strict=True))
