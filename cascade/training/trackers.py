@@ -1,22 +1,35 @@
-"""Where the figures of a training go beside the run's own tables: TensorBoard always, MLflow and W&B when set."""
+"""Where the figures of a training go beside the run's own tables: TensorBoard always, MLflow and W&B when set.
+
+They are for people to look at: a tracker that fails is warned of and left alone for a while, and training goes on.
+"""
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import logging
 import math
+import os
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from cascade.artifacts import Run
 from cascade.config import Config
-from cascade.errors import ConfigError
+from cascade.errors import CascadeError, ConfigError
 from cascade.training.looks import Look
 from cascade.training.loop import StepReport
 
 TENSORBOARD = "tensorboard"
 """Folder of the event files, in the run: `tensorboard --logdir` on it shows the curves."""
+
+
+QUIET_S = 300.0
+"""Seconds for which a tracker that failed is left alone: one that cannot be reached may take long to say so."""
+_TAG = "cascade.fingerprint"
+"""MLflow's tag by which a resumed training finds its run."""
 
 
 class Tracker(Protocol):
@@ -36,13 +49,18 @@ class Trackers:
         self.trackers = trackers
 
     @classmethod
-    def open(cls, config: Config, run: Run) -> Trackers:
+    def open(cls, config: Config, run: Run, start: int = 0) -> Trackers:
         """TensorBoard in the run, and what `training.trackers` names.
+
+        Args:
+            start: steps that were done before; what an earlier start of the training showed of later ones is void.
 
         Raises:
             ConfigError: a named tracker's package is not installed.
         """
-        return cls([TensorBoard(run), *(OPEN[name](config, run) for name in config.training.trackers)])
+        check_installed(config)
+        openers = {TENSORBOARD: lambda config, run: TensorBoard(run, start)} | OPEN
+        return cls([_Guarded(name, config, run, openers[name]) for name in (TENSORBOARD, *config.training.trackers)])
 
     def step(self, report: StepReport) -> None:
         """Figures of an optimiser step."""
@@ -76,11 +94,51 @@ class Trackers:
             tracker.close()
 
 
+class _Guarded:
+    """A tracker that may fail."""
+
+    def __init__(self, name: str, config: Config, run: Run, opener: Callable[[Config, Run], Tracker]) -> None:
+        self.name, self.warned, self.quiet_until = name, False, -math.inf
+        self.open = lambda: opener(config, run)
+        self.tracker: Tracker | None = None
+        self._try(lambda tracker: None)
+
+    def log(self, step: int, figures: dict[str, float]) -> None:
+        self._try(lambda tracker: tracker.log(step, figures))
+
+    def flush(self) -> None:
+        self._try(lambda tracker: tracker.flush())
+
+    def close(self) -> None:
+        if self.tracker is not None:
+            self._try(lambda tracker: tracker.close())
+
+    def _try(self, action: Callable[[Tracker], None]) -> None:
+        """Do something with the tracker, opened if it is not yet."""
+        if time.monotonic() < self.quiet_until:
+            return
+        try:
+            self.tracker = self.tracker or self.open()
+            action(self.tracker)
+        except CascadeError:
+            raise
+        except Exception as error:
+            self.quiet_until = time.monotonic() + QUIET_S
+            if not self.warned:
+                self.warned = True
+                logging.getLogger(__name__).warning(
+                    "%s takes no figures (%s: %s); training goes on, and tries it again from time to time",
+                    self.name,
+                    type(error).__name__,
+                    error,
+                )
+
+
 class TensorBoard:
     """Event files, written in the run's folder or, where that is no local one, copied there at each flush."""
 
-    def __init__(self, run: Run) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event
+    def __init__(self, run: Run, start: int = 0) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.compat.proto.summary_pb2 import Summary
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
@@ -89,10 +147,10 @@ class TensorBoard:
         local = tempfile.mkdtemp() if self.remote else run.store.path(f"{run.folder}/{TENSORBOARD}")
         self.folder = Path(local)
         self.writer = EventFileWriter(local)
+        # TensorBoard drops what it has of later steps when it reads that a session starts.
+        self.writer.add_event(Event(step=start + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def log(self, step: int, figures: dict[str, float]) -> None:
-        import time
-
         values = [self.summary.Value(tag=name, simple_value=value) for name, value in figures.items()]
         event = self.event(wall_time=time.time(), step=step, summary=self.summary(value=values))
         self.writer.add_event(event)
@@ -111,10 +169,21 @@ class _Mlflow:
     """A run on the server of MLFLOW_TRACKING_URI, named after ours; a resumed training goes on in it."""
 
     def __init__(self, config: Config, run: Run) -> None:
-        self.mlflow = _package("mlflow")
-        self.mlflow.set_experiment(f"cascade-{config.domain}")
-        self.mlflow.start_run(run_name=run.name)
-        self.mlflow.log_params(config.training.lora.model_dump())
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # training waits for it, minutes by default
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        self.mlflow = importlib.import_module("mlflow")
+        experiment = self.mlflow.set_experiment(f"cascade-{config.domain}")
+        found = self.mlflow.search_runs(
+            experiment_ids=[experiment.experiment_id],
+            filter_string=f"tags.`{_TAG}` = '{run.fingerprint}'",
+            max_results=1,
+            output_format="list",
+        )
+        if found:
+            self.mlflow.start_run(run_id=found[0].info.run_id)
+        else:
+            self.mlflow.start_run(run_name=run.name, tags={_TAG: run.fingerprint})
+            self.mlflow.log_params(config.training.lora.model_dump())
 
     def log(self, step: int, figures: dict[str, float]) -> None:
         self.mlflow.log_metrics(figures, step=step)
@@ -131,7 +200,9 @@ class _Wandb:
 
     def __init__(self, config: Config, run: Run) -> None:
         settings = config.training.model_dump(mode="json")
-        self.run = _package("wandb").init(name=run.name, id=run.fingerprint, resume="allow", config=settings)
+        self.run = importlib.import_module("wandb").init(
+            name=run.name, id=run.fingerprint, resume="allow", config=settings
+        )
 
     def log(self, step: int, figures: dict[str, float]) -> None:
         self.run.log(figures, step=step)
@@ -146,10 +217,13 @@ class _Wandb:
 OPEN: dict[str, Callable[[Config, Run], Tracker]] = {"mlflow": _Mlflow, "wandb": _Wandb}
 
 
-def _package(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ConfigError(
-            f"training.trackers names {name}, which is not installed: pip install {name}, or leave it out"
-        ) from error
+def check_installed(config: Config) -> None:
+    """
+    Raises:
+        ConfigError: the package of a tracker that the config names is not there.
+    """
+    for name in config.training.trackers:
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(
+                f"training.trackers names {name}, which is not installed: pip install {name}, or leave it out"
+            )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,11 +11,21 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from cascade.artifacts import Run, Store
 from cascade.errors import ConfigError
+from cascade.training import trackers as trackers_module
 from cascade.training.looks import Look
 from cascade.training.loop import StepReport
 from cascade.training.trackers import TENSORBOARD, Trackers
 
-REPORT = StepReport(4, loss=1.5, learning_rate=1e-3, gradient_norm=float("nan"), tokens=600, targets=60, seconds=2.0, memory_bytes=2_000_000_000)
+REPORT = StepReport(
+    4,
+    loss=1.5,
+    learning_rate=1e-3,
+    gradient_norm=float("nan"),
+    tokens=600,
+    targets=60,
+    seconds=2.0,
+    memory_bytes=2_000_000_000,
+)
 
 
 def config(*trackers):
@@ -62,17 +73,93 @@ class FakeTracker(SimpleNamespace):
 
 def test_named_trackers_get_the_same_figures(run, monkeypatch):
     mlflow, wandb = FakeTracker(), FakeTracker()
+    mlflow.search_runs = lambda **named: []
     monkeypatch.setitem(sys.modules, "mlflow", mlflow)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     trackers = Trackers.open(config("mlflow", "wandb"), run)
     trackers.step(REPORT)
     trackers.close()
-    figures = {"train/loss": 1.5, "train/learning_rate": 1e-3, "train/tokens_per_second": 300.0, "train/memory_bytes": 2e9}
+    figures = {
+        "train/loss": 1.5,
+        "train/learning_rate": 1e-3,
+        "train/tokens_per_second": 300.0,
+        "train/memory_bytes": 2e9,
+    }
     assert ("log_metrics", (figures,), {"step": 5}) in mlflow.calls
     assert ("log", (figures,), {"step": 5}) in wandb.calls
     assert mlflow.calls[-1][0] == "end_run"
     assert wandb.calls[-1][0] == "finish"
     assert next(named for name, _, named in wandb.calls if name == "init")["resume"] == "allow"
+
+
+def test_a_resumed_training_goes_on_in_its_mlflow_run(run, monkeypatch):
+    known = SimpleNamespace(info=SimpleNamespace(run_id="abc"))
+    mlflow = FakeTracker()
+    mlflow.search_runs = lambda **named: mlflow.calls.append(("search_runs", (), named)) or found
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
+    for found, expected in (([], {"run_name": run.name, "tags": {"cascade.fingerprint": "0f0f"}}), ([known], "abc")):
+        mlflow.calls.clear()
+        Trackers.open(config("mlflow"), run, 7).close()
+        started = next(named for name, _, named in mlflow.calls if name == "start_run")
+        assert started == (expected if found == [] else {"run_id": expected})
+        assert any(name == "log_params" for name, _, _ in mlflow.calls) == (found == [])
+    assert mlflow.calls[1][2]["filter_string"] == "tags.`cascade.fingerprint` = '0f0f'"
+
+
+class Unreachable:
+    """A tracker whose server is not there, from some call on."""
+
+    def __init__(self, works=0):
+        self.works, self.calls = works, 0
+
+    def log(self, step, figures):
+        self.calls += 1
+        if self.calls > self.works:
+            raise ConnectionError("nobody there")
+
+    flush = close = lambda self: self.log(0, {})
+
+
+@pytest.mark.parametrize("opens", [True, False])
+def test_a_tracker_that_cannot_be_reached_is_warned_of_once_and_harms_nothing(run, monkeypatch, caplog, opens):
+    tracker = Unreachable(works=1)
+    opened = []
+
+    def opener(config, run):
+        opened.append(1)
+        if not opens:
+            raise ConnectionError("nobody there")
+        return tracker
+
+    monkeypatch.setitem(trackers_module.OPEN, "mlflow", opener)
+    monkeypatch.setitem(sys.modules, "mlflow", FakeTracker())
+    trackers = Trackers.open(config("mlflow"), run)
+    for _ in range(5):
+        trackers.step(REPORT)
+    trackers.flush()
+    assert tracker.calls == (2 if opens else 0)  # and is then left alone: it may take minutes to say so
+    assert len(opened) == 1
+    monkeypatch.setattr(trackers_module, "QUIET_S", 0.0)
+    trackers.trackers[1].quiet_until = 0.0
+    trackers.step(REPORT)
+    trackers.close()
+    assert (tracker.calls if opens else len(opened)) > 1
+    assert len([r for r in caplog.records if "mlflow takes no figures (ConnectionError" in r.message]) == 1
+    events = EventAccumulator(run.store.path(f"{run.folder}/{TENSORBOARD}"))
+    events.Reload()
+    assert len(events.Scalars("train/loss")) == 6  # the others got everything
+
+
+def test_what_a_resumed_training_computes_again_is_shown_once(run):
+    for start, steps in ((0, range(8)), (5, range(5, 10))):
+        trackers = Trackers.open(config(), run, start)
+        for step in steps:
+            trackers.step(replace(REPORT, step=step, loss=1.0 + start))
+        trackers.close()
+    events = EventAccumulator(run.store.path(f"{run.folder}/{TENSORBOARD}"))
+    events.Reload()
+    found = [(e.step, e.value) for e in events.Scalars("train/loss")]
+    assert found == [(step, 1.0 if step <= 5 else 6.0) for step in range(1, 11)]
 
 
 def test_a_tracker_that_is_not_installed_is_named(run, monkeypatch):
