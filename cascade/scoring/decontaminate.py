@@ -1,13 +1,15 @@
 """Keeping test tasks out of training data, and near-duplicates out of it.
 
-Two checks per example and test task, over the words of their texts: the same normalised prompt, and a shared run of 13
-words (the GPT-3 rule). Texts shorter than 13 words are compared whole. Near-duplicates are found by MinHash over word
-5-grams (library `datasketch`), their Jaccard similarity then measured exactly.
+Three checks per example and test task. *exact*: a message is the task's question or its whole prompt, normalised.
+*question*: a message holds the whole question, if that has 8 words or more. *ngram*: it shares a run of 13 words with
+the task (the GPT-3 rule) that is more than boilerplate. Near-duplicates are found by MinHash over word 5-grams
+(library `datasketch`), their Jaccard similarity then measured exactly.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,9 +19,13 @@ from typing import Literal
 from datasketch import MinHash, MinHashLSH
 
 from cascade.benchmarks.normalise import normalise
+from cascade.benchmarks.questions import questions, unwrapped
 from cascade.tasks import Example, Task
 
 NGRAM = 13
+WHOLE = 8
+"""Words from which on a whole question inside a message tells; shorter ones ("Which of these is true?") must be all of
+it."""
 SHARED_BY, SHARED_SHARE = 10, 0.2
 """A run of words that more test tasks than this, and this share of their category, have in common is boilerplate (an
 instruction, a template), not content."""
@@ -29,8 +35,12 @@ CONTENT = 7
 """Words of a run that must lie outside boilerplate: "your task: write a function to find the sum of" proves nothing."""
 TEMPLATED = frozenset({"reasoning_gym"})
 """Benchmarks whose prompts are filled-in templates: they share runs of words by construction, so that only a whole
-prompt inside an example tells."""
+prompt inside an example tells, its symbols included ("3 + 4" is not "3 - 4")."""
+_EDGES = " .,;:!?\"'`*"
 _WORD = re.compile(r"\w+", re.UNICODE)
+
+
+Kind = Literal["exact", "question", "ngram"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +50,14 @@ class Overlap:
     Attributes:
         example: position in the list of examples.
         task_id: of the test task.
-        kind: "exact" for the same normalised prompt, "ngram" for a shared run of words.
+        kind: "exact" for the same normalised text, "question" for a whole question within a message, "ngram" for a
+            shared run of words.
         text: what they share.
     """
 
     example: int
     task_id: str
-    kind: Literal["exact", "ngram"]
+    kind: Kind
     text: str
 
 
@@ -63,8 +74,8 @@ def ngrams(text: str, n: int = NGRAM) -> Iterator[tuple[str, ...]]:
 
 
 def _task_texts(task: Task) -> list[str]:
-    """What of a test task must not be learned: its question, and the answer texts that are long enough to tell."""
-    return [task.prompt, *(c for c in task.choices if len(words(c)) >= NGRAM), *_solutions(task)]
+    """What of a test task must not be learned: its questions, and the answer texts that are long enough to tell."""
+    return [task.prompt, *questions(task)[1:], *(c for c in task.choices if len(words(c)) >= NGRAM), *_solutions(task)]
 
 
 def _solutions(task: Task) -> list[str]:
@@ -89,26 +100,82 @@ def find_overlaps(examples: Sequence[Example], test_tasks: Iterable[Task], *, n:
         Overlaps by example, then task. An example without any is clean.
     """
     tasks = list(test_tasks)
-    index = _index(tasks, n)
-    whole = {i: " ".join(words(t.prompt)) for i, t in enumerate(tasks) if t.benchmark in TEMPLATED}
-    prompts: dict[str, list[str]] = defaultdict(list)
-    for task in tasks:
-        prompts[normalise(task.prompt)].append(task.id)
+    asked, runs = _Questions(tasks), _index(tasks, n)
     found = []
     for position, example in enumerate(examples):
-        seen: set[str] = set()
+        seen: set[int] = set()
         for text in _example_texts(example):
-            for task_id in prompts.get(normalise(text), ()):
-                if task_id not in seen:
-                    seen.add(task_id)
-                    found.append(Overlap(position, task_id, "exact", text))
-            joined = " ".join(words(text))
-            for run in ngrams(text, n):
-                for number in index.get(_key(run), ()):
-                    if tasks[number].id not in seen and whole.get(number, "") in joined:
-                        seen.add(tasks[number].id)
-                        found.append(Overlap(position, tasks[number].id, "ngram", " ".join(run)))
+            own = words(text)
+            shared = itertools.chain(
+                ((number, "exact", text) for number in asked.equal(example.benchmark, text)),
+                ((number, "question", tasks[number].prompt) for number in asked.within(text, own)),
+                ((number, "ngram", " ".join(run)) for run in _windows(own, n) for number in runs.get(_key(run), ())),
+            )
+            for number, kind, what in shared:
+                if number not in seen:
+                    seen.add(number)
+                    found.append(Overlap(position, tasks[number].id, kind, what))  # type: ignore[arg-type]
     return found
+
+
+class _Questions:
+    """The questions of test tasks, to be found as a whole message or within one.
+
+    A question is looked up by its rarest run of `WHOLE` words. Where several questions have the same words and differ
+    in symbols alone (brackets to be closed, signs of a sum), and in templates, the symbols must be there as well.
+    """
+
+    def __init__(self, tasks: Sequence[Task]) -> None:
+        self._equal: dict[str, list[int]] = defaultdict(list)
+        self._texts: dict[str, list[int]] = defaultdict(list)
+        for number, task in enumerate(tasks):
+            bare = questions(task)
+            for key in {_bare(task.prompt), _bare(bare[0])}:
+                self._equal[key].append(number)
+            for key in dict.fromkeys(map(normalise, bare)):
+                self._texts[key].append(number)
+        spoken = {text: " ".join(words(text)) for text in self._texts}
+        said = Counter(spoken.values())
+        self._spoken = {
+            text: None if said[own] > 1 or tasks[self._texts[text][0]].benchmark in TEMPLATED else own
+            for text, own in spoken.items()
+        }
+        runs = {text: [_key(run) for run in _windows(own.split(), WHOLE)] for text, own in spoken.items()}
+        counts = Counter(key for keys in runs.values() for key in keys)
+        self._anchors: dict[bytes, list[str]] = defaultdict(list)
+        for text, keys in runs.items():
+            if keys:
+                self._anchors[min(keys, key=counts.__getitem__)].append(text)
+
+    def equal(self, benchmark: str, text: str) -> Iterator[int]:
+        """Tasks whose question or prompt is all of a text, or of what the benchmark's prompt wraps in it."""
+        for key in dict.fromkeys([_bare(text), _bare(unwrapped(benchmark, text))]):
+            yield from self._equal.get(key, ())
+
+    def within(self, text: str, own: Sequence[str]) -> Iterator[int]:
+        """Tasks whose whole question is in a text, of which `own` are the words."""
+        candidates = {q: None for run in _windows(own, WHOLE) for q in self._anchors.get(_key(run), ())}
+        if candidates:
+            spoken, written = f" {' '.join(own)} ", normalise(text)
+            for question in candidates:
+                bare = self._spoken[question]
+                if f" {bare} " in spoken if bare is not None else _holds(written, question):
+                    yield from self._texts[question]
+
+
+def _bare(text: str) -> str:
+    """A text normalised, without marks at its ends; as it is if there is nothing else."""
+    return normalise(text).strip(_EDGES) or text
+
+
+def _holds(text: str, question: str) -> bool:
+    """Whether a normalised text holds a question that neither begins nor ends within a word of it."""
+    return re.search(rf"(?<!\w){re.escape(question)}(?!\w)", text) is not None
+
+
+def _windows(text: Sequence[str], n: int) -> Iterator[tuple[str, ...]]:
+    """Every run of n words."""
+    return (tuple(text[i : i + n]) for i in range(len(text) - n + 1))
 
 
 def _key(run: tuple[str, ...]) -> bytes:
@@ -118,9 +185,9 @@ def _key(run: tuple[str, ...]) -> bytes:
 def _index(tasks: Sequence[Task], n: int) -> dict[bytes, list[int]]:
     """Runs of full length -> numbers of the tasks that hold them, without boilerplate.
 
-    Shorter texts are left to the comparison of whole prompts: a run of three words proves nothing.
+    Shorter texts are left to the comparison of whole questions, and so are templates.
     """
-    texts = [[words(text) for text in _task_texts(task)] for task in tasks]
+    texts = [[] if t.benchmark in TEMPLATED else [words(text) for text in _task_texts(t)] for t in tasks]
     boilerplate = _boilerplate(tasks, texts)
     index: dict[bytes, list[int]] = defaultdict(list)
     for number, own in enumerate(texts):
@@ -130,7 +197,7 @@ def _index(tasks: Sequence[Task], n: int) -> dict[bytes, list[int]]:
 
 
 def _runs(text: Sequence[str], n: int) -> list[bytes]:
-    return [_key(tuple(text[i : i + n])) for i in range(len(text) - n + 1)]
+    return [_key(run) for run in _windows(text, n)]
 
 
 def _boilerplate(tasks: Sequence[Task], texts: Sequence[Sequence[list[str]]]) -> set[bytes]:

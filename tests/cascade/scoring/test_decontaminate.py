@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
+
+import pytest
 
 from cascade.scoring.decontaminate import clean, deduplicate, find_overlaps
 from cascade.tasks import Example, Message, Task
@@ -63,6 +66,52 @@ def test_boilerplate_and_templates_are_no_leaks() -> None:
     assert find_overlaps([example(f"{template} 77")], generated) == []
     leaked = find_overlaps([example(f"Solve this: {template} 3. Thanks")], generated)
     assert [o.task_id for o in leaked] == ["reasoning_gym/3"]
+
+
+def questions_of(benchmark: str, *asked: str) -> list[Task]:
+    """Tasks with these bare questions, wrapped as their benchmark does."""
+    wrapping = {
+        "mbpp": "You are an expert Python programmer, and here is your task: {} Your code should pass these tests:\n\n"
+        "assert f(1) == 2\n[BEGIN]\n",
+        "arc": "Question: {}\nAnswer:",
+        "mmlu": "The following are multiple choice questions (with answers) about law.\n\n{}\nA. one\nB. two\n"
+        "C. three\nD. four\nAnswer:",
+        "bbh": "Q: {}\nA: Let's think step by step.\n",
+    }
+    return [task(i, wrapping.get(benchmark, "{}").format(text), benchmark) for i, text in enumerate(asked)]
+
+
+@pytest.mark.parametrize("benchmark", ["mbpp", "arc", "mmlu", "bbh", "humaneval"])
+def test_a_short_question_is_found_without_what_its_benchmark_puts_around_it(benchmark: str) -> None:
+    short, long = "Write a function to count vowels.", "Which of the two heavy stones falls faster here?"
+    tasks = questions_of(benchmark, short, long)
+    plain = [
+        example(f"  {short.upper()} "),
+        example(f"Tell me. {long} Thanks!"),
+        example("Hello", f"You asked: {long}"),
+    ]
+    assert [(o.example, o.task_id) for o in find_overlaps(plain, tasks)] == [
+        (0, f"{benchmark}/0"), (1, f"{benchmark}/1"), (2, f"{benchmark}/1")
+    ]  # fmt: skip
+    wrapped = [replace(example(t.prompt), benchmark=benchmark) for t in questions_of(benchmark, short)]
+    assert {o.kind for o in find_overlaps(wrapped, questions_of("b", short))} == {"exact"}
+    assert find_overlaps([example(f"Tell me. {short} Thanks!"), example("Write a function to count")], tasks) == []
+
+
+def test_a_long_question_made_of_boilerplate_is_found_whole() -> None:
+    boilerplate = prose(14)
+    tasks = [task(i, f"{boilerplate} {i}") for i in range(50)]
+    assert find_overlaps([example(f"{prose(5)} {boilerplate} {prose(5)}")], tasks) == []
+    assert [o.task_id for o in find_overlaps([example(f"{prose(5)} {boilerplate} 7, {prose(5)}")], tasks)] == ["b/7"]
+
+
+def test_questions_that_differ_in_symbols_alone_are_told_apart() -> None:
+    head = "Complete the rest of the sequence so that all is closed:"
+    tasks = [task(i, f"{head} {signs}") for i, signs in enumerate(("[ { (", "< ( {", "( ( ["))]
+    assert [o.task_id for o in find_overlaps([example(f"Now: {head} < ( {{ and so on")], tasks)] == ["b/1"]
+    sums = [task(0, "State the final answer to the following arithmetic problem: 3 + 4 =", "reasoning_gym")]
+    assert find_overlaps([example(sums[0].prompt.replace("+", "-"))], sums) == []
+    assert find_overlaps([example(f"Please. {sums[0].prompt}")], sums)
 
 
 def test_near_duplicates_go_and_the_first_stays() -> None:
