@@ -1,8 +1,8 @@
 """Numbers with their uncertainty: scores with intervals, paired comparisons, pass@k.
 
 Sources: Wilson (1927) for the interval of a proportion; McNemar (1947) in its exact binomial form for paired
-verdicts; Efron's percentile bootstrap over tasks for paired differences; Chen et al. 2021 (arXiv 2107.03374) for the
-unbiased pass@k.
+verdicts; Efron's percentile bootstrap over tasks for paired differences, and Agresti and Min (2005) where all
+differences are the same; Chen et al. 2021 (arXiv 2107.03374) for the unbiased pass@k.
 """
 
 from __future__ import annotations
@@ -94,8 +94,12 @@ def paired_loss(before: Sequence[bool], after: Sequence[bool]) -> tuple[float, f
     if not pairs:
         raise ValueError("no tasks to compare on")
     lost, won, n = pairs.count((True, False)), pairs.count((False, True)), len(pairs)
-    changed, net = lost + won + 1, lost - won
-    return net / n, math.sqrt(changed - net**2 / (n + 2)) / (n + 2)
+    return (lost - won) / n, _agresti_min_error(lost + won, lost - won, n)
+
+
+def _agresti_min_error(changed: float, net: float, n: int) -> float:
+    """Standard error of a paired difference of shares, half a task added to either kind of change."""
+    return math.sqrt(changed + 1 - net**2 / (n + 2)) / (n + 2)
 
 
 def paired_bootstrap(
@@ -103,8 +107,11 @@ def paired_bootstrap(
 ) -> Interval:
     """Percentile interval of mean(b) - mean(a), resampling tasks (both values of a task stay together).
 
+    Where the difference is the same for all tasks (none, mostly) there is nothing to resample, and what was not seen to
+    vary is not certain: the interval is then Agresti and Min's, which narrows with the number of tasks.
+
     Args:
-        a: value of each task under the first model (bools count as 0 and 1).
+        a: value of each task under the first model, from 0 to 1 (bools count as 0 and 1).
         b: value of each task under the second, same order.
         seed: of the resampling; the same seed gives the same interval.
         resamples: bootstrap samples.
@@ -117,6 +124,11 @@ def paired_bootstrap(
         raise ValueError(f"paired values need the same tasks, got {len(a)} and {len(b)}")
     difference = np.asarray(b, dtype=np.float64) - np.asarray(a, dtype=np.float64)
     n, rng = len(difference), np.random.default_rng(seed)
+    if np.ptp(difference) == 0.0:
+        same, net = float(difference[0]), float(difference.sum())
+        reach = float(norm.ppf(0.5 + level / 2)) * _agresti_min_error(float((difference**2).sum()), net, n)
+        centre = net / (n + 2)
+        return Interval(max(-1.0, min(same, centre - reach)), min(1.0, max(same, centre + reach)))
     means: list[float] = []
     while len(means) < resamples:
         rows = min(resamples - len(means), max(1, BOOTSTRAP_CELLS // n))
@@ -134,6 +146,19 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     if not (0 <= c <= n and 1 <= k <= n):
         raise ValueError(f"pass@{k} cannot be estimated from {c} of {n} samples")
     return 1.0 - comb(n - c, k) / comb(n, k)
+
+
+def mean_interval(values: Sequence[float], seed: int = 0, level: float = 0.95) -> Interval:
+    """Interval of the mean over tasks of values from 0 to 1 (pass@k, say): percentile bootstrap over tasks.
+
+    Wilson's where all values are the same, so that 0 of n is not certain.
+
+    Raises:
+        ValueError: no values.
+    """
+    if len(set(values)) == 1:
+        return wilson(fsum(values), len(values), level)
+    return paired_bootstrap([0.0] * len(values), values, seed=seed, level=level)
 
 
 def passes_by_task(verdicts: Iterable[Verdict]) -> dict[str, tuple[int, int]]:

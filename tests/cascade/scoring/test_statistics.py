@@ -12,6 +12,7 @@ from cascade.scoring.statistics import (
     Score,
     breakdown,
     mcnemar_exact,
+    mean_interval,
     paired_bootstrap,
     paired_loss,
     pass_at_k,
@@ -81,9 +82,37 @@ def test_paired_bootstrap_covers_the_difference_by_simulation() -> None:
 def test_paired_bootstrap_is_deterministic_and_paired() -> None:
     a, b = [0, 1] * 50, [0, 1] * 50
     assert paired_bootstrap(a, b) == paired_bootstrap(a, b)
-    assert (paired_bootstrap(a, b).low, paired_bootstrap(a, b).high) == (0.0, 0.0)
     with pytest.raises(ValueError, match="same tasks"):
         paired_bootstrap([1], [1, 0])
+
+
+@pytest.mark.parametrize("n", [1, 10, 164, 12_000])
+def test_what_never_changed_is_not_certain_to_stay(n: int) -> None:
+    """No pair differs: as wide as Agresti and Min's interval, and narrower with more tasks."""
+    same = paired_bootstrap([0] * n, [0] * n)
+    assert same.low == -same.high
+    assert same.high == pytest.approx(min(1.0, 1.96 / (n + 2)), rel=1e-3)
+    gained, lost = paired_bootstrap([0] * n, [1] * n), paired_bootstrap([1] * n, [0] * n)
+    assert (gained.high, lost.low) == (1.0, -1.0)
+    assert gained.low == -lost.high < 1.0
+
+
+def test_what_never_changed_covers_rare_changes_by_simulation() -> None:
+    rng = np.random.default_rng(2)
+    for rate in (0.0, 0.002, 0.005):
+        hits = 0
+        for trial in range(200):
+            changed = rng.choice([0, 1], size=100, p=[1 - rate, rate])
+            hits += rate in paired_bootstrap([0] * 100, changed.tolist(), seed=trial, resamples=200)
+        assert hits / 200 > 0.93 if rate == 0 else hits / 200 > 0.8, rate
+
+
+def test_an_interval_of_pass_at_k() -> None:
+    assert mean_interval([0.0] * 20) == wilson(0, 20)
+    assert mean_interval([1.0] * 20) == wilson(20, 20)
+    values = [0.0, 0.5, 1.0, 1.0] * 25
+    interval = mean_interval(values)
+    assert 0.5 < interval.low < 0.625 < interval.high < 0.75
 
 
 def test_pass_at_k_is_the_share_of_subsets_with_a_pass() -> None:
