@@ -14,6 +14,7 @@ Options:
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
@@ -21,7 +22,7 @@ from pydantic import Field
 from cascade.benchmarks.choices import judge_choice
 from cascade.benchmarks.options import parse_options
 from cascade.benchmarks.ordering import shuffled
-from cascade.benchmarks.sources import HubSource, hub_rows, local_files, read_rows, require
+from cascade.benchmarks.sources import HubSource, hub_rows, local_files, name_parts, read_rows, require
 from cascade.config_sections import Section
 from cascade.errors import DataError
 from cascade.tasks import Completion, Message, Split, Task, Verdict
@@ -67,14 +68,19 @@ def _rows(options: Options, split: Split) -> list[dict[str, Any]]:
     if options.path is None:
         prefixes: dict[str, str] = {split: f"{options.set_}/{split}"}
         return hub_rows(HubSource(REPO, REVISION, prefixes), split)
-    wanted = {"train": ("train",), "validation": ("validation", "dev"), "test": ("test",)}[split]
+    wanted = {"train": {"train"}, "validation": {"validation", "dev"}, "test": {"test"}}[split]
     other = "easy" if options.set_ == "ARC-Challenge" else "challenge"
-    files = [
-        f for f in local_files(options.path) if any(w in f.stem.lower() for w in wanted) and other not in str(f).lower()
-    ]
+    root = Path(options.path).expanduser()
+    files = [f for f in local_files(options.path) if wanted & set(name_parts(f)) and other not in _below(f, root)]
     if not files:
         raise DataError(f"{options.path} has no {split} file of {options.set_} (e.g. {options.set_}-Test.jsonl)")
     return [row for f in files for row in read_rows(f)]
+
+
+def _below(file: Path, root: Path) -> set[str]:
+    """The words of the names from what the user named down to a file; where that lies says nothing."""
+    folders = [f for f in file.parents if f == root or root in f.parents]
+    return {part for name in (file, *folders) for part in name_parts(name)}
 
 
 def _from_original(row: dict[str, Any]) -> dict[str, Any]:

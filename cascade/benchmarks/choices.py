@@ -6,17 +6,20 @@ lm-evaluation-harness does). Where a model's API gives no likelihoods, the chat 
 
 from __future__ import annotations
 
+import math
+
 from cascade.scoring.extraction import read_choice
 from cascade.tasks import Completion, Task, Verdict
 
 
 def likeliest(task: Task, completion: Completion, *, per_byte: bool) -> int | None:
-    """Index of the choice with the highest (per-byte) log-likelihood; the first of equals; None without any.
+    """Index of the choice with the highest (per-byte) log-likelihood; the first of equals.
 
-    Choices carry the blank that joins them to the prompt; it does not count as length.
+    None where a likelihood is missing or not finite: of a model that gives NaN nothing is the likeliest. Choices carry
+    the blank that joins them to the prompt; it does not count as length.
     """
     scores = completion.choice_logprobs
-    if len(scores) != len(task.choices) or not scores:
+    if len(scores) != len(task.choices) or not scores or not all(map(math.isfinite, scores)):
         return None
     if per_byte:
         scores = tuple(s / max(1, len(c.lstrip(" ").encode())) for s, c in zip(scores, task.choices, strict=True))
@@ -31,6 +34,8 @@ def judge_choice(task: Task, completion: Completion, *, per_byte: bool) -> Verdi
         chosen = likeliest(task, completion, per_byte=per_byte)
         if chosen is None:
             evidence = f"{len(completion.choice_logprobs)} log-likelihoods for {len(task.choices)} choices"
+            if any(not math.isfinite(s) for s in completion.choice_logprobs):
+                evidence += f", not all of them finite: {list(completion.choice_logprobs)}; the model has diverged"
             return Verdict(task.id, completion.model, completion.modifier, "error", "", evidence)
     else:
         reading = read_choice(completion.text, dict(zip(labels, task.reference["texts"], strict=True)))

@@ -10,6 +10,7 @@ import csv
 import gzip
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -215,10 +216,16 @@ def local_files(path: str) -> list[Path]:
     return files
 
 
+def name_parts(file: Path) -> list[str]:
+    """The whole words of a file's name, in lower case, without its endings: "contest_train-2.jsonl" is of contest,
+    train and 2, and no test."""
+    return re.split(r"[^a-z0-9]+", file.name.lower().split(".")[0])
+
+
 def local_rows(path: str, split: str | None = None) -> list[dict[str, Any]]:
     """The rows of all files at a path; where some names carry the split (hub folders do), of those alone."""
     files = local_files(path)
-    named = [f for f in files if split is not None and split in f.stem.lower().replace("_", "-").split("-")]
+    named = [f for f in files if split is not None and split in name_parts(f)]
     return [row for f in named or files for row in read_rows(f)]
 
 

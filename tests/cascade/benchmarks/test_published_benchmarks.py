@@ -53,7 +53,25 @@ def test_humaneval_canonical_solutions(options: dict[str, Any]) -> None:
     assert outcome(chosen[0], "    return None\n") == "fail"
     assert outcome(chosen[0], "") == "unparsed"
     whole = chosen[0].reference["prompt"] + chosen[0].reference["canonical_solution"]
-    assert outcome(chosen[0], f"Here it is:\n```python\n{whole}\n```\nIt compares all pairs.") == "pass"
+    fenced = f"Here it is:\n```python\n{whole}\n```\nIt compares all pairs."
+    begun = options.get("begun", True)
+    assert outcome(chosen[0], fenced) == ("fail" if begun else "pass")
+    after = f"{chosen[0].reference['canonical_solution']}```\nThat is all."
+    assert outcome(chosen[0], after) == ("fail" if options["form"] == "completion" else "pass")
+    guarded = f"{reference(chosen[0]).split(chr(10) + '```')[0]}\n\nif __name__ == '__main__':\n    n = int(input())\n"
+    assert outcome(chosen[0], guarded) == "pass"
+
+
+def test_humaneval_s_chat_form_is_the_harness_s() -> None:
+    task = load("humaneval", form="chat")[0]
+    prompt = task.reference["prompt"]
+    question = "Write a solution to the following problem and make sure that it passes the tests:"
+    asked, begun = (m.content for m in task.messages)
+    assert asked == f"{question}\n```python\n{prompt}\n```\n"
+    assert begun == f"Here is the completed function:\n```python\n{prompt}\n"
+    assert task.stop == ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
+    whole = load("humaneval", form="chat", begun=False)[0]
+    assert [m.content for m in whole.messages] == [f"{question}\n```python\n{prompt.rstrip()}\n```\n"]
 
 
 @with_data
@@ -67,6 +85,11 @@ def test_mbpp_splits_and_solutions() -> None:
         assert list(pool.map(outcome, chosen, map(reference, chosen))) == ["pass"] * len(chosen)
     assert outcome(chosen[0], "def remove_Occ(s, ch): return s") == "fail"
     assert outcome(chosen[0], "I do not know") == "unparsed"
+    assert outcome(chosen[0], "") == "unparsed"
+    right = chosen[0].reference["code"]
+    assert outcome(chosen[0], f"return foo(\n```python\n{right}\n```") == "fail"
+    assert outcome(chosen[0], f"[BEGIN]\n{right}") == "fail"
+    assert outcome(chosen[0], f"{right}\nif __name__ == '__main__':\n    n = int(input())\n") == "pass"
     prompt = chosen[0].messages[0].content
     assert prompt.count("[BEGIN]") == 4
     assert prompt.endswith("[BEGIN]\n")
@@ -121,11 +144,38 @@ def test_arc_normalises_by_bytes_and_reads_letters() -> None:
         -2.0 * len(c) + (0.5 * len(c) if i == task.reference["answer"] else 0) for i, c in enumerate(task.choices)
     )
     assert outcome(task, choice_logprobs=per_byte) == "pass"
+    for diverged in ((float("nan"),) * 4, (-1.0, -2.0, float("nan"), -3.0), (float("inf"), -1.0, -1.0, -1.0)):
+        assert {outcome(t, choice_logprobs=diverged) for t in tasks} == {"error"}
     chat = load("arc", path=str(DATA / "arc"), form="chat")[0]
     right = chat.reference["labels"][chat.reference["answer"]]
     assert outcome(chat, f"The answer is ({right}).") == "pass"
     assert outcome(chat, "(A) or (B)") == "fail"
     assert outcome(chat, "Hard to say") == "unparsed"
+
+
+def test_arc_is_told_by_names_below_the_path_that_is_given(tmp_path: Path) -> None:
+    def row(name: str) -> str:
+        stem = {"stem": name, "choices": [{"label": x, "text": x.lower()} for x in "ABCD"]}
+        return json.dumps({"id": name, "question": stem, "answerKey": "A"})
+
+    root = tmp_path / "easyx" / "uneasy-test" / "arc"
+    root.mkdir(parents=True)
+    for name in ("ARC-Challenge-Test", "ARC-Easy-Test", "ARC-Challenge-Dev"):
+        (root / f"{name}.jsonl").write_text(row(name))
+    for part in ("Challenge", "Easy"):
+        folder = root / "hub" / f"ARC-{part}"
+        folder.mkdir(parents=True)
+        (folder / "test-00000-of-00001.jsonl").write_text(row(f"hub{part}"))
+    assert [t.id for t in load("arc", path=str(root))] == [
+        "arc/ARC-Challenge/ARC-Challenge-Test",
+        "arc/ARC-Challenge/hubChallenge",
+    ]
+    assert len(load("arc", path=str(root), set="ARC-Easy")) == 2
+    assert len(load("arc", path=str(root / "ARC-Challenge-Test.jsonl"))) == 1
+    with pytest.raises(DataError, match="no test file of ARC-Challenge"):
+        benchmarks.get("arc").load(
+            "test", domain="d", options={"path": str(root / "hub" / "ARC-Easy")}, seed=1, count=None
+        )
 
 
 # ------------------------------------------------------------------------------------------------- bbh
