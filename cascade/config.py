@@ -167,7 +167,7 @@ class Execution(Section):
     teacher_actors: Positive = Field(1, description="Ray Data actors that ask teachers, 0.25 CPU each")
     train_workers: Positive = Field(1, description="Ray Train workers, one GPU each with use_gpu")
     train_workers_min: Positive | None = Field(
-        None, description="elastic training: goes on with so many workers while there are no more; needs zero_stage 0"
+        None, description="elastic training: goes on with so many workers while there are no more"
     )
     use_gpu: bool = Field(False, description="a GPU for each student, probe, training worker, trial and engine")
     gpu_share: float = Field(
@@ -233,11 +233,6 @@ class Config(Section):
             raise ValueError(f"execution.train_workers_min {least} is more than execution.train_workers {most}")
         if self.execution.compile and self.training.zero_stage == 3:
             raise ValueError("execution.compile does not go together with training.zero_stage 3: set one of them lower")
-        if least is not None and self.training.zero_stage:
-            raise ValueError(
-                "execution.train_workers_min needs training.zero_stage 0: checkpoints of higher stages fit no other "
-                "number of workers"
-            )
         if self.serving.weights == "int8" and (self.execution.use_gpu or self.base.dtype == "float32"):
             raise ValueError(
                 "serving.weights int8 is for CPUs and a base in bfloat16: set execution.use_gpu false and base.dtype "

@@ -94,7 +94,9 @@ class Training(Section):
         0,
         description="DeepSpeed ZeRO, what is spread over the workers: 1 optimiser state, 2 gradients, 3 parameters too",
     )
-    offload: bool = Field(False, description="optimiser state (and with stage 3, parameters) in CPU memory")
+    offload: bool = Field(
+        False, description="optimiser state (and with zero_stage 3, parameters) in CPU memory; needs zero_stage 1 to 3"
+    )
     base_bits: Literal[16, 8, 4] = Field(
         16,
         description="of the frozen base while the modifier is trained on it: 16 as base.dtype says, 8 (LLM.int8) or 4 "
@@ -114,6 +116,8 @@ class Training(Section):
 
     @model_validator(mode="after")
     def _stage_allows_it(self) -> Training:
+        if self.offload and not self.zero_stage:
+            raise ValueError("offload is DeepSpeed ZeRO's: set zero_stage to 1, 2 or 3, or offload to false")
         if self.zero_stage == 3 and self.validation.answered:
             raise ValueError("validation.answered needs the whole base on every worker: set zero_stage below 3")
         if self.zero_stage == 3 and self.base_bits != 16:

@@ -211,7 +211,7 @@ def test_runs_of_the_pipeline_do_not_depend_on_execution(monkeypatch):
         ({"validation": {"tasks": 0, "keep": "best_loss"}}, {}, "keep: best_loss and patience need validation tasks"),
         ({"validation": {"tasks": 0, "patience": 2}}, {}, "keep: best_loss and patience need validation tasks"),
         ({"zero_stage": 3, "validation": {"answered": 8}}, {}, "set zero_stage below 3"),
-        ({"zero_stage": 2}, {"train_workers": 2, "train_workers_min": 1}, "needs training.zero_stage 0"),
+        ({"offload": True}, {}, "training: offload is DeepSpeed ZeRO's: set zero_stage to 1, 2 or 3"),
         (
             {},
             {"train_workers": 2, "train_workers_min": 3},
