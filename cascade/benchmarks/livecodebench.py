@@ -6,7 +6,12 @@ a model is tested on what came after its training. Shots: 0. Metric: pass@1 over
 accepted harness averages n = 10 samples at temperature 0.2 and top_p 0.95). Code is the text between the first two
 fence lines.
 
-Programs that read standard input are compared line by line, as text and then as decimals; functions by equality.
+Judged as lcb_runner/evaluation/testing_util.py does it: its imports and recursion limit, 6 s for each test; programs
+that read standard input are compared line by line, as text and then as decimals, what they write to standard error is
+nobody's concern, and leaving by `sys.exit` is no failure; functions, a method of `class Solution` or a bare one, are
+compared by equality, with a tuple for a list. Three things differ. The 6 s are of CPU time, so that a busy host flips
+no verdict. Memory is limited, to 4 GB of address space, where the harness has no limit. And a program runs as it
+stands, as `__main__`; the harness makes it the body of a function, where one that says `global` may fail.
 
 Options:
     path: file or folder; left out, the hub
@@ -25,6 +30,7 @@ import json
 import pickle
 import zlib
 from collections.abc import Mapping
+from dataclasses import replace
 from decimal import Decimal, InvalidOperation
 from typing import Any, Literal
 
@@ -36,11 +42,12 @@ from cascade.benchmarks.sources import HubSource, hub_rows, local_rows, require
 from cascade.config_sections import Section
 from cascade.errors import ConfigError, DataError
 from cascade.scoring.python_tests import TestResult, run_tests
-from cascade.scoring.sandbox import Limits, run_python
+from cascade.scoring.sandbox import Limits
+from cascade.scoring.sandbox_programs import run_python
 from cascade.tasks import Completion, Message, Split, Task, Verdict
 
 REPO, REVISION = "livecodebench/code_generation_lite", "0fe84c3912ea0c4d4a78037083943e8f0c4dd505"
-LIMITS = Limits(cpu_seconds=6.0)
+LIMITS = Limits(cpu_seconds=6.0, memory_bytes=4 << 30)
 DIFFICULTIES = {"easy": 1, "medium": 2, "hard": 3}
 SYSTEM = (
     "You are an expert Python programmer. You will be given a question (problem specification) and will generate a "
@@ -55,11 +62,19 @@ FROM_STDIN = (
     "inputs). Enclose your code within delimiters as follows. Ensure that when the python program runs, it reads the "
     "inputs, runs the algorithm and writes output to STDOUT."
 )
-IMPORTS = (
-    "import bisect, collections, copy, datetime, functools, heapq, itertools, math, operator, random, re, string, sys\n"
-    "from bisect import *\nfrom collections import *\nfrom functools import *\nfrom heapq import *\n"
-    "from itertools import *\nfrom math import *\nfrom typing import *\n"
+_MODULES = (
+    "string", "re", "datetime", "collections", "heapq", "bisect", "copy", "math", "random", "statistics", "itertools",
+    "functools", "operator", "io", "sys", "json",
+)  # fmt: skip
+IMPORTS = "\n".join(
+    (
+        *(f"from {name} import *" for name in (*_MODULES, "builtins", "typing")),
+        *(f"import {name}" for name in _MODULES),
+        "sys.setrecursionlimit(50000)",
+        "sys.set_int_max_str_digits(50000)",
+    )
 )
+"""What the harness puts before every answer, in its order: later names win over earlier ones."""
 COLUMNS = {"question_id", "question_content", "contest_date", "difficulty", "starter_code", "metadata"}
 
 
@@ -185,17 +200,21 @@ def _task(row: Mapping[str, Any], domain: str) -> Task:
 
 
 def _judge_function(code: str, reference: Mapping[str, Any]) -> TestResult:
-    """Calls of the method named, one line of input per argument."""
+    """Calls of the function named, one line of input per argument, all on one instance."""
     name = reference["function"]
-    adapter = f"def cascade_call(*arguments):\n    return Solution().{name}(*arguments)\n"
-    plain = "def plain(v):\n    return [plain(x) for x in v] if isinstance(v, (list, tuple)) else v\n"
+    owner = "Solution()." if "class Solution" in code else ""
     asserts = []
     for given, wanted in zip(reference["inputs"], reference["outputs"], strict=True):
         arguments = [json.loads(line) for line in given.split("\n") if line.strip()]
         shown = ", ".join(repr(a) for a in arguments)
-        asserts.append(f"assert plain(cascade_call({shown})) == {json.loads(wanted)!r}")
-    limits = Limits(cpu_seconds=LIMITS.cpu_seconds * min(len(asserts), 5))
-    return run_tests(f"{IMPORTS}\n{code}\n{adapter}", "\n".join(asserts), setup=plain, limits=limits)
+        asserts.append(f"assert listed(cascade_call({shown})) == {json.loads(wanted)!r}")
+    each = LIMITS.cpu_seconds
+    return run_tests(
+        f"{IMPORTS}\n{code}\ncascade_call = {owner}{name}\n",
+        "\n".join(asserts),
+        setup="def listed(value):\n    return list(value) if isinstance(value, tuple) else value\n",
+        limits=replace(LIMITS, cpu_seconds=each * (len(asserts) + 1), call_cpu_seconds=each),
+    )
 
 
 def _judge_program(code: str, reference: Mapping[str, Any]) -> TestResult:
@@ -203,11 +222,10 @@ def _judge_program(code: str, reference: Mapping[str, Any]) -> TestResult:
         output = run_python(f"{IMPORTS}\n{code}", given, LIMITS)
         if output.ended.ending == "setup":
             return TestResult("error", f"the sandbox could not be built: {output.ended.detail}")
-        if output.ended.timed_out:
-            return TestResult("timeout", f"test {number} took over {LIMITS.cpu_seconds:g} s of CPU time")
+        if output.ended.timed_out and not output.flooded:
+            return TestResult("timeout", f"test {number} took over {LIMITS.cpu_seconds:g} s of CPU time, or waited")
         if output.ended.code != 0:
-            last = (output.text.strip().splitlines() or ["no message"])[-1]
-            return TestResult("fail", f"test {number} ended with code {output.ended.code}: {last[:300]}")
+            return TestResult("fail", f"test {number} ended with code {output.ended.code}: {output.last_error}")
         if not same_output(output.text, wanted):
             shown = f"input {given[:200]!r}, expected {wanted[:200]!r}, wrote {output.text[:200]!r}"
             return TestResult("fail", f"test {number}: {shown}")

@@ -4,6 +4,11 @@ Source: hub `google-research-datasets/mbpp`, configuration "full" (CC-BY-4.0), o
 or as published (`mbpp.jsonl`). Split rule, by task id as published: test 11-510, validation 511-600, train 601-974;
 ids 1-10 are prompts alone. Shots: 3, ids 2, 3 and 4. Metric: pass@1, all asserts hold.
 
+In completion form the answer is run as it is, as lm-evaluation-harness does: a fence in it is a syntax error there and
+here. Two things are milder than there: `test_setup_code` is executed (of the test split, id 367 alone has any, and
+cannot be solved without), and names of `SETUP` that the asserts use need no import by the answer. In chat form the code
+is read from the answer's fences.
+
 Options:
     path: file or folder; left out, the hub.
     form: completion | chat
@@ -60,10 +65,10 @@ class Mbpp:
 
     def score(self, task: Task, completion: Completion) -> Verdict:
         """Run the task's asserts."""
-        code = _code(completion.text, task.reference["tests"])
-        if code is None:
-            evidence = "no Python code that defines the function under test found"
-            return Verdict(task.id, completion.model, completion.modifier, "unparsed", "", evidence)
+        found = _code(completion.text, task.reference["tests"])
+        code = completion.text.replace("\r\n", "\n") if task.form == "completion" else found
+        if code is None or not code.strip():
+            return Verdict(task.id, completion.model, completion.modifier, "unparsed", "", _NOTHING)
         setup = task.reference["setup"]
         result = run_tests(
             f"{code}\n{setup}",
@@ -72,6 +77,8 @@ class Mbpp:
             names=_defined(task.reference["code"]),
             limits=LIMITS,
         )
+        if found is None and result.outcome == "fail":
+            return Verdict(task.id, completion.model, completion.modifier, "unparsed", "", _NOTHING)
         return Verdict(task.id, completion.model, completion.modifier, result.outcome, code, result.evidence)
 
     def reference_answer(self, task: Task) -> str:
@@ -81,6 +88,7 @@ class Mbpp:
 
 
 SETUP = "import math, collections, re, cmath, sys"
+_NOTHING = "no Python code that defines the function under test found"
 
 
 def tested_names(tests: list[str]) -> list[str]:
@@ -95,7 +103,7 @@ def _defined(code: str) -> set[str]:
 
 
 def _code(text: str, tests: list[str]) -> str | None:
-    """The program: after "[BEGIN]" or in a fence, or the whole text if it is one."""
+    """The program that defines what is tested: after "[BEGIN]", in a fence, or the whole text; None if none does."""
     body = text.split("[BEGIN]")[-1].split("[DONE]")[0].replace("\r\n", "\n")
     for name in tested_names(tests):
         if re.search(rf"^\s*(?:def|class)\s+{name}\b|^{name}\s*=", body, re.MULTILINE):

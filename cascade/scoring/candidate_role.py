@@ -19,9 +19,9 @@ class _Candidate:
     """The candidate's module and the objects that calls have left behind."""
 
     def __init__(self, code: str) -> None:
-        self.module = types.ModuleType("__main__")
+        self.module = types.ModuleType("candidate")  # not __main__: what follows that guard is no part of the answer
         self.kept: list[Any] = []
-        sys.modules["__main__"] = self.module
+        sys.modules["candidate"] = self.module
         exec(compile(code, "<candidate>", "exec"), self.module.__dict__)
 
     def keep(self, value: Any) -> Any:
@@ -40,7 +40,8 @@ class _Candidate:
 
 def _failure(error: BaseException) -> dict[str, Any]:
     names = [c.__name__ for c in type(error).__mro__ if c.__module__ == "builtins"]
-    return {"raised": names, "text": f"{type(error).__name__}: {error}"[:500]}
+    text = str(error)[:500]
+    return {"raised": names, "message": text, "text": f"{type(error).__name__}: {text}"}
 
 
 def main(payload: dict[str, Any], requests: int, answers: int) -> None:

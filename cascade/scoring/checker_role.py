@@ -13,10 +13,12 @@ import sys
 from typing import Any
 
 if __name__ != "sandboxed_role":
-    from cascade.scoring.literals import decode, encode, from_line, to_line
+    from cascade.scoring.literals import ANSWERED, decode, encode, from_line, to_line
 
 MAX_LINE = 64 * 2**20
 """Longest answer read, in bytes."""
+_STEERING = (StopIteration, StopAsyncIteration)
+"""Exceptions that loops and `map` take for an end: raised by a candidate, they would skip what is left of the tests."""
 
 
 class CandidateGone(BaseException):
@@ -32,19 +34,32 @@ def _refuse(value: Any) -> Any:
 
 
 class _Channel:
-    """Calls over a pair of pipes, one line each way."""
+    """Calls over a pair of pipes, one line each way.
 
-    def __init__(self, requests: int, answers: int) -> None:
-        self.requests, self.answers = requests, os.fdopen(answers, "rb")
+    Attributes:
+        gone: why there is nobody to answer any more; tests that catch everything cannot hide it.
+    """
+
+    def __init__(self, requests: int, answers: int, verdict: int | None = None) -> None:
+        """`verdict`: where to announce every answer, so that its time is taken while nobody computes; None: nowhere."""
+        self.requests, self.answers, self.verdict = requests, os.fdopen(answers, "rb"), verdict
+        self.gone: CandidateGone | None = None
 
     def receive(self) -> dict[str, Any]:
         line = self.answers.readline(MAX_LINE)
         if not line.endswith(b"\n"):
-            raise CandidateGone("the candidate's process ended" if len(line) < MAX_LINE else "an answer is too long")
+            raise self._lost("the candidate's process ended" if len(line) < MAX_LINE else "an answer is too long")
+        if self.verdict is not None:
+            os.write(self.verdict, ANSWERED)
+            os.read(0, 1)
         try:
             return from_line(line)
         except (ValueError, RecursionError) as error:
-            raise CandidateGone(f"the candidate broke the protocol: {error}") from None
+            raise self._lost(f"the candidate broke the protocol: {error}") from None
+
+    def _lost(self, reason: str) -> CandidateGone:
+        self.gone = self.gone or CandidateGone(reason)
+        return self.gone
 
     def call(self, key: str | int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         message = {
@@ -57,14 +72,14 @@ class _Channel:
             while view:
                 view = view[os.write(self.requests, view) :]
         except BrokenPipeError:
-            raise CandidateGone("the candidate's process ended") from None
+            raise self._lost("the candidate's process ended") from None
         reply = self.receive()
         if "raised" in reply:
             raise _exception(reply)
         try:
             return decode(reply["value"], lambda k: _Function(self, k))
         except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
-            raise CandidateGone(f"the candidate broke the protocol: {error!r}") from None
+            raise self._lost(f"the candidate broke the protocol: {error!r}") from None
 
 
 def _encode(value: Any) -> Any:
@@ -94,13 +109,15 @@ class _Function:
 
 
 def _exception(reply: dict[str, Any]) -> BaseException:
-    """The candidate's exception as the nearest builtin one; process-ending ones as an ordinary error."""
+    """The candidate's exception as the nearest builtin one; those that steer loops or end processes as no such one."""
     text = str(reply.get("text", ""))
     for name in reply["raised"] if isinstance(reply["raised"], list) else ():
         kind = getattr(builtins, str(name), None)
+        if isinstance(kind, type) and issubclass(kind, _STEERING):
+            break
         if isinstance(kind, type) and issubclass(kind, Exception) and kind is not Exception:
             try:
-                return kind(text)
+                return kind(str(reply.get("message", text)))
             except TypeError:  # e.g. UnicodeDecodeError wants five arguments
                 break
     return CandidateError(text)
@@ -147,9 +164,11 @@ def _run(payload: dict[str, Any], channel: _Channel) -> dict[str, Any]:
     space |= {alias: _Function(channel, name) for alias, name in payload["aliases"].items()}
     try:
         exec(compile(program, "<tests>", "exec"), space)
-    except (Exception, RecursionError) as error:
+    except Exception as error:
         text = f"{type(error).__name__}: {error}".rstrip(": ")
         return {"outcome": "fail", "evidence": f"{_location(error, program)}\n{text}".strip()[:800]}
+    if channel.gone is not None:
+        raise channel.gone
     return {"outcome": "pass", "evidence": ""}
 
 
@@ -158,13 +177,14 @@ def main(payload: dict[str, Any], requests: int, answers: int, verdict: int) -> 
 
     Args:
         payload: {"setup": trusted code run here first, "tests": code, "names": the candidate's names that shadow the
-            setup's, "aliases": name in the tests -> candidate's name}.
+            setup's, "aliases": name in the tests -> candidate's name, "announce": whether to write `ANSWERED` to
+            `verdict` after every answer and to wait for a byte on standard input}.
         requests, answers: file descriptors to the candidate.
         verdict: file descriptor for the outcome.
     """
     sys.setrecursionlimit(20_000)
     try:
-        report = _run(payload, _Channel(requests, answers))
+        report = _run(payload, _Channel(requests, answers, verdict if payload["announce"] else None))
     except CandidateGone as error:
         report = {"outcome": "gone", "evidence": str(error)}
     except BaseException as error:

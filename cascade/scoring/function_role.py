@@ -34,8 +34,8 @@ def main(payload: dict[str, Any]) -> None:
     """Execute {"code"}, then call {"name"} with each of {"args"}; writes one line with the results."""
     sys.setrecursionlimit(5000)
     write, dump = os.write, json.dumps
-    module = types.ModuleType("__main__")
-    sys.modules["__main__"] = module
+    module = types.ModuleType("answer")  # not __main__: what follows that guard is no part of the answer
+    sys.modules["answer"] = module
     try:
         exec(compile(payload["code"], "<answer>", "exec"), module.__dict__)
         function = module.__dict__[payload["name"]]

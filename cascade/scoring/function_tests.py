@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from cascade.scoring.python_tests import TestResult
-from cascade.scoring.sandbox import Limits, Output, run_javascript, run_role
+from cascade.scoring.sandbox import Limits
+from cascade.scoring.sandbox_programs import Output, run_javascript, run_role
 
 Language = Literal["python", "javascript"]
 Case = dict[str, Any]
 """{"args": [plain values], "returns": a plain value}."""
-_DRIVER = """
+_DRIVER = """(() => {  // a scope of its own: an answer may use any name
 const vm = require("vm"), fs = require("fs");
 const given = JSON.parse(fs.readFileSync(0, "utf8"));
 globalThis.require = require;
@@ -45,7 +46,7 @@ const run = async () => {
   return { results };
 };
 run().then((report) => { out("\\n" + text(report, plain) + "\\n"); exit(0); });
-"""
+})();"""
 
 
 def run_cases(code: str, language: Language, name: str, cases: Sequence[Case], limits: Limits) -> TestResult:
@@ -72,7 +73,7 @@ def _judge(output: Output, name: str, cases: Sequence[Case], limits: Limits) -> 
     if output.ended.ending == "setup":
         return TestResult("error", f"the sandbox could not be built: {output.ended.detail}")
     if output.ended.timed_out and not output.flooded:
-        return TestResult("timeout", f"over {limits.cpu_seconds:g} s of CPU time", seconds)
+        return TestResult("timeout", _limit(output, limits), seconds)
     try:
         report = json.loads(output.text.strip().splitlines()[-1])
         results = None if "broken" in report else [dict(r) for r in report["results"]]
@@ -89,6 +90,12 @@ def _judge(output: Output, name: str, cases: Sequence[Case], limits: Limits) -> 
             wanted = json.dumps(case["returns"])
             return TestResult("fail", f"{name}({shown}) gave {gave}, should be {wanted}"[:800], seconds)
     return TestResult("pass", "", seconds)
+
+
+def _limit(output: Output, limits: Limits) -> str:
+    if output.ended.ending == "cpu":
+        return f"over {limits.cpu_seconds:g} s of CPU time"
+    return f"it slept or waited for over {limits.wall:.0f} s"
 
 
 def same_value(a: Any, b: Any) -> bool:

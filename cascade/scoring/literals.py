@@ -15,7 +15,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 MAX_ITEMS = 1_000_000
-"""Values taken from an iterator before it is cut."""
+"""Values taken from an iterator before it is cut; longest range that is read, since a few bytes can name any."""
+ANSWERED = b"\n"
+"""What the tests' process says after every answer of the candidate, where calls have a limit each."""
 _PLAIN = (type(None), bool, str)
 _BIG = 1 << 63
 _ITERATORS: tuple[Any, ...] = (Iterator, map, filter, zip, range, type({}.keys()), type({}.values()), type({}.items()))
@@ -86,7 +88,7 @@ def decode(data: Any, fetch: Callable[[str | int], Any]) -> Any:
     """The inverse of `encode`; `fetch` resolves handles.
 
     Raises:
-        ValueError, TypeError, KeyError: the structure is not one that `encode` makes.
+        ValueError, TypeError, KeyError: the structure is not one that `encode` makes, or a range is too long.
     """
     if isinstance(data, list):
         return [decode(v, fetch) for v in data]
@@ -108,9 +110,16 @@ def decode(data: Any, fetch: Callable[[str | int], Any]) -> Any:
         "complex": lambda b: complex(float(b[0]), float(b[1])),
         "bytes": bytes.fromhex,
         "bytearray": bytearray.fromhex,
-        "range": lambda b: range(*b),
+        "range": _short_range,
     }
     return scalars[kind](body)
+
+
+def _short_range(bounds: list[int]) -> range:
+    numbers = range(*bounds)
+    if numbers[MAX_ITEMS:]:
+        raise ValueError(f"a range of more than {MAX_ITEMS} numbers")
+    return numbers
 
 
 def to_line(message: dict[str, Any]) -> bytes:

@@ -5,6 +5,7 @@ Loaded by `sandbox_launcher`; standard library alone.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import sys
@@ -14,19 +15,25 @@ from typing import Any
 
 
 def main(payload: dict[str, Any]) -> None:
-    """Execute {"code": source} as `__main__`; ends with its exit code, 1 after an exception."""
+    """Execute {"code": source} as `__main__`.
+
+    Ends with 1 after an exception, which goes to standard error, else with 0: a program that leaves by `sys.exit`, with
+    whatever code, is judged by what it has written, as LiveCodeBench judges it.
+    """
     sys.stdin = io.TextIOWrapper(open(0, "rb"), encoding="utf-8", errors="replace")  # noqa: SIM115
-    sys.stdout = io.TextIOWrapper(open(1, "wb"), encoding="utf-8", errors="replace")  # noqa: SIM115
+    sys.stdout = written = io.TextIOWrapper(open(1, "wb"), encoding="utf-8", errors="replace")  # noqa: SIM115
     module = types.ModuleType("__main__")
     sys.modules["__main__"] = module
     sys.setrecursionlimit(50_000)
     code = 0
     try:
         exec(compile(payload["code"], "<program>", "exec"), module.__dict__)
-    except SystemExit as error:
-        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+    except SystemExit:
+        pass
     except BaseException:
-        traceback.print_exc(limit=-3, file=sys.stdout)
+        traceback.print_exc(limit=-3)
         code = 1
-    sys.stdout.flush()
+    for stream in (sys.stdout, sys.stderr, written):  # the program may have put others in their places, or closed them
+        with contextlib.suppress(Exception):
+            stream.flush()
     os._exit(code)

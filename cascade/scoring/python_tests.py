@@ -6,18 +6,21 @@ alone. So objects that equal everything, frames, patched builtins, `os._exit(0)`
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
-import time
+import signal
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from cascade.scoring.literals import from_line
-from cascade.scoring.sandbox import Confined, Ended, Limits
+from cascade.scoring.literals import ANSWERED, from_line
+from cascade.scoring.sandbox import STEP_S, Confined, Ended, Limits, Patience
 from cascade.tasks import Outcome
 
-CHECKER_EXTRA_CPU_S = 20.0
-"""CPU seconds the tests' own process may take beyond the candidate's."""
+CHECKER_CPU_S = 10.0
+"""CPU seconds that the tests' own process may take, most of which only a hostile answer can make it need."""
+GRACE_S = 2.0
+"""Seconds for a candidate that no longer answers to end by itself, so that one can say why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +59,16 @@ def run_tests(
         SandboxError: the sandbox cannot be built here.
     """
     limits = limits or Limits()
-    to_candidate, to_checker, verdict = os.pipe(), os.pipe(), os.pipe()
-    payload = {"setup": setup, "tests": tests, "names": sorted(names), "aliases": dict(aliases or {})}
-    opened = {*to_candidate, *to_checker, *verdict}
-    checker_limits = replace(limits, cpu_seconds=limits.cpu_seconds + CHECKER_EXTRA_CPU_S)
+    to_candidate, to_checker, verdict, go_on = os.pipe(), os.pipe(), os.pipe(), os.pipe()
+    payload = {
+        "setup": setup,
+        "tests": tests,
+        "names": sorted(names),
+        "aliases": dict(aliases or {}),
+        "announce": limits.call_cpu_seconds is not None,
+    }
+    opened = {*to_candidate, *to_checker, *verdict, *go_on}
+    checker_limits = replace(limits, cpu_seconds=CHECKER_CPU_S)
     try:
         with (
             Confined(
@@ -73,41 +82,88 @@ def run_tests(
                 roles=["literals", "checker_role"],
                 payload=payload,
                 fds=(to_candidate[1], to_checker[0], verdict[1]),
+                streams=(go_on[0], None, None),
             ) as checker,
         ):
-            for fd in (*to_candidate, *to_checker, verdict[1]):
+            for fd in (*to_candidate, *to_checker, verdict[1], go_on[0]):
                 os.close(fd)
                 opened.discard(fd)
-            return _await_verdict(verdict[0], candidate, checker, limits)
+            return _Trial(candidate, checker, limits, go_on[1]).verdict(verdict[0])
     finally:
         for fd in opened:
             os.close(fd)
 
 
-def _await_verdict(fd: int, candidate: Confined, checker: Confined, limits: Limits) -> TestResult:
-    deadline = time.monotonic() + limits.wall
-    line = b""
-    while not line.endswith(b"\n") and (left := deadline - time.monotonic()) > 0:
-        if select.select([fd], [], [], left)[0]:
-            chunk = os.read(fd, 1 << 16)
-            if not chunk:
-                break
-            line += chunk
-    if not line.endswith(b"\n"):
-        if time.monotonic() >= deadline:
-            return TestResult("timeout", f"no end after {limits.wall:.0f} s of wall time: it sleeps or waits")
-        ended = checker.wait(5.0)
-        return TestResult("error", f"the tests' own process ended early ({ended.ending} {ended.code} {ended.detail})")
-    report = from_line(line)
-    ended = candidate.wait(1.0 if report["outcome"] != "gone" else 10.0)
-    return _result(str(report["outcome"]), str(report["evidence"]), ended, limits)
+class _Trial:
+    """A candidate and the process that tests it, until there is a verdict."""
+
+    def __init__(self, candidate: Confined, checker: Confined, limits: Limits, go_on: int) -> None:
+        """`go_on`: file descriptor on which the tests wait after an answer that they announce."""
+        self.candidate, self.checker, self.limits, self.go_on = candidate, checker, limits, go_on
+        self.answered_at, self.slow_call = 0.0, False
+
+    def verdict(self, fd: int) -> TestResult:
+        """What the tests' process writes to `fd`, unless a limit is reached first or shows in the final account."""
+        line = self._last_line(fd)
+        report = from_line(line) if line.endswith(b"\n") else None
+        checker = self.checker.end() if report is None else None  # first: the candidate's end would tell it something
+        gone = report is not None and report["outcome"] == "gone"  # its own end tells why, which takes a moment
+        candidate = self.candidate.wait(GRACE_S) if gone else self.candidate.end()
+        self._look_at_call(candidate.cpu_seconds)
+        if reached := self._limit_reached(candidate):
+            return reached
+        if checker is not None:
+            return _without_verdict(checker, candidate)
+        assert report is not None
+        return _result(str(report["outcome"]), str(report["evidence"]), candidate)
+
+    def _last_line(self, fd: int) -> bytes:
+        """The verdict's line; what there is of it if no more comes in time."""
+        patience, line = Patience(self.limits.wall, self.candidate, self.checker), b""
+        while not self.slow_call and (left := patience.left()) > 0 and not line.endswith(b"\n"):
+            if select.select([fd], [], [], min(left, STEP_S))[0]:
+                chunk = os.read(fd, 1 << 16)
+                if not chunk:
+                    break
+                line += chunk
+            self._look_at_call(used := self.candidate.cpu_seconds())
+            if line == ANSWERED:
+                self.answered_at, line = used, b""
+                with contextlib.suppress(
+                    BrokenPipeError
+                ):  # the tests' process has just ended; it said why, or will not
+                    os.write(self.go_on, b"\n")
+        return line
+
+    def _look_at_call(self, used: float) -> None:
+        limit = self.limits.call_cpu_seconds
+        self.slow_call |= limit is not None and used - self.answered_at >= limit
+
+    def _limit_reached(self, ended: Ended) -> TestResult | None:
+        if ended.ending == "setup":
+            return TestResult("error", f"the sandbox could not be built: {ended.detail}")
+        if ended.ending == "cpu":
+            return TestResult("timeout", f"over {self.limits.cpu_seconds:g} s of CPU time", ended.cpu_seconds)
+        if self.slow_call:
+            each = f"a call took over {self.limits.call_cpu_seconds:g} s of CPU time"
+            return TestResult("timeout", each, ended.cpu_seconds)
+        return None
 
 
-def _result(outcome: str, evidence: str, ended: Ended, limits: Limits) -> TestResult:
-    if ended.ending == "setup":
-        return TestResult("error", f"the sandbox could not be built: {ended.detail}")
-    if ended.ending == "cpu":
-        return TestResult("timeout", f"over {limits.cpu_seconds:g} s of CPU time", ended.cpu_seconds)
+def _without_verdict(checker: Ended, candidate: Ended) -> TestResult:
+    """The tests' process was ended, or ended without a word: for what it was given to judge, or for its own sake."""
+    used = candidate.cpu_seconds
+    if checker.ending == "cpu":
+        return TestResult("timeout", f"its answers made the tests compute for over {CHECKER_CPU_S:g} s", used)
+    if checker.ending == "wall":
+        return TestResult("timeout", "no end in time: it sleeps or waits", used)
+    if checker.code in (-signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT):
+        return TestResult("fail", "its answers brought the tests' own process down", used)
+    reason = f"{checker.ending} {checker.code} {checker.detail}".strip()
+    return TestResult("error", f"the tests' own process ended early ({reason})")
+
+
+def _result(outcome: str, evidence: str, ended: Ended) -> TestResult:
     if outcome == "gone":
         reason = f"signal {-ended.code}" if ended.code < 0 else f"exit code {ended.code}"
         return TestResult("fail", f"{evidence} ({reason}, {ended.peak_bytes >> 20} MB)", ended.cpu_seconds)

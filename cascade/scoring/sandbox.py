@@ -1,10 +1,13 @@
 """A sandbox for code that nobody has read: what a model wrote, and the tests it is judged by.
 
 What holds, where the kernel grants it: namespaces of its own (user, mount, pid, network, ipc, uts), a root file
-system with system libraries and the interpreter read-only and an empty /tmp, no capability, a seccomp filter (no
-sockets, no new processes or programs, no tracing, no mounts), an empty environment, and limits on CPU time, address
-space, file size, scratch space and open files. CPU time decides timeouts, so that a busy host flips no verdict; wall
-time is a generous backstop for code that sleeps.
+system with system libraries, the interpreter and a few packages (`PACKAGES`) read-only and an empty /tmp, no
+capability, a seccomp filter (no sockets, no second process, no tracing, no mounts), an empty environment, and limits on
+CPU time, memory, file size, scratch space and open files.
+
+CPU time decides timeouts, read from the kernel's clock of the one process while it runs and from its exact account when
+it has ended, by itself or by force. Wall time ends what sleeps, and every second of CPU time buys `PATIENCE` more of
+it: so neither a busy host nor a process that will not end changes a verdict.
 
 What it does NOT protect against: a hole in the kernel itself, side channels between processes, and what the walls that
 are not granted (`missing_walls`) would keep out. Where one is missing it refuses to run, unless the config
@@ -17,7 +20,7 @@ from __future__ import annotations
 import json
 import math
 import os
-import selectors
+import select
 import shutil
 import signal
 import subprocess
@@ -27,7 +30,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -37,6 +40,17 @@ from cascade.errors import CascadeError
 WEAK_SWITCH = "CASCADE_ALLOW_WEAK_SANDBOX"
 _HERE = Path(__file__).parent
 _NAMESPACES = ("user", "mount", "pid", "network", "ipc", "uts")
+PATIENCE = 20.0
+"""Seconds of wall time that a second of CPU time buys: a process slowed twenty times by others still gets its due."""
+STEP_S = 0.2
+"""How often CPU time is looked at. What one step took beyond five times that is nobody's waiting: we were stopped."""
+END_S = 60.0
+"""What a killed process may take to be gone."""
+PACKAGES = (
+    "attr", "attrs", "dateutil", "mpmath", "networkx", "numpy", "numpy.libs", "pandas", "pandas.libs", "pytz", "regex",
+    "scipy", "scipy.libs", "six.py", "sortedcontainers", "sympy", "typing_extensions.py", "tzdata",
+)  # fmt: skip
+"""Installed packages that confined code can import. No others: some carry benchmarks with their answers."""
 Ending = Literal["exit", "cpu", "wall", "killed", "setup"]
 
 
@@ -51,8 +65,10 @@ class Limits:
     Attributes:
         cpu_seconds: CPU time, user and system, as measured when the process has ended. The kernel's own limit counts
             clock ticks and is off by a tenth on a busy machine: it is set a quarter above, and only ends the process.
-        wall_seconds: backstop for processes that sleep or wait; None: 20 s more than four times the CPU time.
-        memory_bytes: address space; 0 leaves it to the kernel (node reserves far more than it uses).
+        wall_seconds: how long it may sleep or wait; None: 20 s and once the CPU time. See `Patience`.
+        call_cpu_seconds: CPU time of one call by the tests (`cascade.scoring.python_tests`); None: no limit of its own.
+        memory_bytes: address space; 0: no limit (node reserves far more than it uses).
+        data_bytes: private memory that can be written to, buffers outside a heap included; 0: no limit.
         scratch_bytes: all of /tmp together.
         file_bytes: one file.
         output_bytes: standard output that is kept; beyond it the process is ended.
@@ -60,7 +76,9 @@ class Limits:
 
     cpu_seconds: float = 10.0
     wall_seconds: float | None = None
+    call_cpu_seconds: float | None = None
     memory_bytes: int = 1 << 30
+    data_bytes: int = 0
     scratch_bytes: int = 32 << 20
     file_bytes: int = 16 << 20
     open_files: int = 64
@@ -69,12 +87,13 @@ class Limits:
 
     @property
     def wall(self) -> float:
-        """The wall-time backstop in seconds."""
-        return self.wall_seconds if self.wall_seconds is not None else 20.0 + 4 * self.cpu_seconds
+        """How long it may wait, in seconds."""
+        return self.wall_seconds if self.wall_seconds is not None else 20.0 + self.cpu_seconds
 
     def for_launcher(self) -> dict[str, int]:
         """Whole numbers, as the kernel's limits want them."""
-        numbers = {k: v for k, v in asdict(self).items() if k not in {"wall_seconds", "output_bytes"}}
+        ours = {"wall_seconds", "call_cpu_seconds", "output_bytes"}
+        numbers = {k: v for k, v in asdict(self).items() if k not in ours}
         numbers["cpu_seconds"] *= 1.25
         return {k: math.ceil(v) for k, v in numbers.items()}
 
@@ -126,11 +145,12 @@ class Confined:
         missing = require_walls()
         self.limits = limits
         self._root = tempfile.mkdtemp(prefix="cascade-sandbox-")
+        self._said, self._report = b"", dict[str, Any]()
         request = {
             "namespaces": [] if "namespaces" in missing else list(_NAMESPACES),
             "seccomp": "seccomp" not in missing,
             "root": self._root,
-            "visible": visible_paths(),
+            **view(),
             "limits": limits.for_launcher(),
             "role_files": [str(_HERE / f"{name}.py") for name in roles],
             "argv": list(argv),
@@ -140,48 +160,96 @@ class Confined:
             "python_path": [sysconfig.get_path("purelib")],
         }
         self._process = _launch(request, {*fds, *(s for s in streams if s is not None)})
+        assert self._process.stdout is not None
+        self._status = self._process.stdout.fileno()
+        os.set_blocking(self._status, False)
 
     def __enter__(self) -> Confined:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.kill()
-        shutil.rmtree(self._root, ignore_errors=True)
-
-    def kill(self) -> None:
-        """End every process inside, at once."""
+        self.end()
         self._process.kill()
         self._process.wait()
-        if self._process.stdout:
-            self._process.stdout.close()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+        shutil.rmtree(self._root, ignore_errors=True)
+
+    def cpu_seconds(self) -> float:
+        """CPU time used so far; exact once it has ended."""
+        self._listen()
+        if "cpu_seconds" not in self._report and "pid" in self._report:
+            try:
+                return time.clock_gettime(~self._report["pid"] << 3 | 2)  # the kernel's clock of that process
+            except OSError:  # it has just ended
+                self._listen()
+        return float(self._report.get("cpu_seconds", 0.0))
 
     def wait(self, seconds: float | None = None) -> Ended:
-        """Wait for the end, at most for the wall limit or the seconds given, then end it by force."""
-        limit = self.limits.wall if seconds is None else seconds
-        try:
-            self._process.wait(timeout=limit)
-        except subprocess.TimeoutExpired:
-            self.kill()
-            return Ended("wall", detail=f"no end after {limit:.0f} s of wall time")
-        assert self._process.stdout is not None
-        return self._ended(_report(self._process.stdout.read()))
+        """Wait for the end, at most as long as `Patience` allows or for the seconds given, then end it by force."""
+        patience = Patience(self.limits.wall, self)
+        deadline = math.inf if seconds is None else time.monotonic() + seconds
+        while (left := min(patience.left(), deadline - time.monotonic())) > 0:
+            if select.select([self._status], [], [], min(left, STEP_S))[0] and self._listen():
+                break
+        return self.end()
 
-    def _ended(self, report: dict[str, Any]) -> Ended:
+    def end(self) -> Ended:
+        """End it by force, if it has not ended by itself; says what it used in either case."""
+        forced = not self._listen()
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        deadline = time.monotonic() + END_S
+        while not self._listen() and (left := deadline - time.monotonic()) > 0:
+            select.select([self._status], [], [], left)
+        return self._ended(forced)
+
+    def _listen(self) -> bool:
+        """Take in what the launcher has said so far. True if that is all it will say."""
+        while True:
+            try:
+                chunk = os.read(self._status, 1 << 16)
+            except BlockingIOError:
+                return False
+            self._said += chunk
+            *lines, self._said = self._said.split(b"\n")
+            for line in lines:
+                self._report |= json.loads(line)
+            if not chunk:
+                return True
+
+    def _ended(self, forced: bool) -> Ended:
+        report = self._report
         if "exit" not in report or "setup_error" in report:
             return Ended("setup", detail=str(report.get("setup_error") or report.get("missing") or "no report"))
         code, cpu = int(report["exit"]), float(report["cpu_seconds"])
         ending: Ending = "exit" if code >= 0 else "killed"
         if cpu >= self.limits.cpu_seconds or code == -signal.SIGXCPU:
             ending = "cpu"
+        elif forced and code == -signal.SIGKILL:
+            ending = "wall"
         return Ended(ending, code, cpu, int(report["peak_bytes"]))
 
 
-def _report(output: bytes) -> dict[str, Any]:
-    """What the launcher says: one line in the end, and one before if a wall could not be built."""
-    merged: dict[str, Any] = {}
-    for line in output.splitlines():
-        merged |= json.loads(line)
-    return merged
+class Patience:
+    """How much longer to wait for confined processes that work together.
+
+    They may wait for `wall` seconds, and `PATIENCE` times as long as they have computed. Time in which we ourselves
+    were stopped does not count.
+    """
+
+    def __init__(self, wall: float, *processes: Confined) -> None:
+        self._wall, self._processes = wall, processes
+        self._waited, self._last = 0.0, time.monotonic()
+
+    def left(self) -> float:
+        """Seconds left; 0 or less as soon as one is over its CPU time. To be asked every `STEP_S` or so."""
+        now, used = time.monotonic(), [p.cpu_seconds() for p in self._processes]
+        self._waited += min(now - self._last, 5 * STEP_S)
+        self._last = now
+        if any(u >= p.limits.cpu_seconds for u, p in zip(used, self._processes, strict=True)):
+            return 0.0
+        return self._wall + PATIENCE * sum(used) - self._waited
 
 
 def _launch(request: dict[str, Any], fds: set[int]) -> subprocess.Popen[bytes]:
@@ -196,17 +264,30 @@ def _launch(request: dict[str, Any], fds: set[int]) -> subprocess.Popen[bytes]:
         start_new_session=True,
     )
     assert process.stdin is not None
-    with process.stdin as stdin:
-        stdin.write(json.dumps(request).encode())
-    process.stdin = None
+    process.stdin.write(json.dumps(request).encode() + b"\n")
+    process.stdin.flush()
     return process
 
 
 @cache
-def visible_paths() -> list[str]:
-    """Folders that confined code can read: system libraries, the interpreter, installed packages."""
-    paths = ["/usr", "/lib", "/lib64", "/bin", sys.base_prefix, sysconfig.get_path("purelib")]
-    return [p for p in dict.fromkeys(os.path.abspath(p) for p in paths) if os.path.exists(p) and p != "/"]
+def view() -> dict[str, list[str]]:
+    """What confined code can see of this machine, read-only.
+
+    Returns:
+        visible: folders of the system and the interpreter; nothing beside them, so that neither tests nor answers
+            that lie below /usr/src, say, can be read.
+        hidden: folders of installed packages in those, shown empty.
+        packages: the `PACKAGES` that are installed, shown in spite of that.
+    """
+    folders = [f"{base}/{name}" for base in (sys.base_prefix, "/usr", "/usr/local") for name in ("bin", "lib", "lib64")]
+    folders = ["/lib", "/lib64", "/bin", "/usr/libexec", "/usr/share", *folders]
+    visible = [p for p in dict.fromkeys(map(os.path.abspath, folders)) if os.path.exists(p)]
+    bases = [Path(sys.base_prefix), Path("/usr"), Path("/usr/local")]
+    installed = [p for base in bases for kind in ("site", "dist") for p in base.glob(f"lib*/python3*/{kind}-packages")]
+    ours = {sysconfig.get_path(key) for key in ("purelib", "platlib")}
+    hidden = {str(p) for p in installed} | ours
+    packages = [f"{folder}/{name}" for folder in ours for name in PACKAGES if os.path.exists(f"{folder}/{name}")]
+    return {"visible": visible, "hidden": sorted(hidden), "packages": sorted(packages)}
 
 
 WALLS = {
@@ -230,12 +311,14 @@ def missing_walls() -> dict[str, str]:
 def _problem(*walls: str) -> str:
     """Why a sandbox with these walls cannot be built, "" if it can."""
     with tempfile.TemporaryDirectory(prefix="cascade-sandbox-") as root:
-        request: dict[str, Any] = {"root": root, "visible": visible_paths(), "limits": Limits().for_launcher()}
+        request: dict[str, Any] = {"root": root, **view(), "limits": Limits().for_launcher()}
         request |= {"namespaces": list(_NAMESPACES) if "namespaces" in walls else [], "seccomp": "seccomp" in walls}
         request |= {"role_files": [], "argv": ["/bin/true"], "payload": {}}
         request |= {"fds": [], "streams": [None, None, None], "python_path": []}
-        output, _ = _launch(request, set()).communicate(timeout=60)
-    report = _report(output)
+        with _launch(request, set()) as process:
+            assert process.stdout is not None
+            lines = process.stdout.read().splitlines()
+    report: dict[str, Any] = {k: v for line in lines for k, v in json.loads(line).items()}
     if report.get("exit") == 0:
         return ""
     refused = f"the kernel refuses {', '.join(report.get('missing', ['to say why']))}"
@@ -261,94 +344,3 @@ def require_walls() -> dict[str, str]:
         )
     warnings.warn(f"WEAK SANDBOX: {what}", RuntimeWarning, stacklevel=4)
     return missing
-
-
-@dataclass(frozen=True, slots=True)
-class Output:
-    """What a program wrote to standard output, and how it ended."""
-
-    text: str
-    ended: Ended
-    flooded: bool = field(default=False)
-
-
-def run_program(argv: Sequence[str], stdin: str, limits: Limits) -> Output:
-    """A program of the visible folders (node, say) with its standard input.
-
-    Raises:
-        SandboxError: see `Confined`.
-    """
-    return _run_with_streams(stdin, limits, argv=argv)
-
-
-def run_python(code: str, stdin: str, limits: Limits) -> Output:
-    """A Python program, run as `__main__`, with its standard input.
-
-    Raises:
-        SandboxError: see `Confined`.
-    """
-    return _run_with_streams(stdin, limits, roles=["program_role"], payload={"code": code})
-
-
-def run_role(roles: Sequence[str], payload: dict[str, Any], limits: Limits) -> Output:
-    """A role of this package (see `Confined`) that writes its answer to standard output.
-
-    Raises:
-        SandboxError: see `Confined`.
-    """
-    return _run_with_streams("", limits, roles=roles, payload=payload)
-
-
-def run_javascript(code: str, stdin: str, limits: Limits) -> Output:
-    """A JavaScript program under node, with its standard input; the address space is node's own affair.
-
-    Raises:
-        SandboxError: node is not installed below /usr or /bin; or see `Confined`.
-    """
-    node = shutil.which("node", path="/usr/local/bin:/usr/bin:/bin")
-    if node is None:
-        raise SandboxError("JavaScript tasks need node below /usr/bin or /usr/local/bin")
-    heap = f"--max-old-space-size={max(64, limits.memory_bytes >> 21)}"
-    roomy = Limits(**{**asdict(limits), "memory_bytes": 0})
-    return run_program([node, heap, "--eval", code], stdin, roomy)
-
-
-def _run_with_streams(
-    stdin: str,
-    limits: Limits,
-    *,
-    argv: Sequence[str] = (),
-    roles: Sequence[str] = (),
-    payload: dict[str, Any] | None = None,
-) -> Output:
-    with tempfile.TemporaryFile() as source:
-        source.write(stdin.encode())
-        source.seek(0)
-        reader, writer = os.pipe()
-        streams = (source.fileno(), writer, writer)
-        with os.fdopen(reader, "rb") as output:
-            try:
-                confined = Confined(limits, argv=argv, roles=roles, payload=payload, streams=streams)
-            finally:
-                os.close(writer)
-            with confined:
-                return _collect(output.fileno(), confined, limits)
-
-
-def _collect(fd: int, confined: Confined, limits: Limits) -> Output:
-    """Read until the end of the output, the limit of its size, or the wall limit."""
-    chunks, size, deadline = [], 0, time.monotonic() + limits.wall
-    with selectors.DefaultSelector() as selector:
-        selector.register(fd, selectors.EVENT_READ)
-        while (left := deadline - time.monotonic()) > 0 and size <= limits.output_bytes:
-            if not selector.select(timeout=left):
-                continue
-            chunk = os.read(fd, 1 << 16)
-            if not chunk:
-                break
-            chunks.append(chunk)
-            size += len(chunk)
-    flooded = size > limits.output_bytes
-    ended = confined.wait(0.0 if flooded else max(0.0, deadline - time.monotonic()))
-    text = b"".join(chunks)[: limits.output_bytes].decode(errors="replace")
-    return Output(text, ended, flooded)

@@ -1,12 +1,15 @@
-"""Runs inside the sandbox's first process: builds the walls, then starts what is to be confined.
+"""Builds the walls of a sandbox, starts what is to be confined, and says how it ended.
 
 Standard library alone, started as a script (`python -P -S sandbox_launcher.py`), never imported by the library. It
-reads one JSON request from standard input and writes one JSON status line to standard output when the confined
-process ends.
+reads one line of JSON, the request, from standard input and writes JSON lines to standard output: the confined
+process's id, then how it ended. When its standard input is closed it ends the confined process, so that what that has
+used is known in any case.
 
 Walls, in order: user, mount, pid, network, ipc and uts namespaces; a root file system of its own (system
 libraries and the interpreter read-only, an empty private /tmp, four device files, no /proc); resource limits; all
-capabilities dropped; no_new_privs; a seccomp filter. Process tree: launcher -> init of the pid namespace -> confined.
+capabilities dropped; no_new_privs; a seccomp filter. Process tree: the launcher, which stays in the host's pid
+namespace where no signal from inside can reach it, has two children in the new one: its init, which only waits, and the
+confined process.
 """
 
 from __future__ import annotations
@@ -16,15 +19,18 @@ import json
 import os
 import platform
 import resource
+import select
 import signal
+import site
 import struct
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _NAMESPACES = {"user": 0x10000000, "mount": 0x00020000, "pid": 0x20000000, "network": 0x40000000, "ipc": 0x08000000}
 _NAMESPACES["uts"] = 0x04000000
-_MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_REMOUNT, _MS_BIND, _MS_REC, _MS_PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
+_MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_REMOUNT, _MS_BIND, _MS_REC = 1, 2, 4, 8, 32, 4096, 16384
+_MS_PRIVATE = 1 << 18
 _MNT_DETACH = 2
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS = 1, 4, 22, 24, 38
 _MACHINE = platform.machine()
@@ -47,7 +53,7 @@ _DENIED = {
     "pidfd_open": (434, 434), "pidfd_getfd": (438, 438), "mount_setattr": (442, 442),
 }  # fmt: skip
 _EXEC = {"execve": (59, 221), "execveat": (322, 281)}
-_CLONE, _CLONE3, _CLONE_THREAD = (56, 220), (435, 435), 0x00010000
+_CLONE, _CLONE3, _CLONE_THREAD, _CLONE_NEW = (56, 220), (435, 435), 0x00010000, 0x7E020000
 _AUDIT = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 _EPERM, _ENOSYS = 1, 38
 
@@ -86,21 +92,25 @@ def enter_namespaces(wanted: list[str]) -> list[str]:
     return []
 
 
-def build_root(root: str, visible: list[str], scratch_bytes: int) -> None:
-    """A root of our own at the folder `root`: `visible` folders read-only, /tmp empty and writable, nothing else."""
+def build_root(request: dict[str, Any]) -> None:
+    """A root of our own: `visible` read-only, `hidden` empty, of these `packages` alone, /tmp empty and writable."""
+    root, scratch = request["root"], request["limits"]["scratch_bytes"]
     _mount("none", "/", "", _MS_REC | _MS_PRIVATE)
     _mount("tmpfs", root, "tmpfs", _MS_NOSUID | _MS_NODEV, "size=1m,mode=755")
     os.makedirs(root + "/tmp")
-    _mount("tmpfs", root + "/tmp", "tmpfs", _MS_NOSUID | _MS_NODEV, f"size={scratch_bytes},mode=700,nr_inodes=4096")
-    for path in visible:
-        inside = root + path
+    flags = _MS_NOSUID | _MS_NODEV | _MS_NOEXEC  # what code writes there is not executed or mapped as a library
+    _mount("tmpfs", root + "/tmp", "tmpfs", flags, f"size={scratch},mode=700,nr_inodes=4096")
+    for path in request["visible"]:
         if os.path.islink(path):
-            os.makedirs(os.path.dirname(inside), exist_ok=True)
-            os.symlink(os.readlink(path), inside)
-        elif os.path.isdir(path) and not _covered(path, visible):
-            os.makedirs(inside, exist_ok=True)
-            _mount(path, inside, "", _MS_BIND | _MS_REC)
-            _read_only(inside)
+            os.makedirs(os.path.dirname(root + path), exist_ok=True)
+            os.symlink(os.readlink(path), root + path)
+        elif os.path.isdir(path) and not _covered(path, request["visible"]):
+            _show(path, root + path)
+    hidden = [path for path in request["hidden"] if os.path.isdir(root + path)]
+    for path in hidden:
+        _mount("tmpfs", root + path, "tmpfs", _MS_NOSUID | _MS_NODEV, "size=256k,mode=755")
+    for path in request["packages"]:
+        _show(path, root + path)
     os.makedirs(root + "/dev")
     for name in ("null", "zero", "random", "urandom"):
         with open(f"{root}/dev/{name}", "w"):
@@ -108,7 +118,19 @@ def build_root(root: str, visible: list[str], scratch_bytes: int) -> None:
     os.chdir(root)
     _check(_LIBC.syscall(_number(_SYS["pivot_root"]), b".", b"."), "pivot_root")
     _check(_LIBC.umount2(b".", _MNT_DETACH), "umount of the old root")
-    _mount("none", "/", "", _MS_REMOUNT | _MS_BIND | _MS_RDONLY | _MS_NOSUID | _MS_NODEV)
+    for path in ("/", *hidden):
+        _mount("none", path, "", _MS_REMOUNT | _MS_BIND | _MS_RDONLY | _MS_NOSUID | _MS_NODEV)
+
+
+def _show(path: str, inside: str) -> None:
+    """A folder or file of the host at the path `inside`, read-only."""
+    os.makedirs(os.path.dirname(inside), exist_ok=True)
+    if os.path.isdir(path):
+        os.makedirs(inside, exist_ok=True)
+    else:
+        open(inside, "a").close()
+    _mount(path, inside, "", _MS_BIND | _MS_REC)
+    _read_only(inside)
 
 
 def _covered(path: str, visible: list[str]) -> bool:
@@ -141,13 +163,13 @@ def no_new_privileges() -> None:
 
 
 def set_limits(limits: dict[str, int]) -> None:
-    """CPU seconds, address space, file size, open files, processes; no core files. Soft and hard alike but CPU."""
+    """CPU seconds, memory, file size, open files, threads; no core files. Soft and hard alike but CPU."""
     cpu = limits["cpu_seconds"]
     resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu + 1))
-    for name, key in (("RLIMIT_AS", "memory_bytes"), ("RLIMIT_FSIZE", "file_bytes"), ("RLIMIT_NOFILE", "open_files")):
+    keys = {"AS": "memory_bytes", "DATA": "data_bytes", "FSIZE": "file_bytes", "NOFILE": "open_files"}
+    for name, key in {**keys, "NPROC": "processes"}.items():
         if limits[key] > 0:
-            resource.setrlimit(getattr(resource, name), (limits[key], limits[key]))
-    resource.setrlimit(resource.RLIMIT_NPROC, (limits["processes"], limits["processes"]))
+            resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (limits[key], limits[key]))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
@@ -158,8 +180,9 @@ def _instruction(code: int, jump_true: int, jump_false: int, value: int) -> byte
 def seccomp_program(*, allow_exec: bool) -> bytes:
     """The BPF filter: foreign architectures are killed, the denied calls fail with EPERM, new processes too.
 
-    Threads (clone with CLONE_THREAD) are allowed; clone3 is reported as unknown so that libc falls back to clone,
-    whose flags a filter can read. With `allow_exec` new programs and processes are allowed (node needs them).
+    Threads (clone with CLONE_THREAD and no new namespace) are allowed; clone3 is reported as unknown so that libc falls
+    back to clone, whose flags a filter can read. With `allow_exec` the one process may become another program, as it
+    must to start node; there is never a second one, so that its limits are those of all that runs.
     """
     load, equal, at_least, any_bit, give = 0x20, 0x15, 0x35, 0x45, 0x06
     kill, allow, refuse = 0x80000000, 0x7FFF0000, 0x00050000
@@ -167,16 +190,13 @@ def seccomp_program(*, allow_exec: bool) -> bytes:
     program.append(_instruction(load, 0, 0, 0))
     if _MACHINE == "x86_64":  # the x32 numbering of the same calls
         program += [_instruction(at_least, 0, 1, 0x40000000), _instruction(give, 0, 0, refuse | _ENOSYS)]
-    processes = {"fork", "vfork"}
-    denied = [_number(v) for k, v in _DENIED.items() if not (allow_exec and k in processes)]
-    denied += [] if allow_exec else [_number(v) for v in _EXEC.values()]
+    denied = [_number(v) for v in (_DENIED if allow_exec else _DENIED | _EXEC).values()]
     for number in (n for n in denied if n >= 0):
         program += [_instruction(equal, 0, 1, number), _instruction(give, 0, 0, refuse | _EPERM)]
     program += [_instruction(equal, 0, 1, _number(_CLONE3)), _instruction(give, 0, 0, refuse | _ENOSYS)]
-    if not allow_exec:
-        program += [_instruction(equal, 0, 3, _number(_CLONE)), _instruction(load, 0, 0, 16)]
-        program += [_instruction(any_bit, 1, 0, _CLONE_THREAD), _instruction(give, 0, 0, refuse | _EPERM)]
-    program.append(_instruction(give, 0, 0, allow))
+    program += [_instruction(equal, 0, 4, _number(_CLONE)), _instruction(load, 0, 0, 16)]
+    program += [_instruction(any_bit, 1, 0, _CLONE_NEW), _instruction(any_bit, 1, 0, _CLONE_THREAD)]
+    program += [_instruction(give, 0, 0, refuse | _EPERM), _instruction(give, 0, 0, allow)]
     return b"".join(program)
 
 
@@ -206,22 +226,13 @@ def _confine(request: dict[str, Any], missing: list[str], status: int) -> None:
     """The last steps in the confined process, then the role or program. Does not return."""
     role = _load_role(request) if request["role_files"] else None
     if not missing:
-        build_root(request["root"], request["visible"], request["limits"]["scratch_bytes"])
+        build_root(request)
         os.chdir("/tmp")
     else:
         os.chdir(request["root"])
     os.umask(0o077)
     os.setsid()
-    null = os.open("/dev/null", os.O_RDWR)
-    for target, source in zip((0, 1, 2), request["streams"], strict=True):
-        os.dup2(null if source is None else source, target)
-    kept = {0, 1, 2, status, *request["fds"]}
-    for fd in range(3, 256):
-        if fd not in kept:
-            try:
-                os.close(fd)
-            except OSError:
-                continue
+    _keep_descriptors(request, status)
     if not missing:
         drop_capabilities()
     no_new_privileges()
@@ -233,16 +244,35 @@ def _confine(request: dict[str, Any], missing: list[str], status: int) -> None:
         os.execve(request["argv"][0], request["argv"], {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8"})
     os.close(status)
     sys.path[:] = [p for p in sys.path if os.path.isabs(p)] + request["python_path"]
+    site.setquit()  # exit, quit and help, which -S leaves out and programs use
+    site.sethelper()
     role["main"](request["payload"], *request["fds"])
     os._exit(0)
 
 
-def _run_confined(request: dict[str, Any], missing: list[str]) -> int:
-    """Fork the confined process; only its exit is of interest here. Returns its pid."""
+def _keep_descriptors(request: dict[str, Any], status: int) -> None:
+    """The request's streams as 0, 1 and 2, its other descriptors as they are, the status line; nothing else."""
+    null = os.open("/dev/null", os.O_RDWR)
+    for target, source in zip((0, 1, 2), request["streams"], strict=True):
+        os.dup2(null if source is None else source, target)
+    kept = {0, 1, 2, status, *request["fds"]}
+    for fd in range(3, 256):
+        if fd not in kept:
+            try:
+                os.close(fd)
+            except OSError:
+                continue
+
+
+def _start_confined(request: dict[str, Any], missing: list[str], handlers: dict[int, Any]) -> int:
+    """Fork the confined process, with the signal handlers that Python has. Returns its pid."""
     pid = os.fork()
     if pid == 0:
         status = os.dup(1)  # closed on exec, and before a Python role starts
         try:
+            _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
             _confine(request, missing, status)
         except BaseException as error:
             os.write(status, json.dumps({"setup_error": f"{type(error).__name__}: {error}"}).encode() + b"\n")
@@ -251,37 +281,67 @@ def _run_confined(request: dict[str, Any], missing: list[str]) -> int:
     return pid
 
 
-def _init(request: dict[str, Any], missing: list[str]) -> None:
-    """First process of the pid namespace: when it ends, the kernel kills every process left in it."""
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    _LIBC.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
-    pid = _run_confined(request, missing)
-    for fd in {*request["fds"], *(s for s in request["streams"] if s is not None)}:
-        os.close(fd)
-    while True:
-        ended, status, usage = os.wait4(-1, 0)
-        if ended == pid:
-            break
+def _ignore_signals() -> dict[int, Any]:
+    """Ignore what can be ignored, but for the end of children. Returns the handlers that were there."""
+    handlers = {}
+    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, signal.SIGCHLD}:
+        handlers[int(number)] = signal.signal(number, signal.SIG_IGN)
+    return handlers
+
+
+def _start_init() -> int:
+    """First process of the pid namespace: when it ends, the kernel kills every process left in it. Returns its pid."""
+    pid = os.fork()
+    if pid == 0:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        _LIBC.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # those who lost their parents leave no zombies
+        os.closerange(0, 256)
+        while True:
+            signal.pause()
+    return pid
+
+
+def _watch(pid: int) -> dict[str, Any]:
+    """Wait for the confined process's end, or for the other side to want it; what it used, exactly."""
+    ending = os.pidfd_open(pid)
+    if not any(fd == ending for fd, _ in _poll(ending, 0)):
+        os.kill(pid, signal.SIGKILL)
+    _, status, usage = os.wait4(pid, 0)
     report = {"exit": os.waitstatus_to_exitcode(status), "cpu_seconds": usage.ru_utime + usage.ru_stime}
-    report["peak_bytes"] = usage.ru_maxrss * 1024
-    os.write(1, json.dumps(report).encode() + b"\n")
-    os._exit(0)
+    return report | {"peak_bytes": usage.ru_maxrss * 1024}
 
 
-def main() -> None:
+def _poll(*fds: int) -> list[tuple[int, int]]:
+    poll = select.poll()
+    for fd in fds:
+        poll.register(fd, select.POLLIN)
+    return poll.poll()
+
+
+def _say(**message: Any) -> None:
+    os.write(1, json.dumps(message).encode() + b"\n")
+
+
+def main() -> NoReturn:
     """Serve one request."""
-    request = json.loads(sys.stdin.buffer.read())
+    request = json.loads(sys.stdin.buffer.readline())
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     missing = enter_namespaces(request["namespaces"]) if request["namespaces"] else ["all"]
     if missing and request["namespaces"]:
-        os.write(1, json.dumps({"missing": missing}).encode() + b"\n")
+        _say(missing=missing)
         os._exit(71)
-    pid = os.fork()
-    if pid == 0:
-        _init(request, missing)
+    handlers = _ignore_signals()
+    init = None if missing else _start_init()
+    pid = _start_confined(request, missing, handlers)
     for fd in {*request["fds"], *(s for s in request["streams"] if s is not None)}:
         os.close(fd)
-    os.waitpid(pid, 0)
+    _say(pid=pid)
+    report = _watch(pid)
+    if init is not None:
+        os.kill(init, signal.SIGKILL)
+        os.waitpid(init, 0)
+    _say(**report)
     os._exit(0)
 
 

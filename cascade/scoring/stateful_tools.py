@@ -16,7 +16,8 @@ from typing import Any
 from cascade.errors import CascadeError
 from cascade.scoring.calls import VALID, Call, CallSyntaxError, Match
 from cascade.scoring.literals import decode
-from cascade.scoring.sandbox import Limits, run_role
+from cascade.scoring.sandbox import Limits
+from cascade.scoring.sandbox_programs import run_role
 
 LIMITS = Limits(cpu_seconds=20.0)
 Steps = Sequence[Sequence[str]]
@@ -89,8 +90,11 @@ def play(tools: Tools, turns: Sequence[Steps], label: str) -> tuple[Turn, ...]:
     if output.flooded or output.ended.timed_out or output.ended.ending == "killed":
         raise ToolsExhausted(f"the calls used up what the tools may use ({output.ended.ending})")
     if output.ended.code != 0 or not lines:
-        raise ToolsBroken(f"the tools broke: {output.ended.detail or (lines or ['no output'])[-1]}")
-    return tuple(_turn(turn) for turn in json.loads(lines[-1])["turns"])
+        raise ToolsBroken(f"the tools broke: {output.ended.detail or output.last_error}")
+    try:
+        return tuple(_turn(turn) for turn in json.loads(lines[-1])["turns"])
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
+        raise ToolsBroken(f"the tools' process said something else than what came of the calls: {error!r}") from error
 
 
 def _turn(played: dict[str, Any]) -> Turn:

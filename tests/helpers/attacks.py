@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from cascade.scoring.function_tests import run_cases
+from cascade.scoring.python_tests import TestResult, run_tests
 from cascade.scoring.sandbox import Limits
 
 TESTS = "assert add(1, 2) == 3\nassert add(2, 2) == 4\nassert add(-1, 1) == 0\nassert sorted([add(5, 5), 1]) == [1, 10]"
@@ -44,6 +46,19 @@ FORGED = {
     "reads the tests' memory": "import os\ndef add(a, b):\n  for p in range(1, 50):\n    try: return open(f'/proc/{p}/mem', 'rb').read(1)\n    except OSError: pass\n  return os.listdir('/proc')",
     "nan equals": "def add(a, b): return float('nan')",
     "generator": "def add(a, b):\n  while True: yield 1",
+    "ends the tests' loop": "def add(a, b): raise StopIteration",
+    "ends the tests' map": "class S(StopIteration): pass\ndef add(a, b): raise S(3)",
+    "ends the tests' iterator": "def add(a, b): raise StopIteration",
+    "claims a builtin exception": "class StopIteration(Exception): pass\nStopIteration.__module__ = 'builtins'\ndef add(a, b): raise StopIteration",
+    "raises GeneratorExit": "def add(a, b): raise GeneratorExit",
+    "raises StopAsyncIteration": "def add(a, b): raise StopAsyncIteration",
+    "raises KeyboardInterrupt": "def add(a, b): raise KeyboardInterrupt",
+    "gone under a bare except": "import os\ndef add(a, b): os._exit(0)",
+    "interrupts init": "import os, signal\ndef add(a, b):\n  os.kill(1, signal.SIGINT)\n  return 99",
+    "every signal to init": "import os, signal\ndef add(a, b):\n  for s in signal.valid_signals(): os.kill(1, s)\n  return 99",
+    "hides what it burned": "import os, time\nend = time.process_time() + 1.3\nwhile time.process_time() < end: pass\nos._exit = lambda code: time.sleep(60)\ndef add(a, b): return a + b",
+    "burns in a thread": "import threading\ndef burn():\n  while True: pass\nthreading.Thread(target=burn, daemon=True).start()\ndef add(a, b):\n  import time\n  while time.process_time() < 1.3: time.sleep(0.01)\n  return a + b",
+    "nested beyond the stack": "import os\ndef add(a, b):\n  for fd in range(3, 64):\n    try: os.write(fd, b'{\"value\": ' + b'[' * 19000 + b']' * 19000 + b'}\\n')\n    except OSError: pass\n  return 99",
 }  # fmt: skip
 
 HUNG = {
@@ -55,6 +70,13 @@ HUNG = {
     "catastrophic regex": "import re\ndef add(a, b): return re.match('(a+)+$', 'a' * 60 + 'b')",
     "huge power": "def add(a, b): return len(str(7 ** 10 ** 9))",
     "closes its pipes and sleeps": "import os, time\ndef add(a, b):\n  time.sleep(3600)\nos.closerange(0, 3)",
+    "stops itself": "import os, signal\ndef add(a, b): os.kill(os.getpid(), signal.SIGSTOP)",
+    "sleeps bit by bit": "import time\ndef add(a, b):\n  while True: time.sleep(0.01)",
+    "will not exit": "import os, time\nos._exit = lambda code: time.sleep(3600)\ndef add(a, b): return 99",
+    "endless range for the tests to add": "def add(a, b): return range(10 ** 12)",
+    "huge number for the tests to raise": "def add(a, b): return 3 << 10 ** 7",
+    "colliding hashes for the tests to collect": "def add(a, b): return [i * (2 ** 61 - 1) for i in range(100_000)]",
+    "long text for the tests to search": "def add(a, b): return 'a' * 3_000_000",
 }  # fmt: skip
 
 BOMBS = {
@@ -77,6 +99,13 @@ ESCAPES = {
     "subprocess": "import subprocess; subprocess.run(['touch', '{m}'], check=True)",
     "execv": "import os; os.execv('/bin/touch', ['touch', '{m}'])",
     "posix_spawn": "import os; os.posix_spawn('/bin/touch', ['touch', '{m}'], {{}})",
+    "library of its own": "import ctypes, shutil, _ctypes; shutil.copy(_ctypes.__file__, '/tmp/own.so'); ctypes.CDLL('/tmp/own.so')",
+    "clone into a user namespace": "import ctypes; assert ctypes.CDLL(None).syscall(56, 0x10000011, 0, 0, 0, 0) >= 0",
+    "packages with answers": "import reasoning_gym",
+    "every installed package": "import os, sys; assert {{'pytest', 'reasoning_gym', 'torch', 'pip'}} & {{n for p in sys.path if os.path.isdir(p) for n in os.listdir(p)}}",
+    "the interpreter's packages": "import glob, sys; assert glob.glob(sys.base_prefix + '/lib/python3*/site-packages/*')",
+    "the system's packages": "import glob; assert glob.glob('/usr/lib/python3*/dist-packages/*') or glob.glob('/usr/local/lib/python3*/*-packages/*')",
+    "the system's sources": "import os; assert os.path.exists('/usr/src') or os.path.exists('/usr/local/src')",
     "file outside": "open('{m}', 'w'); assert False, 'private'",
     "user's files": "import os; assert os.path.exists('{home}')",
     "passwords": "open('/etc/passwd').read()",
@@ -102,3 +131,43 @@ ESCAPES = {
     "devices": "open('/dev/mem')",
     "device nodes": "import os; os.mknod('/tmp/sda', 0o60600, os.makedev(8, 0)); open('/tmp/sda', 'rb').read(1)",
 }
+
+JAVASCRIPT = {
+    "buffers beyond the memory": "const kept = []; for (let i = 0; i < 7; i++) kept.push(Buffer.alloc(100 << 20, 1)); function add(a, b) { return a + b }",
+    "shared buffers beyond the memory": "const kept = []; for (let i = 0; i < 7; i++) kept.push(new Uint8Array(new SharedArrayBuffer(100 << 20)).fill(1)); function add(a, b) { return a + b }",
+    "WebAssembly memory beyond the memory": "const m = new WebAssembly.Memory({ initial: 8000 }); new Uint8Array(m.buffer).fill(1); function add(a, b) { return a + b }",
+    "arrays beyond the memory": "const kept = []; for (let i = 0; i < 70; i++) kept.push(new Array(1 << 20).fill(i + 0.5)); function add(a, b) { return a + b }",
+    "children that compute": "const { spawn } = require('child_process'); for (let i = 0; i < 3; i++) { const c = spawn('python3', ['-c', 'while True: pass'], { detached: true, stdio: 'ignore' }); if (!c.pid) throw new Error('no child'); } function add(a, b) { return a + b }",
+    "shell": "require('child_process').execSync('true'); function add(a, b) { return a + b }",
+    "fork of node": "const c = require('child_process').fork('/tmp/x.js'); if (!c.pid) throw new Error('no child'); function add(a, b) { return a + b }",
+    "worker that computes": "const { Worker } = require('worker_threads'); new Worker('for (;;);', { eval: true }); async function add(a, b) { while (process.cpuUsage().user < 1.3e6) await new Promise(r => setTimeout(r, 50)); return a + b }",
+    "addon of its own": "require('fs').copyFileSync('/usr/lib/x86_64-linux-gnu/libm.so.6', '/tmp/own.node'); try { process.dlopen({ exports: {} }, '/tmp/own.node') } catch (e) { if (!/did not self-register/.test(e)) throw e } function add(a, b) { return a + b }",
+    "writes its own report": "require('fs').writeSync(1, '{\"results\": [{\"value\": 3}, {\"value\": 0}]}\\n'); function add() { return 99 }",
+    "always a number": "function add() { return { valueOf: () => 3, toJSON: () => '3' } }",
+    "socket": "const s = require('net').createServer(); let ok = false; s.on('error', () => {}); s.listen(0, () => { ok = true }); async function add(a, b) { await new Promise(r => setTimeout(r, 100)); return ok ? a + b : null }",
+}  # fmt: skip
+"""Answers in JavaScript: right where what they try succeeds, or wrong anyway."""
+
+LOOPS = "for r in map(add, [1, 2], [2, 2]): assert r in (3, 4)\nassert all(map(add, [2, 4], [6, 8]))\n"
+OWN_TESTS = {
+    "ends the tests' loop": LOOPS,
+    "ends the tests' map": LOOPS,
+    "ends the tests' iterator": "assert [r for r in iter(lambda: add(1, 2), 0)][:0] == []",
+    "claims a builtin exception": LOOPS,
+    "raises StopAsyncIteration": LOOPS,
+    "gone under a bare except": "try:\n  add(1, 2)\nexcept:\n  pass",
+    "endless range for the tests to add": "assert sum(add(1, 2)) == 3",
+    "huge number for the tests to raise": "assert add(1, 2) ** 99 == 3",
+    "colliding hashes for the tests to collect": "assert set(add(1, 2)) == {3}",
+    "long text for the tests to search": "assert add(1, 2).count('a' * 1_000_000 + 'b') + add(1, 2).find(('a' * 999 + 'b') * 999) == 1",
+}
+"""Attack -> the tests that it aims at, where those are not `TESTS`."""
+JAVASCRIPT_LIMITS = Limits(cpu_seconds=1, wall_seconds=5, memory_bytes=128 << 20)
+JAVASCRIPT_CASES = [{"args": [1, 2], "returns": 3}, {"args": [-1, 1], "returns": 0}]
+
+
+def judge(name: str) -> TestResult:
+    """What the checker says of an attack of FORGED, HUNG, BOMBS or JAVASCRIPT."""
+    if name in JAVASCRIPT:
+        return run_cases(JAVASCRIPT[name], "javascript", "add", JAVASCRIPT_CASES, JAVASCRIPT_LIMITS)
+    return run_tests((FORGED | HUNG | BOMBS)[name], OWN_TESTS.get(name, TESTS), limits=FAST)

@@ -8,12 +8,14 @@ import json
 import os
 import pickle
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cascade import benchmarks
+from cascade.benchmarks import livecodebench
 from cascade.benchmarks.livecodebench import same_output
 from cascade.benchmarks.livecodebench import test_cases as read_cases
 from cascade.errors import ConfigError, DataError
@@ -69,6 +71,55 @@ def test_programs_and_functions(tasks: dict[str, Task]) -> None:
     assert outcome(tasks["scale"], good.replace("x * k", "x + k")) == "fail"
     always = "```python\nclass E:\n    def __eq__(s, o): return True\nclass Solution:\n    def scale(self, xs, k): return E()\n```"
     assert outcome(tasks["scale"], always) == "fail"
+
+
+@confined
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("import sys\nprint('dbg', file=sys.stderr)\nprint(sum(map(int, input().split())))", "pass"),
+        ("x = 5\nif x is 5: print(sum(map(int, input().split())))", "pass"),
+        ("print(sum(map(int, input().split())))\nexit()", "pass"),
+        ("import sys\nprint(sum(map(int, input().split())))\nsys.exit(1)", "pass"),
+        ("print(sum(map(int, input().split())))\nraise ValueError", "fail"),
+        ("import os\nprint(sum(map(int, input().split())), flush=True)\nos._exit(1)", "fail"),
+        ("def main():\n    print(sum(map(int, stdin.read().split())))\nif __name__ == '__main__':\n    main()", "pass"),
+        ("a, b = map(int, input().split())\nstr(10 ** 5000)\nprint(fsum(deepcopy([a, b])))", "pass"),
+        ("import mmap\nx = mmap.mmap(-1, 3 << 30)\nprint(sum(map(int, input().split())))", "pass"),
+        ("import mmap\nx = mmap.mmap(-1, 5 << 30)\nprint(sum(map(int, input().split())))", "fail"),
+    ],
+)
+def test_programs_are_judged_as_the_harness_does(tasks: dict[str, Task], code: str, expected: str) -> None:
+    assert outcome(tasks["sum"], f"```python\n{code}\n```") == expected
+
+
+@confined
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("def scale(xs, k): return [x * k for x in xs]", "pass"),
+        ("def scale(xs: List[int], k): return tuple(mul(x, k) for x in deepcopy(xs) if ascii_lowercase)", "pass"),
+        ("class Solution:\n    def scale(self, xs, k):\n        return [self.deep(9000)[0] + x * k for x in xs]\n"
+         "    def deep(self, n): return [0] if n == 0 else self.deep(n - 1)", "pass"),
+        ("class Solution:\n    calls = 0\n    def scale(self, xs, k):\n        self.calls += 1\n"
+         "        return [x * k for x in xs] if self.calls == 1 else []", "fail"),
+        ("class Solution:\n    def scale(self, xs, k): return [(x * k) for x in xs]\nSolution = None", "fail"),
+        ("def other(xs, k): return xs", "fail"),
+    ],
+)  # fmt: skip
+def test_functions_are_judged_as_the_harness_does(tasks: dict[str, Task], code: str, expected: str) -> None:
+    assert outcome(tasks["scale"], f"```python\n{code}\n```") == expected
+
+
+@confined
+def test_every_test_of_a_function_has_its_own_time(tasks: dict[str, Task], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(livecodebench, "LIMITS", replace(livecodebench.LIMITS, cpu_seconds=0.5))
+    code = (
+        "import time\ndef scale(xs, k):\n    end = time.process_time() + {seconds}\n"
+        "    while time.process_time() < end: pass\n    return [x * k for x in xs]"
+    )
+    assert outcome(tasks["scale"], f"```python\n{code.format(seconds=0.35)}\n```") == "pass"
+    assert outcome(tasks["scale"], f"```python\n{code.format(seconds=0.7)}\n```") == "timeout"
 
 
 def test_windows_by_contest_date(tmp_path: Path, tasks: dict[str, Task]) -> None:

@@ -29,6 +29,10 @@ def outcome(code: str, language: Any, cases: list[dict[str, Any]] = CASES) -> st
         ("module.exports = { add: (a, b) => a + b }", "pass"),
         ("async function add(a, b) { await null; return a + b }", "pass"),
         ("function add(a, b) { console.log('noise'); return a + b }", "pass"),
+        (
+            "const fs = require('fs'), out = 1, run = 2, text = 3, given = 4; function add(a, b) { return a + b }",
+            "pass",
+        ),
         ("setInterval(() => {}, 1000); function add(a, b) { return a + b }", "pass"),
         ("function add(a, b) { return a - b }", "fail"),
         ("function add(a, b) { return String(a + b) }", "fail"),
@@ -58,6 +62,7 @@ def test_javascript(code: str, expected: str) -> None:
     [
         ("def add(a, b): return a + b", "pass"),
         ("import sys\ndef add(a, b):\n  print('noise')\n  return a + b", "pass"),
+        ("def add(a, b): return a + b\nif __name__ == '__main__':\n  n = int(input())", "pass"),
         ("def add(a, b): return a - b", "fail"),
         ("class E(int):\n  def __eq__(s, o): return True\ndef add(a, b): return E(3)", "fail"),
         ("def sub(a, b): return 1", "fail"),

@@ -4,40 +4,36 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from attacks import BOMBS, ESCAPES, FAST, FORGED, HUNG, MARKER, TESTS
+from attacks import BOMBS, ESCAPES, FAST, FORGED, HUNG, JAVASCRIPT, MARKER, TESTS, judge
 
-from cascade.scoring import sandbox
+from cascade.scoring import python_tests, sandbox
 from cascade.scoring.python_tests import TestResult, run_tests
-from cascade.scoring.sandbox import (
-    Confined,
-    Limits,
-    SandboxError,
-    missing_walls,
-    run_javascript,
-    run_program,
-    run_python,
-)
+from cascade.scoring.sandbox import Confined, Limits, SandboxError, missing_walls
+from cascade.scoring.sandbox_programs import run_javascript, run_program, run_python
 
+NODE = shutil.which("node", path="/usr/local/bin:/usr/bin:/bin")
 pytestmark = pytest.mark.skipif(bool(missing_walls()), reason=f"no walls here: {missing_walls()}")
 
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, tuple[TestResult, float]]:
-    """All attacks on the checker, two at a time."""
+    """All attacks on the checker, four at a time."""
 
-    def attack(code: str) -> tuple[TestResult, float]:
+    def attack(name: str) -> tuple[TestResult, float]:
         start = time.monotonic()
-        return run_tests(code, TESTS, limits=FAST), time.monotonic() - start
+        return judge(name), time.monotonic() - start
 
-    attacks = FORGED | HUNG | BOMBS
-    with ThreadPoolExecutor(4) as pool:
-        return dict(zip(attacks, pool.map(attack, attacks.values()), strict=True))
+    attacks = [*FORGED, *HUNG, *BOMBS, *(JAVASCRIPT if NODE else ())]
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(4) as pool:
+        patch.setattr(python_tests, "CHECKER_CPU_S", 1.5)
+        return dict(zip(attacks, pool.map(attack, attacks), strict=True))
 
 
 @pytest.mark.parametrize("name", FORGED)
@@ -54,6 +50,14 @@ def test_nothing_hangs_a_check(name: str, results: dict[str, tuple[TestResult, f
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_bombs_end_alone(name: str, results: dict[str, tuple[TestResult, float]]) -> None:
+    result, seconds = results[name]
+    assert result.outcome in {"fail", "timeout"}, result
+    assert seconds < 20
+
+
+@pytest.mark.skipif(NODE is None, reason="no node")
+@pytest.mark.parametrize("name", JAVASCRIPT)
+def test_no_forged_pass_in_javascript(name: str, results: dict[str, tuple[TestResult, float]]) -> None:
     result, seconds = results[name]
     assert result.outcome in {"fail", "timeout"}, result
     assert seconds < 20
@@ -103,6 +107,93 @@ except KeyError:
 """
     result = run_tests(code, tests)
     assert result.outcome == "pass", result
+
+
+def test_names_that_programs_use_are_there_and_main_is_not_run_in_tests_of_functions() -> None:
+    code = (
+        "def add(a, b):\n  if a > 99: exit(1)\n  return a + b\nif __name__ == '__main__':\n  n = int(input())\n  quit()"
+    )
+    assert run_tests(code, TESTS).outcome == "pass"
+    program = run_python("if __name__ == '__main__':\n  print(int(input()) + 1)\n  exit()\nprint('no')", "1", Limits())
+    assert (program.text, program.ended.code) == ("2\n", 0)
+
+
+def test_an_exception_of_the_candidate_keeps_its_message() -> None:
+    tests = "try:\n  add(1, 2)\nexcept ValueError as error:\n  assert str(error) == 'no'\nelse:\n  assert False"
+    assert run_tests("def add(a, b): raise ValueError('no')", tests).outcome == "pass"
+
+
+def test_what_is_written_to_standard_error_is_kept_apart() -> None:
+    output = run_python("import sys\nprint('noise', file=sys.stderr)\nif 5 is 5: print(3)", "", Limits())
+    assert output.text == "3\n"
+    assert output.errors.startswith("<program>:3: SyntaxWarning")
+    assert output.errors.endswith("noise\n")
+    loud = run_python("import sys\nfor _ in range(99): sys.stderr.write('x' * 9999)\nprint(3)", "", Limits())
+    assert (loud.text, loud.flooded, loud.errors.count("x")) == ("3\n", False, 1 << 14)
+
+
+@pytest.mark.parametrize("out", ["sys.stdout = None", "sys.stdout.close()", "sys.stdout = type('O', (), {})()"])
+def test_a_program_may_put_something_else_for_its_output(out: str) -> None:
+    output = run_python(f"import sys\nprint(3)\nsys.stdout.flush()\n{out}", "", Limits())
+    assert (output.text, output.ended.code) == ("3\n", 0)
+
+
+def test_no_program_has_a_second_process_or_a_namespace() -> None:
+    clone = "import ctypes; print(ctypes.CDLL(None, use_errno=True).syscall({number}, {flags}, 0, 0, 0, 0))"
+    for flags in (0x10000011, 0x00020011, 0x11, 0x10010F00):
+        code = clone.format(number=56, flags=flags)
+        if shutil.which("python3", path="/usr/bin"):
+            assert run_program(["/usr/bin/python3", "-S", "-c", code], "", Limits()).text == "-1\n"
+
+
+def test_computing_buys_wall_time_so_that_a_busy_host_flips_no_verdict() -> None:
+    class Computing:
+        limits, used = Limits(cpu_seconds=5, wall_seconds=1), 0.0
+
+        def cpu_seconds(self) -> float:
+            return self.used
+
+    process, clock = Computing(), [0.0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sandbox.time, "monotonic", lambda: clock[0])
+        patience = sandbox.Patience(1.0, process)  # type: ignore[arg-type]
+        while process.used < 4.9:  # ten times slower than alone
+            clock[0] += 0.2
+            process.used += 0.02
+            assert patience.left() > 0
+        clock[0] += 3600  # everything was stopped
+        assert patience.left() > 0
+        process.used = 5.0
+        assert patience.left() <= 0
+        sleeping = Computing()
+        patience = sandbox.Patience(1.0, sleeping)  # type: ignore[arg-type]
+        for _ in range(6):
+            clock[0] += 0.2
+            left = patience.left()
+        assert left <= 0
+
+
+def test_code_that_computes_outlasts_the_wall_limit() -> None:
+    code = "import time\ndef add(a, b):\n  end = time.process_time() + 0.6\n  while time.process_time() < end: pass\n  return 3"
+    assert run_tests(code, "assert add(1, 2) == 3", limits=Limits(cpu_seconds=2, wall_seconds=0.1)).outcome == "pass"
+
+
+def test_cpu_time_is_known_of_what_is_ended_by_force() -> None:
+    with Confined(Limits(), argv=["/bin/sh", "-c", "while :; do :; done"]) as confined:
+        while confined.cpu_seconds() < 0.2:
+            time.sleep(0.01)
+        ended = confined.end()
+    assert ended.ending == "wall"
+    assert 0.2 <= ended.cpu_seconds < 5
+
+
+def test_a_call_has_a_limit_of_its_own() -> None:
+    code = "import time\ndef add(a, b):\n  end = time.process_time() + a\n  while time.process_time() < end: pass\n  return a"
+    limits = Limits(cpu_seconds=5, call_cpu_seconds=0.5)
+    assert run_tests(code, "assert add(0.3, 0) + add(0.3, 0) + add(0.3, 0) > 0", limits=limits).outcome == "pass"
+    slow = run_tests(code, "assert add(0.8, 0)", limits=limits)
+    assert (slow.outcome, slow.evidence) == ("timeout", "a call took over 0.5 s of CPU time")
+    assert run_tests("import os\ndef add(a, b): os._exit(0)", "assert add(1, 2)", limits=limits).outcome == "fail"
 
 
 def test_cpu_time_decides_not_wall_time() -> None:
@@ -161,14 +252,14 @@ def test_the_walls_that_are_granted_stand_without_the_others(monkeypatch: pytest
     read, connect = "print(len(open('/etc/passwd').read()) > 0)", "import socket; print(socket.socket())"
     monkeypatch.setattr(sandbox, "missing_walls", lambda: {"namespaces": "not granted"})
     with pytest.warns(RuntimeWarning):
-        texts = [run_python(code, "", Limits()).text for code in (read, connect)]
-    assert texts[0] == "True\n"
-    assert "PermissionError" in texts[1]
+        first, second = (run_python(code, "", Limits()) for code in (read, connect))
+    assert first.text == "True\n"
+    assert "PermissionError" in second.last_error
     monkeypatch.setattr(sandbox, "missing_walls", lambda: {"seccomp": "not granted"})
     with pytest.warns(RuntimeWarning):
-        texts = [run_python(code, "", Limits()).text for code in (read, connect)]
-    assert "FileNotFoundError" in texts[0]
-    assert texts[1].startswith("<socket.socket")
+        first, second = (run_python(code, "", Limits()) for code in (read, connect))
+    assert "FileNotFoundError" in first.last_error
+    assert second.text.startswith("<socket.socket")
 
 
 def test_a_kernel_without_a_wall_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
