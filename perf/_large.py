@@ -22,7 +22,7 @@ from cascade.compression.adapter import (
 )
 from cascade.compression.apply import LoraSlot
 from cascade.compression.format import load_modifier, save_modifier
-from cascade.compression.recipe import compress, expand, recipe_from, seed_points
+from cascade.compression.recipe import Room, compress, expand, limits, recipe_from, seed_points
 from cascade.compression.truncate import Grams
 from cascade.config import Compression
 from cascade.training.seeded_init import initial_lora_a
@@ -63,7 +63,7 @@ def compress_it(folder: Path) -> dict[str, object]:
     began = time.perf_counter()
     adapter = load_peft_folder(folder / "adapter")
     grams = {n: Grams(*[np.eye(p.rank, dtype=np.float32)] * 2) for n, p in adapter.layers.items()}
-    recipe = recipe_from(seed_points(Compression(), adapter=adapter)[0], resident=48 / 260, bytes_per_number=4)
+    recipe = recipe_from(seed_points()[0], Room.of(adapter, limits(adapter, Compression()), 4))
     compressed = compress(adapter, recipe, grams)
     size = save_modifier(folder / "modifier.safetensors", compressed)
     seconds = time.perf_counter() - began

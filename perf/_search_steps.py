@@ -18,16 +18,16 @@ from _adapters import encoded, trained_adapter
 from own_ray import local_ray
 
 from cascade.artifacts import Run
-from cascade.compression.adapter import AdapterWeights, fp16_bytes, load_peft_folder
+from cascade.compression.adapter import AdapterWeights, load_peft_folder
 from cascade.compression.format import encode_modifier
-from cascade.compression.recipe import compress, limits, recipe_from
+from cascade.compression.recipe import Room, compress, limits, recipe_from
 from cascade.config import Config, PromptStyle, load_config
 from cascade.models.base import load_base
 from ray_jobs._context import Job
+from ray_jobs._held_out import held_out
 from ray_jobs._runs import Runs
-from ray_jobs._search import Groundwork, _groundwork, search
-from ray_jobs._train import held_out
-from ray_jobs._trial import load_bench
+from ray_jobs._search import _groundwork, search
+from ray_jobs._trial import Groundwork, load_bench
 
 CONFIG, ADAPTER, GROUND, SECONDS = "config.json", "adapter", "ground.pickle", "seconds"
 STYLE = PromptStyle(name="direct", system="Give only the final answer.")
@@ -99,7 +99,7 @@ def search_it(folder: Path, name: str, seed: int, trials: int, *, halving: bool)
     config = lab.config.model_copy(update={"seed": seed, "compression": compression})
     with local_ray():
         began = time.perf_counter()
-        search(Job(config, Runs(lab.config), lab.run(name)), lab.adapter, STYLE, lab.ground.calibration)
+        search(Job(config, Runs(lab.config), lab.run(name)), lab.adapter, STYLE, lab.ground)
         (folder / f"{name}.{SECONDS}").write_text(str(time.perf_counter() - began))
 
 
@@ -108,12 +108,11 @@ def alone(folder: Path, points: Path, results: Path) -> None:
     lab = Lab.open(folder)
     bench = load_bench(lab.config.model_dump_json(), STYLE, tuple(held_out(Runs(lab.config).validation_tasks)))
     bounds = limits(lab.adapter, lab.config.compression)
+    room = Room.of(lab.adapter, bounds, bench.loaded.model.dtype.itemsize)
     found = []
     for point in json.loads(points.read_text()):
         began = time.perf_counter()
-        size = bench.loaded.model.dtype.itemsize
-        recipe = recipe_from(point, resident=bounds.resident / fp16_bytes(lab.adapter), bytes_per_number=size)
-        compressed = compress(lab.adapter, recipe, lab.ground.calibration)
+        compressed = compress(lab.adapter, recipe_from(point, room), lab.ground.calibration)
         disk, resident = len(encode_modifier(compressed)), bench.slot.bytes_for(compressed)
         fits = disk <= bounds.disk and resident <= bounds.resident
         bench.slot.fill(compressed)

@@ -35,7 +35,16 @@ from rich.table import Table
 from cascade.compression.adapter import AdapterWeights, fp16_bytes, load_peft_folder
 from cascade.compression.apply import LoraSlot
 from cascade.compression.calibrate import calibrate
-from cascade.compression.recipe import compress, disk_bytes, expand, limits, recipe_from, resident_bytes, seed_points
+from cascade.compression.recipe import (
+    Room,
+    compress,
+    disk_bytes,
+    expand,
+    limits,
+    recipe_from,
+    resident_bytes,
+    seed_points,
+)
 from cascade.compression.truncate import Calibration
 from cascade.config import Base, Compression
 from cascade.models.base import LoadedBase, load_base
@@ -111,8 +120,9 @@ def ours(lab: Lab, share: float, calibration: Calibration) -> Candidate:
     """Of the search's first points that keep size and promise in memory, the best by validation loss."""
     wanted = Compression(max_ratio=share)
     bounds, best = limits(lab.adapter, wanted), (math.inf, None)
-    for point in [*seed_points(wanted, adapter=lab.adapter), *_extra_points(share)]:
-        recipe = recipe_from(point, resident=PROMISE)
+    room = Room.of(lab.adapter, bounds)
+    for point in [*seed_points(wanted), *_extra_points()]:
+        recipe = recipe_from(point, room)
         compressed = compress(lab.adapter, recipe, calibration)
         sizes = disk_bytes(compressed), resident_bytes(compressed)
         if sizes[0] > bounds.disk or sizes[1] > bounds.resident or sizes[0] < 0.5 * bounds.disk:
@@ -123,9 +133,9 @@ def ours(lab: Lab, share: float, calibration: Calibration) -> Candidate:
     return best[1]
 
 
-def _extra_points(share: float) -> list[dict[str, Any]]:
-    """Points near the size itself, for sizes at which the default ones lie elsewhere."""
-    shared = {"size": 0.96 * share, "allocation": "global", "metric": "gradients"}
+def _extra_points() -> list[dict[str, Any]]:
+    """Points at the size itself, for sizes at which the default ones lie elsewhere."""
+    shared = {"size": 1.0, "metric": "gradients"}
     return [{**shared, "method": m, "values": "int4"} for m in ("low-rank", "rotated")]
 
 

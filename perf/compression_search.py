@@ -90,11 +90,10 @@ def searched(lab: Lab, name: str, seed: int, *, whole: bool = False) -> tuple[li
 
 def grid(lab: Lab, *, informed: bool) -> Points:
     """Method x number format x sizes, in equal ratios; the rest at rest."""
-    space = search_space(lab.config.compression, adapter=lab.adapter)
-    low, high = space["size"][1:]
-    sizes = [low * (high / low) ** (n / (GRID_SIZES - 1)) for n in range(GRID_SIZES)]
+    space = search_space(lab.config.compression)
+    sizes = [n / (GRID_SIZES - 1) for n in range(GRID_SIZES)]
     choices = [space[name][1] for name in ("method", "values")]
-    first = seed_points(lab.config.compression, adapter=lab.adapter)[0]
+    first = seed_points(lab.config.compression)[0]
     axes = ("method", "values", "size")
     rest = {k: v for k, v in first.items() if k not in axes} if informed else {"rescale_a": 0.0, "rescale_b": 0.0}
     return [

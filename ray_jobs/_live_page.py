@@ -152,7 +152,7 @@ class LivePage(Tracked):
                 where = self.runs.store.uri_of(f"{self.runs.run(job).folder}/{folder}")
                 commands.append((what, f"tensorboard --logdir '{where}'"))
         row = self.rows.get("compress_modifier")
-        if row and row.state in ("done", "reused") and self.runs.store.is_local:
-            study = self.runs.store.path(f"{self.runs.compress_modifier.folder}/study.db")
-            commands.append(("The search as an Optuna study", f"optuna-dashboard 'sqlite:///{study}'"))
+        if row and row.state and self.runs.store.is_local:
+            study = self.runs.store.path(f"{self.runs.compress_modifier.folder}/study.journal")
+            commands.append(("The search as an Optuna study", f"optuna-dashboard '{study}'"))
         return commands

@@ -11,20 +11,22 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from ray import tune
+from ray.tune.result import DONE
 
 from cascade.artifacts import Run
-from cascade.compression.adapter import AdapterWeights, fp16_bytes
+from cascade.compression.adapter import AdapterWeights
 from cascade.compression.apply import LoraSlot
 from cascade.compression.format import encode_modifier
 from cascade.compression.packed import CompressedAdapter
 from cascade.compression.pareto import front, leaders
-from cascade.compression.recipe import Limits, compress, recipe_from
+from cascade.compression.recipe import Limits, Room, compress, recipe_from
 from cascade.compression.truncate import Calibration
 from cascade.config import Config, PromptStyle
 from cascade.models.base import LoadedBase, end_token_ids, load_base
@@ -33,6 +35,7 @@ from cascade.training.examples import encode_example
 from cascade.training.loop import TargetLoss, mean_loss
 from cascade.training.packing import Row, pack
 from ray_jobs._evaluate import limit_process
+from ray_jobs._follow import Follower
 
 TRIALS = "trials"
 """Table of the recipes that were tried; each trial adds its own row."""
@@ -40,7 +43,8 @@ STAGES = "stages"
 """Table of how each trial stood after a part of the held-out rows."""
 FRONT = "front"
 """Folder of the modifier files of the Pareto front."""
-_SHARES = (0.25, 0.5)
+SHARES = (0.25, 0.5)
+"""Of the held-out rows, after which a trial may end."""
 _KEEP = 0.5
 Conversation = tuple[str, tuple[Message, ...]]
 """Task id and messages up to the answer."""
@@ -54,9 +58,10 @@ class Trial:
         recipe: the recipe as JSON text; params: the point of the search space that it came from, the same.
         disk_bytes: exact size of its modifier file; resident_bytes: what serving holds of it.
         fits: whether both keep their limit.
-        loss: mean held-out loss per target token, nats.
+        loss: mean held-out loss per target token, nats; of a trial that ended early what it would come to over all
+            rows (`Groundwork.estimate`).
         seconds: of compressing and measuring, without what Tune needs around it.
-        share: of the held-out rows that the loss is over; below 1 the trial ended early.
+        share: of the held-out rows that were measured; below 1 the trial ended early.
     """
 
     recipe: str
@@ -80,12 +85,42 @@ def pareto_front(trials: Sequence[Trial]) -> list[Trial]:
 
 
 @dataclass(frozen=True)
+class Groundwork:
+    """What is measured once before the search.
+
+    Attributes:
+        calibration: how much each component of the adapter matters on examples that it was trained on.
+        base_loss, trained_loss: held-out loss of the bare base and with the adapter as trained, nats per token.
+        trained_so_far: the latter over the first part of the held-out rows alone, by that part's share of them.
+    """
+
+    calibration: Calibration
+    base_loss: float
+    trained_loss: float
+    trained_so_far: Mapping[float, float] = field(default_factory=dict)
+
+    def gain(self, loss: float) -> float:
+        """The share of the improvement in held-out loss that is left at a loss; NaN where there was none."""
+        gained = self.base_loss - self.trained_loss
+        return (self.base_loss - loss) / gained if gained > 0 else float("nan")
+
+    def estimate(self, share: float, loss: float) -> float:
+        """The loss over all held-out rows of what has a loss over the first part of them.
+
+        Some rows are harder than others, for the adapter as trained too: what a candidate has lost against it on these
+        rows is what it is taken to lose on all.
+        """
+        return loss + self.trained_loss - self.trained_so_far[share]
+
+
+@dataclass(frozen=True)
 class Setting:
     """What all trials of a search share: one copy in Ray's object store.
 
     Attributes:
         held_out: validation tasks with their reference answers.
-        calibration: how much each component of the adapter matters on training examples.
+        known: by `Trial.params`, what was measured before the search was last interrupted. Tune notes its state every
+            few seconds only: what ended after the last note is proposed again.
     """
 
     config: Config
@@ -93,8 +128,9 @@ class Setting:
     style: PromptStyle
     adapter: AdapterWeights
     held_out: tuple[Conversation, ...]
-    calibration: Calibration
+    ground: Groundwork
     limits: Limits
+    known: Mapping[str, Trial]
 
 
 @dataclass(frozen=True)
@@ -113,29 +149,61 @@ class Stage:
     loss: float
 
 
-def run_trial(params: dict[str, Any], setting: Setting) -> None:
-    """One trial. The base is loaded once per Tune actor, which goes on to the next trial (`reuse_actors`)."""
-    key = json.dumps(params, sort_keys=True)
-    # Tune notes its state every few seconds: what ended after the last note of a killed search is proposed again.
-    known = [t for t in setting.run.read(TRIALS, Trial) if t.params == key]
-    trial = known[0] if known else _measure(params, setting, key)
-    if not known:
+class TrialRunner(tune.Trainable):
+    """Tune's view of a trial: one step and done. Its actor goes on to the next trial with the same base.
+
+    A class rather than a function: a function's trial costs a thread, and a second call that says it has returned.
+    """
+
+    def setup(self, config: dict[str, Any], setting: Setting | None = None) -> None:
+        assert setting is not None
+        self.params, self.setting = config, setting
+        self.stages = Follower(setting.run, STAGES, Stage)
+        self.seen: list[Stage] = []
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self.params = new_config
+        return True
+
+    def step(self) -> dict[str, Any]:
+        return dataclasses.asdict(run_trial(self.params, self.setting, self._stages_so_far)) | {DONE: True}
+
+    def _stages_so_far(self) -> list[Stage]:
+        self.seen += self.stages.news()
+        return self.seen
+
+
+StagesSoFar = Callable[[], Sequence[Stage]]
+
+
+def run_trial(params: dict[str, Any], setting: Setting, stages: StagesSoFar) -> Trial:
+    """Measure a recipe, and note it in the run, unless it was measured before the search was last interrupted.
+
+    Args:
+        stages: how all trials stood so far.
+    """
+    key = params_key(params)
+    trial = setting.known.get(key)
+    if trial is None:
+        trial = _measure(params, setting, key, stages)
         setting.run.write_part(TRIALS, [trial])
-    tune.report(dataclasses.asdict(trial))
+    return trial
 
 
-def _measure(params: dict[str, Any], setting: Setting, key: str) -> Trial:
+def params_key(params: Mapping[str, Any]) -> str:
+    """A point of the search space as text, as `Trial.params` has it."""
+    return json.dumps(params, sort_keys=True)
+
+
+def _measure(params: dict[str, Any], setting: Setting, key: str, stages: StagesSoFar) -> Trial:
     bench = load_bench(setting.config.model_dump_json(), setting.style, setting.held_out)
     began = time.perf_counter()
-    recipe = recipe_from(
-        params,
-        resident=setting.limits.resident / fp16_bytes(setting.adapter),
-        bytes_per_number=bench.loaded.model.dtype.itemsize,
-    )
-    compressed = compress(setting.adapter, recipe, setting.calibration)
+    recipe = recipe_from(params, Room.of(setting.adapter, setting.limits, bench.loaded.model.dtype.itemsize))
+    compressed = compress(setting.adapter, recipe, setting.ground.calibration)
     data, resident = encode_modifier(compressed), bench.slot.bytes_for(compressed)
     fits = len(data) <= setting.limits.disk and resident <= setting.limits.resident
-    share, loss = _loss(setting, key, bench, compressed, len(data), hopeless=not fits)
+    bench.slot.fill(compressed)
+    share, loss = _loss(setting, key, bench, len(data), stages, hopeless=not fits)
     trial = Trial(recipe.model_dump_json(), key, len(data), resident, loss, fits, time.perf_counter() - began, share)
     if fits and share == 1:
         setting.run.store.write_bytes(f"{setting.run.folder}/{trial.file}", data)
@@ -143,25 +211,17 @@ def _measure(params: dict[str, Any], setting: Setting, key: str) -> Trial:
 
 
 def _loss(
-    setting: Setting, key: str, bench: Bench, compressed: CompressedAdapter, size: int, *, hopeless: bool
+    setting: Setting, key: str, bench: Bench, size: int, stages: StagesSoFar, *, hopeless: bool
 ) -> tuple[float, float]:
-    """Share of the held-out rows that the trial got to, and the mean loss over them."""
-    bench.slot.fill(compressed)
-    run, shares = setting.run, _SHARES if setting.config.compression.halving else ()
-    total, targets, begun = 0.0, 0, 0
-    for share in (*shares, 1.0):
-        rows = bench.rows[begun : round(share * len(bench.rows))]
-        if not rows:
-            continue
-        begun += len(rows)
-        targets += (new := sum(row.targets for row in rows))
-        total += new * bench.mean_loss(rows)
-        loss = total / targets
+    """Share of the held-out rows that the trial got to, and its loss over all of them, if need be as estimated."""
+    shares = SHARES if setting.config.compression.halving else ()
+    share, loss = 1.0, math.nan
+    for share, loss in bench.growing((*shares, 1.0)):
         if share < 1:
-            run.write_part(STAGES, [Stage(key, share, size, loss)])
-            if hopeless or not _is_promoted(key, [s for s in run.read(STAGES, Stage) if s.share == share]):
-                return share, loss
-    return 1.0, loss
+            setting.run.write_part(STAGES, [Stage(key, share, size, loss)])
+            if hopeless or not _is_promoted(key, [s for s in stages() if s.share == share]):
+                return share, setting.ground.estimate(share, loss)
+    return share, loss
 
 
 def _is_promoted(key: str, stages: Sequence[Stage]) -> bool:
@@ -184,6 +244,16 @@ class Bench:
         else:
             self.slot.fill(adapter)
         return self.mean_loss(self.rows)
+
+    def growing(self, shares: Sequence[float]) -> Iterator[tuple[float, float]]:
+        """With what is in the slot, the loss over ever more of the rows: each share that adds some, and its loss."""
+        total, targets, begun = 0.0, 0, 0
+        for share in shares:
+            if rows := self.rows[begun : round(share * len(self.rows))]:
+                begun += len(rows)
+                targets += (new := sum(row.targets for row in rows))
+                total += new * self.mean_loss(rows)
+                yield share, total / targets
 
     def mean_loss(self, rows: Sequence[Row]) -> float:
         """Over some rows, with what is in the slot."""

@@ -14,10 +14,10 @@ from cascade.scoring.statistics import Score, paired_loss
 from cascade.tasks import Example, Verdict
 from ray_jobs._context import Job, Metrics, main
 from ray_jobs._evaluate import Assignment, evaluate, read_adapter
-from ray_jobs._search import Groundwork, lay_groundwork, search
+from ray_jobs._search import lay_groundwork, search
 from ray_jobs._test import training_style
 from ray_jobs._train_worker import ADAPTER
-from ray_jobs._trial import Trial, pareto_front
+from ray_jobs._trial import Groundwork, Trial, pareto_front
 from ray_jobs._winner import finish, in_words
 
 FILE = "modifier.safetensors"
@@ -31,7 +31,7 @@ def work(job: Job) -> Metrics:
     style = training_style(job.runs)
     examples = trained.read("examples", Example)
     ground = lay_groundwork(job, adapter, examples, style)
-    trials = search(job, adapter, style, ground.calibration)
+    trials = search(job, adapter, style, ground)
     finalists = _finalists(job, trials, ground, adapter)
     verdicts = _compare(job, finalists, path)
     chosen, reason = _choose(job, finalists, verdicts)

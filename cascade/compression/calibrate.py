@@ -1,7 +1,8 @@
 """What an adapter's components do on real examples: the second moments that measured metrics of truncation need.
 
 For each layer z = A x is what the adapter's components see of a token, and dL/dz what the loss makes of what they
-say. Both live in as few dimensions as the adapter has ranks, so their moments are small at any width of the model.
+say. Both live in as few dimensions as the adapter has ranks, so their moments are small at any width of the model. Of
+the layer's own input and output, which pruning asks for, mean squares are enough.
 One pass forward and backward over a few dozen examples is enough; the model is not changed.
 """
 
@@ -27,19 +28,31 @@ class _Meter:
         self.b = torch.tensor(pair.b * scaling, dtype=weight.dtype, device=weight.device)
         self.inputs = torch.zeros(pair.rank, pair.rank, device=weight.device)
         self.outputs = torch.zeros_like(self.inputs)
+        self.effects, self.features = (torch.zeros(n, device=weight.device) for n in weight.shape)
 
     def hook(self, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         low = nn.functional.linear(args[0], self.a)
         if not low.requires_grad:  # the first layers see the embeddings, which need no gradient
             low.requires_grad_()
         self._add(self.inputs, low.detach())
+        self._add_squares(self.features, args[0].detach())
         low.register_hook(lambda gradient: self._add(self.outputs, gradient))
-        return output + nn.functional.linear(low, self.b)
+        changed = output + nn.functional.linear(low, self.b)
+        changed.register_hook(lambda gradient: self._add_squares(self.effects, gradient))
+        return changed
 
     @staticmethod
     def _add(moment: torch.Tensor, values: torch.Tensor) -> None:
         flat = values.reshape(-1, values.shape[-1]).float()
         moment.addmm_(flat.T, flat)
+
+    @staticmethod
+    def _add_squares(squares: torch.Tensor, values: torch.Tensor) -> None:
+        squares += values.reshape(-1, values.shape[-1]).float().square().sum(0)
+
+    def grams(self, tokens: int) -> Grams:
+        measured = (self.inputs, self.outputs, self.features, self.effects)
+        return Grams(*((moment / tokens).cpu().numpy() for moment in measured))
 
 
 def calibrate(model: nn.Module, adapter: AdapterWeights, rows: Sequence[Row]) -> Calibration:
@@ -74,6 +87,4 @@ def calibrate(model: nn.Module, adapter: AdapterWeights, rows: Sequence[Row]) ->
         for handle in handles:
             handle.remove()
     tokens = sum(row.tokens for row in rows)
-    return {
-        name: Grams((m.inputs / tokens).cpu().numpy(), (m.outputs / tokens).cpu().numpy()) for name, m in meters.items()
-    }
+    return {name: meter.grams(tokens) for name, meter in meters.items()}

@@ -10,7 +10,7 @@ from cascade.compression.adapter import AdapterWeights, fp16_bytes, load_peft_fo
 from cascade.compression.format import disk_bytes, load_modifier, save_modifier
 from cascade.compression.methods import Recipe
 from cascade.compression.packed import CompressedAdapter, compress, expand, resident_bytes
-from cascade.compression.recipe import Limits, limits, recipe_from
+from cascade.compression.recipe import Limits, Room, limits, recipe_from
 from cascade.config import Compression
 from cascade.errors import DataError
 
@@ -57,9 +57,9 @@ def _within(adapter: AdapterWeights, wanted: Compression, values: Values | None)
     share = bounds.disk / full
     resident = bounds.resident / full
     for step in range(_STEPS):
-        size = 0.97 * share * _STEP**step  # the header is not in it
-        point = {"method": "low-rank", "size": size, "allocation": "global", "values": values or _format(share)}
-        compressed = compress(adapter, recipe_from(point, resident=resident * _STEP**step))
+        less = _STEP**step
+        room = Room(0.97 * share * less, resident * less, rank=adapter.rank)  # the header is not in it
+        compressed = compress(adapter, recipe_from({"method": "low-rank", "values": values or _format(share)}, room))
         if _fits(compressed, bounds):
             return compressed
     raise DataError(

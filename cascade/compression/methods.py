@@ -12,6 +12,7 @@ from cascade.compression.truncate import Allocation, Metric
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Factor = Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)]
+Power = Annotated[float, Field(ge=0, le=4, allow_inf_nan=False)]
 
 
 class Settings(BaseModel):
@@ -26,7 +27,7 @@ class Truncate(Settings):
     keep: Share | None = Field(None, description="share of the rank that is kept, so that it suits any rank")
     energy: Share | None = Field(None, description="share of each layer's squared singular values that is kept")
     allocation: Allocation = Field(
-        "uniform", description="with keep: the same rank everywhere, or where it is worth most"
+        "uniform", description="with keep: the same rank everywhere, the same energy, or where it is worth most"
     )
     metric: Metric = Field("weights", description="what counts: the matrix, its effect on outputs, or on the loss")
 
@@ -34,20 +35,25 @@ class Truncate(Settings):
     def _one_rule(self) -> Truncate:
         if (self.keep is None) == (self.energy is None):
             raise ValueError("set either keep or energy")
-        if self.energy is not None and self.allocation == "global":
-            raise ValueError("allocation: global goes with keep")
+        if self.energy is not None and self.allocation != "uniform":
+            raise ValueError(f"allocation: {self.allocation} goes with keep")
         return self
 
 
 class Prune(Settings):
-    """Magnitude pruning of A - A0 (of A where A0 is unknown) and of B (`cascade.compression.prune`)."""
+    """Pruning of A - A0 (of A where A0 is unknown) and of B (`cascade.compression.prune`)."""
 
     density_a: Share = Field(description="share of A's numbers that is kept; 0.12 is a sparsity of 88 %")
     density_b: Share
+    metric: Metric = Field("weights", description="what counts: magnitude, the effect on outputs, or on the loss")
     scope: Scope = Field("global", description="how far one threshold reaches")
     weights: dict[Group, Factor] = Field({}, description="scope global: how many times larger a group's numbers count")
     rescale_a: Factor = Field(1.0, description="factor on what is kept of A's change")
     rescale_b: Factor = 1.0
+    power_a: Power = Field(
+        0.0, description="what is kept of A's change is also divided, layer by layer, by its share of energy to this"
+    )
+    power_b: Power = 0.0
 
     @model_validator(mode="after")
     def _weights_are_global(self) -> Prune:

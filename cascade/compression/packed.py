@@ -8,7 +8,7 @@ layers can be decoded one by one.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeVar
 
@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from cascade.compression.adapter import AdapterWeights, BaseRef, LoraPair
 from cascade.compression.methods import Recipe
-from cascade.compression.prune import Changes, keep_mask, thresholds
+from cascade.compression.prune import Changes, Importance, importance, keep_mask, kept_energy, thresholds
 from cascade.compression.quantise import decode, encode, packed_bytes, scale_count, unit_exponent, unpack
-from cascade.compression.truncate import Calibration, truncate
+from cascade.compression.truncate import Calibration, grams_for, truncate
 from cascade.errors import DataError, FormatError
 from cascade.training.seeded_init import initial_lora_a
 
@@ -121,6 +121,7 @@ def compress(adapter: AdapterWeights, recipe: Recipe, calibration: Calibration |
     for name, pair in adapter.layers.items():
         if not (np.isfinite(pair.a).all() and np.isfinite(pair.b).all()):
             raise DataError(f"layer {name} holds numbers that are not finite: the training has diverged")
+    whole = adapter
     if recipe.truncate is not None:
         how = recipe.truncate
         adapter = truncate(
@@ -131,8 +132,9 @@ def compress(adapter: AdapterWeights, recipe: Recipe, calibration: Calibration |
             metric=how.metric,
             calibration=calibration,
         )
-    a = _pack(adapter, "a", recipe)
-    b = _pack(adapter, "b", recipe)
+    counts = _importance(whole, adapter, recipe, calibration)
+    a = _pack(adapter, "a", recipe, counts)
+    b = _pack(adapter, "b", recipe, counts)
     layers = tuple(
         LayerSpec(name, pair.rank, pair.a.shape[1], pair.b.shape[0], (a.kept[i], b.kept[i]), (a.exps[i], b.exps[i]))
         for i, (name, pair) in enumerate(adapter.layers.items())
@@ -277,18 +279,36 @@ def _changes(adapter: AdapterWeights, factor: FactorName) -> Changes:
     return change
 
 
-def _pack(adapter: AdapterWeights, factor: FactorName, recipe: Recipe) -> _Parts:
-    change, parts, prune = _changes(adapter, factor), _Parts(), recipe.prune
+def _importance(
+    whole: AdapterWeights, left: AdapterWeights, recipe: Recipe, calibration: Calibration | None
+) -> dict[str, Importance]:
+    """By layer, what numbers count beyond their magnitude; empty where magnitude is all."""
+    if recipe.prune is None or recipe.prune.metric == "weights":
+        return {}
+    grams, metric = grams_for(whole, recipe.prune.metric, calibration), recipe.prune.metric
+    return {name: importance(whole.layers[name], pair, grams[name], metric) for name, pair in left.layers.items()}
+
+
+def _pack(adapter: AdapterWeights, factor: FactorName, recipe: Recipe, counts: Mapping[str, Importance]) -> _Parts:
+    change, parts, prune, which = _changes(adapter, factor), _Parts(), recipe.prune, FACTORS.index(factor)
+
+    def score(name: str, numbers: NDArray[np.float32]) -> NDArray[np.float32]:
+        return numbers * counts[name][which] if counts else numbers
+
     cuts: dict[str, float] = {}
     if prune is not None:
-        density = prune.density_a if factor == "a" else prune.density_b
-        cuts = thresholds(adapter.layers, change, density, prune.scope, prune.weights)
+        density = (prune.density_a, prune.density_b)[which]
+        cuts = thresholds(adapter.layers, lambda n: score(n, change(n)), density, prune.scope, prune.weights)
     for name in adapter.layers:
-        values = change(name).ravel()
+        values = change(name)
         if prune is not None:
-            mask = keep_mask(values, cuts[name])
-            values = values[mask] * np.float32(prune.rescale_a if factor == "a" else prune.rescale_b)
+            mask = keep_mask(score(name, values), cuts[name])
+            rescale, power = ((prune.rescale_a, prune.power_a), (prune.rescale_b, prune.power_b))[which]
+            if power:
+                rescale *= kept_energy(values, mask) ** -power
+            values = values[mask] * np.float32(rescale)
             parts.masks.append(np.packbits(mask))
+        values = values.ravel()
         exponent = unit_exponent(values)
         packed, scales = encode(np.ldexp(values, -exponent), recipe.codec, recipe.group)
         parts.values.append(packed)

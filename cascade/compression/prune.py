@@ -1,8 +1,12 @@
-"""Magnitude pruning: which numbers of A - A0 and of B are worth keeping.
+"""Pruning: which numbers of A - A0 and of B are worth keeping.
 
 Training moves A by about a tenth of its norm, so pruning A itself would prune mostly its random start; what is
 compared here is the change. Thresholds are per layer, per group of layers, or one for all, and groups can be given
 weights. Rescaling what is left decides more about the result than which numbers are left.
+
+A number counts by its magnitude, or by what dropping it does (`importance`): to the layer's output ("activations", as
+Wanda does it, arXiv:2306.11695) or to the loss ("gradients", a diagonal Fisher with input and gradient taken as
+independent). Both are magnitude times something for its row times something for its column, from calibration.
 """
 
 from __future__ import annotations
@@ -15,11 +19,17 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from cascade.compression.adapter import LoraPair
+from cascade.compression.truncate import Grams, Metric
+from cascade.errors import DataError
+
 Scope = Literal["layer", "group", "global"]
 Group = Literal["attention-early", "attention-middle", "attention-late", "mlp-early", "mlp-middle", "mlp-late"]
 GROUPS: tuple[Group, ...] = get_args(Group)
 Changes = Callable[[str], NDArray[np.float32]]
 """Gives one factor's change of a layer, by the layer's name."""
+Importance = tuple[NDArray[np.float32], NDArray[np.float32]]
+"""What the numbers of A, shape (rank, in), and of B transposed, (rank, out), are multiplied with to be compared."""
 
 _ATTENTION = re.compile(r"attn|attention|(^|\.)(q|k|v|o|qkv|out)_proj$", re.IGNORECASE)
 _DEPTH = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
@@ -50,7 +60,7 @@ def thresholds(
 
     Args:
         names: the layers.
-        change: gives the change of one factor, any shape; called once per layer.
+        change: gives the change of one factor, or what it counts, any shape; called once per layer.
         density: share of the numbers to keep, in (0, 1]: of each layer, of each group, or of all.
         scope: how far one threshold reaches.
         weights: for scope "global": how many times larger a number of a group counts. Missing ones are 1.
@@ -68,6 +78,46 @@ def thresholds(
         cut = _cut([_scores(change(n), weight[n]) for n in together], density)
         found |= {name: cut / weight[name] for name in together}
     return {name: found[name] for name in groups}
+
+
+def importance(before: LoraPair, after: LoraPair, grams: Grams, metric: Metric) -> Importance:
+    """How much a number of each factor counts beyond its magnitude, in a measured metric.
+
+    Args:
+        before: the layer as calibrated; after: as truncation left it, which may be the same.
+
+    Raises:
+        DataError: the calibration lacks what pruning asks for.
+    """
+    if grams.features is None or grams.effects is None:
+        raise DataError(f"pruning by {metric} needs a calibration of the layers' inputs and outputs: calibrate anew")
+    seen, said = _moments(before, after, grams)
+    feature = np.sqrt(grams.features)
+    if metric == "activations":
+        heard, effect = np.linalg.norm(after.b, axis=0), np.ones(after.b.shape[0])
+    else:
+        heard, effect = np.sqrt(said), np.sqrt(grams.effects)
+    return np.outer(heard, feature).astype(np.float32), np.outer(np.sqrt(seen), effect).astype(np.float32)
+
+
+def _moments(before: LoraPair, after: LoraPair, grams: Grams) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean squares of z and of dL/dz, by component, of factors that span the same or less: A' = R A and B' = B L."""
+    if after is before:
+        return np.diag(grams.inputs).astype(np.float64), np.diag(grams.outputs).astype(np.float64)
+    a, b = before.a.astype(np.float64), before.b.astype(np.float64)
+    right = np.linalg.lstsq(a @ a.T, a @ after.a.T.astype(np.float64), rcond=None)[0].T
+    left = np.linalg.lstsq(b.T @ b, b.T @ after.b.astype(np.float64), rcond=None)[0]
+    seen, said = (
+        np.einsum("ki,ij,kj->k", right, grams.inputs, right),
+        np.einsum("ik,ij,jk->k", left, grams.outputs, left),
+    )
+    return np.maximum(seen, 0), np.maximum(said, 0)
+
+
+def kept_energy(change: NDArray[np.float32], mask: NDArray[np.bool_]) -> float:
+    """The share of a layer's sum of squares that is kept; 1 where there is nothing to keep."""
+    whole, kept = (float(np.square(x, dtype=np.float64).sum()) for x in (change, change[mask]))
+    return kept / whole if whole and kept else 1.0
 
 
 def keep_mask(change: NDArray[np.float32], threshold: float) -> NDArray[np.bool_]:

@@ -25,7 +25,7 @@ from threadpoolctl import threadpool_limits
 from cascade.compression.adapter import AdapterWeights, LoraPair
 from cascade.errors import DataError
 
-Allocation = Literal["uniform", "global"]
+Allocation = Literal["uniform", "energy", "global"]
 Metric = Literal["weights", "activations", "gradients"]
 Matrix = NDArray[np.float64]
 Svd = tuple[Matrix, Matrix, Matrix]
@@ -41,10 +41,14 @@ class Grams:
     Attributes:
         inputs: mean of z z^T over tokens, z = A x; float32, shape (rank, rank).
         outputs: mean of g g^T over tokens, g the gradient of the loss by z; the same shape.
+        features: mean square of each number of x, shape (in,); None where nothing is pruned by it.
+        effects: mean square of the loss's gradient by each number of the layer's output, shape (out,).
     """
 
     inputs: NDArray[np.float32]
     outputs: NDArray[np.float32]
+    features: NDArray[np.float32] | None = None
+    effects: NDArray[np.float32] | None = None
 
 
 Calibration = Mapping[str, Grams]
@@ -85,8 +89,9 @@ def truncate(
     Args:
         keep: share of the rank to keep, in (0, 1]; rounded down, at least 1.
         energy: instead: share of each layer's squared singular values to keep.
-        allocation: with `keep`: "uniform" gives every layer that share, "global" gives the same number of
-            parameters in all to the layers whose singular values are largest for what they cost.
+        allocation: with `keep`: "uniform" gives every layer that share. The others give as many parameters in all
+            otherwise: "global" to the layers whose singular values are largest for what they cost, "energy" so that
+            every layer keeps the same share of its own squared singular values.
         metric: what singular values measure; all but "weights" need a calibration.
 
     Returns:
@@ -95,8 +100,9 @@ def truncate(
     Raises:
         DataError: the metric needs a calibration of this adapter and there is none.
     """
-    grams = _grams_for(adapter, metric, calibration)
-    ranks = _global_ranks(adapter, keep or 1.0, metric, grams) if energy is None and allocation == "global" else {}
+    grams = grams_for(adapter, metric, calibration)
+    shared = energy is None and allocation != "uniform"
+    ranks = _shared_ranks(adapter, keep or 1.0, allocation, metric, grams) if shared else {}
     layers = {}
     for name, pair in adapter.layers.items():
         svd = _svd(pair, metric, grams.get(name))
@@ -123,12 +129,17 @@ def _svd(pair: LoraPair, metric: Metric, grams: Grams | None) -> Svd:
     return product_svd(pair) if grams is None else measured_svd(pair, grams, metric)
 
 
-def _grams_for(adapter: AdapterWeights, metric: Metric, calibration: Calibration | None) -> Calibration:
+def grams_for(adapter: AdapterWeights, metric: Metric, calibration: Calibration | None) -> Calibration:
+    """The calibration, once it is sure to be one of this adapter; empty where the metric needs none.
+
+    Raises:
+        DataError: it is missing, or another adapter's.
+    """
     if metric == "weights":
         return {}
     for name, pair in adapter.layers.items():
         if calibration is None or name not in calibration:
-            raise DataError(f"truncation by {metric} needs a calibration, and layer {name} has none")
+            raise DataError(f"compression by {metric} needs a calibration, and layer {name} has none")
         if calibration[name].inputs.shape != (pair.rank, pair.rank):
             raise DataError(f"layer {name} has rank {pair.rank}: the calibration is of another adapter")
     assert calibration is not None
@@ -164,14 +175,23 @@ def _rank_of_energy(s: Matrix, energy: float) -> int:
     return min(s.size, 1 + int(np.searchsorted(shares, energy * shares[-1] * (1 - 1e-12)))) if shares[-1] else 1
 
 
-def _global_ranks(adapter: AdapterWeights, keep: float, metric: Metric, grams: Calibration) -> dict[str, int]:
-    """Ranks that spend `keep` of all parameters on the largest squared singular values per parameter."""
+def _missing_energy(s: Matrix) -> Matrix:
+    """The share of the layer's squared singular values that is missing before each of them is kept."""
+    energy = s**2
+    return np.flip(np.cumsum(np.flip(energy))) / max(float(energy.sum()), np.finfo(np.float64).tiny)
+
+
+def _shared_ranks(
+    adapter: AdapterWeights, keep: float, allocation: Allocation, metric: Metric, grams: Calibration
+) -> dict[str, int]:
+    """Ranks that spend `keep` of all parameters where they are worth most, in the order of the allocation."""
     spectra = {name: spectrum(pair, metric, grams.get(name)) for name, pair in adapter.layers.items()}
     costs = {name: pair.a.shape[1] + pair.b.shape[0] for name, pair in adapter.layers.items()}
     names = [name for name, s in spectra.items() for _ in s]
     order = np.concatenate([np.arange(s.size) for s in spectra.values()])
     cost = np.array([costs[name] for name in names])
-    worth = np.concatenate([s**2 / costs[name] for name, s in spectra.items()])
+    value = _missing_energy if allocation == "energy" else np.square
+    worth = np.concatenate([value(s) / (costs[name] if allocation == "global" else 1) for name, s in spectra.items()])
     # Every layer keeps its first component: a layer of rank 0 is none to PEFT.
     ranking = np.lexsort((-worth, order > 0))
     spent = np.cumsum(cost[ranking])

@@ -28,7 +28,7 @@ from cascade.config import load_config
 from cascade.tasks import Example, Message
 from cascade.training.seeded_init import initial_lora_a
 from ray_jobs._runs import Runs
-from ray_jobs._search import STUDY
+from ray_jobs._study import STUDY
 from ray_jobs._train import ADAPTER
 from ray_jobs._trial import FRONT, TRIALS, Trial, pareto_front
 from ray_jobs._winner import ACCOUNT, LAYERS
@@ -114,7 +114,8 @@ def test_killed_at_work_it_repeats_at_most_the_trials_in_flight(tmp_path: Path) 
     check_front(folder, trials, adapter)
     check_choice(runs, adapter)
     check_account(runs, adapter, trials)
-    study = optuna.load_study(study_name=None, storage=f"sqlite:///{folder / STUDY}")
+    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(folder / STUDY)))
+    study = optuna.load_study(study_name=None, storage=storage)
     assert len(study.trials) == COUNT
     assert {t.user_attrs["recipe"] for t in study.trials} == {t.recipe for t in trials}
 
@@ -160,7 +161,7 @@ def finish_without_a_trials_process(command: list[str], environment: dict[str, s
 
 def is_trial(process: psutil.Process) -> bool:
     try:
-        return "ImplicitFunc" in " ".join(process.cmdline())
+        return "TrialRunner" in " ".join(process.cmdline())
     except psutil.Error:
         return False
 

@@ -91,7 +91,7 @@ def test_a_finished_pipeline_links_its_report_and_asks_for_no_news(page: LivePag
     assert "http-equiv" not in text
     assert "8265" not in text  # that Ray has ended
     assert f"tensorboard --logdir &#39;{runs.store.path(runs.compress_modifier.folder)}/search&#39;" in text
-    assert "study.db" in text
+    assert "study.journal" in text
 
 
 def test_commands_for_the_search_come_with_the_search(page: LivePage, runs: Runs) -> None:
@@ -100,7 +100,7 @@ def test_commands_for_the_search_come_with_the_search(page: LivePage, runs: Runs
     page.started("compress_modifier")
     page.write()
     assert f"{runs.compress_modifier.name}/search" in shown(runs)
-    assert "study.db" not in shown(runs)  # written when the search is over
+    assert f"{runs.compress_modifier.name}/study.journal" in shown(runs)
 
 
 def test_a_failure_is_told_and_marked_at_its_step(page: LivePage, runs: Runs) -> None:

@@ -1,4 +1,4 @@
-"""How far a trial of the pruning search goes: early ends by rank among those as far, and the switch for them."""
+"""How far a trial of the pruning search goes, what its loss then means, and what it reads on the way."""
 
 from __future__ import annotations
 
@@ -9,36 +9,39 @@ import pytest
 
 from cascade.artifacts import Run, Store
 from cascade.config import Compression
-from ray_jobs._trial import STAGES, Stage, _loss
+from ray_jobs._follow import Follower
+from ray_jobs._trial import STAGES, TRIALS, Bench, Groundwork, Stage, Trial, _loss, run_trial
 
-ROWS = [SimpleNamespace(targets=10) for _ in range(8)]
+LEVEL = Groundwork({}, 4.0, 0.05, {0.25: 0.05, 0.5: 0.05, 1.0: 0.05})
+"""Of rows that are all as hard."""
 
 
-class Bench:
-    """Rows that all have the same loss."""
+class Rows(Bench):
+    """Rows of given losses."""
 
-    def __init__(self, loss: float) -> None:
-        self.rows, self.loss, self.measured = ROWS, loss, 0
-        self.slot = SimpleNamespace(fill=lambda adapter: None)
+    def __init__(self, losses: list[float]) -> None:
+        rows: Any = [SimpleNamespace(targets=10, loss=loss) for loss in losses]
+        super().__init__(loaded=None, slot=None, rows=rows)  # type: ignore[arg-type]
 
-    def mean_loss(self, rows: list[Any]) -> float:
-        self.measured += len(rows)
-        return self.loss
+    def mean_loss(self, rows: Any) -> float:
+        self.__dict__["measured"] = self.__dict__.get("measured", 0) + len(rows)
+        return sum(row.loss for row in rows) / len(rows)
 
 
 @pytest.fixture
 def setting(tmp_path):
-    def make(*, halving: bool) -> Any:
+    def make(*, halving: bool, ground: Groundwork = LEVEL) -> Any:
         run = Run(Store(str(tmp_path)), "sums", "search", f"halving-{halving}")
-        return SimpleNamespace(run=run, config=SimpleNamespace(compression=Compression(halving=halving)))
+        config = SimpleNamespace(compression=Compression(halving=halving))
+        return SimpleNamespace(run=run, config=config, ground=ground, known={})
 
     return make
 
 
 def measure(setting: Any, key: str, loss: float, size: int, *, hopeless: bool = False) -> tuple[float, float, int]:
-    bench: Any = Bench(loss)
-    share, found = _loss(setting, key, bench, None, size, hopeless=hopeless)  # type: ignore[arg-type]
-    return share, found, bench.measured
+    bench = Rows([loss] * 8)
+    share, found = _loss(setting, key, bench, size, lambda: setting.run.read(STAGES, Stage), hopeless=hopeless)
+    return share, found, bench.__dict__["measured"]
 
 
 def test_a_trial_that_is_behind_ends_after_a_quarter(setting):
@@ -58,4 +61,47 @@ def test_without_halving_every_trial_is_measured_whole(setting):
 
 
 def test_what_does_not_fit_ends_at_the_first_look(setting):
-    assert measure(setting(halving=True), "too large", 0.1, 10, hopeless=True) == (0.25, 0.1, 2)
+    assert measure(setting(halving=True), "too large", 0.1, 10, hopeless=True) == (0.25, pytest.approx(0.1), 2)
+
+
+def test_a_trial_that_ended_is_compared_with_whole_ones_by_what_it_lost_against_the_adapter(setting):
+    hard_first = [2.0, 2.0, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1]
+    trained = Rows(hard_first)
+    ground = Groundwork({}, 4.0, 0.575, dict(trained.growing((0.25, 0.5, 1.0))))
+    assert ground.trained_so_far == pytest.approx({0.25: 2.0, 0.5: 1.05, 1.0: 0.575})
+    halved = setting(halving=True, ground=ground)
+    bench = Rows([loss + 0.3 for loss in hard_first])
+    share, loss = _loss(halved, "x", bench, 9, lambda: halved.run.read(STAGES, Stage), hopeless=True)
+    assert share == 0.25
+    assert loss == pytest.approx(0.875), "2.3 on the hard rows is 0.3 more than the adapter has, not 1.7 more"
+    assert Rows([loss + 0.3 for loss in hard_first]).mean_loss(bench.rows) == pytest.approx(loss)
+
+
+def test_parts_without_rows_are_no_stages():
+    assert list(Rows([1.0, 3.0]).growing((0.25, 0.5, 1.0))) == [(0.5, 1.0), (1.0, 2.0)]
+
+
+def test_what_was_measured_before_is_neither_measured_nor_noted_again(setting):
+    whole = setting(halving=False)
+    trial = Trial("{}", '{"size": 0.1}', 10, 10, 0.5, True, 1.0)
+    whole.known = {trial.params: trial}
+    assert run_trial({"size": 0.1}, whole, list) is trial
+    assert whole.run.read(TRIALS, Trial) == []
+
+
+def test_a_follower_reads_each_part_once(tmp_path, monkeypatch):
+    run = Run(Store(str(tmp_path)), "sums", "search", "x")
+    stages = [Stage(key, 0.25, 10, 0.5) for key in "abc"]
+    follower = Follower(run, STAGES, Stage)
+    assert follower.news() == []
+    run.write_part(STAGES, stages[:1])
+    run.write_part(TRIALS, [Trial("{}", "{}", 10, 10, 0.5, True, 1.0)])
+    assert follower.news() == stages[:1]
+    run.write_part(STAGES, stages[1:2])
+    run.write_part(STAGES, stages[2:])
+    read = []
+    whole = Store.read_bytes
+    monkeypatch.setattr(Store, "read_bytes", lambda store, path: read.append(path) or whole(store, path))
+    assert follower.news() == stages[1:]
+    assert len(read) == 2
+    assert follower.news() == []

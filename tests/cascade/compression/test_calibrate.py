@@ -51,6 +51,25 @@ def test_moments_are_those_at_stock_pefts_lora_a(model, adapter, tmp_path):
         assert np.allclose(found[name].outputs, g.T @ g / len(g), rtol=1e-3, atol=1e-7)
 
 
+def test_mean_squares_are_those_at_the_layers_own_ends(model, adapter, tmp_path):
+    found = calibrate(model, adapter, ROWS)
+    peft = PeftModel.from_pretrained(copy.deepcopy(model), save_peft_folder(adapter, tmp_path)).eval()
+    peft.requires_grad_(True)
+    inputs: dict[str, list[torch.Tensor]] = {name: [] for name in adapter.layers}
+    outputs: dict[str, list[torch.Tensor]] = {name: [] for name in adapter.layers}
+    for name in adapter.layers:
+        layer = peft.get_submodule(f"base_model.model.{name}")
+        layer.register_forward_hook(functools.partial(_note, outputs[name]))
+        layer.register_forward_pre_hook(lambda _module, args, name=name: inputs[name].append(args[0].detach()))
+    for row in ROWS:
+        TargetLoss(peft, fused=False)(**row.tensors(torch.device("cpu"))).backward()
+    for name, grams in found.items():
+        x = torch.cat([i.reshape(-1, i.shape[-1]) for i in inputs[name]]).double().numpy()
+        g = torch.cat([o.grad.reshape(-1, o.shape[-1]) for o in outputs[name]]).double().numpy()
+        assert np.allclose(grams.features, (x**2).mean(0), rtol=1e-3, atol=1e-9)
+        assert np.allclose(grams.effects, (g**2).mean(0), rtol=1e-3, atol=1e-9)
+
+
 def test_the_model_is_the_same_afterwards(model, adapter):
     tokens = torch.arange(12)[None]
     before = model(tokens).logits

@@ -104,7 +104,7 @@ def test_sparse_masks_are_entropy_coded():
     }
     adapter = replace(tiny(), layers=wide, rank=8)
     prune = Prune(density_a=0.05, density_b=0.05)
-    assert disk_bytes(compress(adapter, Recipe(prune=prune, values="ternary"))) < 2 * 9000 * 0.5
+    assert disk_bytes(compress(adapter, Recipe(prune=prune, values="ternary"))) < 2 * 9000 * 0.52
     # So sparse that the mask would shrink beyond what a reader accepts: stored as it is, and still read.
     hollow = compress(adapter, Recipe(prune=Prune(density_a=0.0001, density_b=0.0001)))
     assert decode_modifier(encode_modifier(hollow))[1].layers == hollow.layers

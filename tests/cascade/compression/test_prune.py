@@ -8,7 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from cascade.compression.prune import group_layers, keep_mask, thresholds
+from cascade.compression.adapter import AdapterWeights, BaseRef, LoraPair
+from cascade.compression.prune import group_layers, importance, keep_mask, thresholds
+from cascade.compression.truncate import Grams, truncate
 
 RNG = np.random.default_rng(0)
 NAMES = [f"model.layers.{i}.{m}" for i in range(9) for m in ("self_attn.q_proj", "mlp.up_proj")]
@@ -74,3 +76,26 @@ def test_threshold_is_the_magnitude_of_the_last_number_kept(values, density):
     assert float(np.sort(np.abs(values))[::-1][wanted - 1]) == cut
     mask = keep_mask(values, cut)
     assert not (np.abs(values[~mask]) > cut).any()
+
+
+@pytest.mark.parametrize("metric", ["activations", "gradients"])
+def test_importance_follows_the_components_through_truncation(metric):
+    """Measured before, and turned with the factors: as if measured of the truncated factors themselves."""
+    a, b = RNG.normal(size=(6, 30)), RNG.normal(size=(40, 6))
+    x = RNG.normal(size=(500, 30)) * np.linspace(0.1, 3, 30)
+    dy = RNG.normal(size=(500, 40)) * np.linspace(2, 0.2, 40)
+    z, g = x @ a.T, dy @ b
+    moments = (z.T @ z / 500, g.T @ g / 500, (x**2).mean(0), (dy**2).mean(0))
+    grams = Grams(*(m.astype(np.float32) for m in moments))
+    pair = LoraPair(a.astype(np.float32), b.astype(np.float32))
+    base = AdapterWeights({"q_proj": pair}, 1.0, 6, BaseRef(), ("q_proj",))
+    for after in (
+        pair,
+        truncate(base, keep=0.5, energy=None, metric=metric, calibration={"q_proj": grams}).layers["q_proj"],
+    ):
+        of_a, of_b = importance(pair, after, grams, metric)
+        seen = np.sqrt(((x @ after.a.T) ** 2).mean(0))
+        heard = np.linalg.norm(after.b, axis=0) if metric == "activations" else np.sqrt(((dy @ after.b) ** 2).mean(0))
+        effect = np.ones(40) if metric == "activations" else np.sqrt((dy**2).mean(0))
+        assert np.allclose(of_a, np.outer(heard, np.sqrt((x**2).mean(0))), rtol=1e-3)
+        assert np.allclose(of_b, np.outer(seen, effect), rtol=1e-3)

@@ -67,6 +67,28 @@ def test_global_allocation_spends_the_same_and_loses_less(adapter, keep):
     assert loss(best) < loss(even) or even.parameters > budget
 
 
+@pytest.mark.parametrize("keep", [0.2, 0.5, 0.9])
+def test_energy_allocation_spends_the_same_and_leaves_layers_alike(adapter, keep):
+    """Layers of one loudness or another keep the same share of their energy, so far as ranks allow."""
+    steep = {
+        n: type(p)(p.a * (0.5 + i % 3 / 4) ** np.arange(8, dtype=np.float32)[:, None], p.b * 10**i)
+        for i, (n, p) in enumerate(adapter.layers.items())
+    }
+    adapter = replace(adapter, layers=steep)
+    small = truncate(adapter, keep=keep, energy=None, allocation="energy")
+    assert small.parameters <= max(keep, 1 / 8) * adapter.parameters * (1 + 1e-6)
+    assert len({p.rank for p in small.layers.values()}) > 1
+    before, after = [], []
+    for name, pair in small.layers.items():
+        shares = np.cumsum(spectrum(adapter.layers[name]) ** 2)
+        before.append(([0.0, *shares])[pair.rank - 1] / shares[-1])
+        after.append(shares[pair.rank - 1] / shares[-1])
+    # The first that was left out, of any layer, has no less before it than the last that was taken, of any other one.
+    assert max(b for b, p in zip(before, small.layers.values(), strict=True) if p.rank > 1) <= min(
+        (s for s, p in zip(after, small.layers.values(), strict=True) if p.rank < 8), default=1.0
+    )
+
+
 def test_an_untrained_layer_keeps_rank_one(adapter):
     zero = {n: type(p)(p.a, np.zeros_like(p.b)) for n, p in adapter.layers.items()}
     small = truncate(replace(adapter, layers=zero), keep=None, energy=0.9)
