@@ -21,8 +21,8 @@ from cascade.artifacts import Store
 from cascade.config import Base, load_config
 from cascade.errors import ConfigError
 from cascade.system import open_bundle
-from serve.engine import Limits
 from serve.ingress import EngineReplica, Ingress, Served
+from serve.schedule import Limits
 
 CONFIG_VARIABLE = "CASCADE_CONFIG"
 DEFAULT_CONFIG = "configs/quickstart.yaml"

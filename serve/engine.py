@@ -1,10 +1,10 @@
 """The engine: a base, one modifier slot, and one thread that does all computing.
 
 That thread alone touches the model and the slot. Jobs are grouped by the version of the modifier that answers them;
-each group has a batch, and so a KV cache, of its own, and only the group whose modifier is in the slot is computed. At
-any step jobs join and leave its batch. When it has had the slot for `patience_s` while others wait, it is parked with
-its cache and the group that has waited longest is next: nobody is computed under another's modifier, and nobody waits
-for somebody else's long answer to end.
+each group has KV caches of its own, and only the group whose modifier is in the slot is computed. At any step jobs join
+and leave its batches; prompts are computed in parts, between the steps. When it has had the slot for `patience_s` while
+others wait, it is parked with its caches and the group that has waited longest is next: nobody is computed under
+another's modifier, and nobody waits for somebody else's long answer to end. See `serve.schedule`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,7 @@ import copy
 import logging
 import threading
 import time
-from collections import deque
-from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -27,44 +25,27 @@ from cascade.compression.adapter import BaseRef
 from cascade.compression.apply import LoraSlot
 from cascade.errors import CascadeError
 from cascade.models.base import LoadedBase, end_token_ids
+from cascade.models.caches import Prefix
 from cascade.models.chat import prompt_text
 from cascade.models.generation import Batch
+from cascade.models.prompts import Prompts
 from cascade.models.rows import Request, Row
 from cascade.routing.model import BASE
 from serve.events import Event, Failed, Finished, Started, Work
 from serve.forms import Forms
-from serve.jobs import BARE, Group, Job, Key
-from serve.live import LiveModifiers
+from serve.jobs import BARE, Group, Job, Key, Lane, key_of
+from serve.kept import Kept
+from serve.live import Live, LiveModifiers
+from serve.schedule import Chunks, Limits, Schedule
 from serve.steering import Grammars, Steering
 from serve.text import TextStream
 from serve.threads import Threads, give_way
 
 logger = logging.getLogger(__name__)
 
-_STARVED_S = 2.0
-"""A job that has waited so long for room is let in before any other joins."""
+_CHUNK = {"cpu": 256, "gpu": 2048}
+"""Tokens of prompts that are computed at a time, to begin with."""
 _SHUTTING_DOWN = Failed(503, "the server is shutting down", "shutting_down", retry_after_s=5)
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Bounds of one engine.
-
-    Attributes:
-        rows: sequences computed together.
-        tokens: most tokens (prompt and answer) that the rows of all groups may come to, so that memory is bounded.
-        waiting: jobs that may wait beyond those that join at the next step; more are refused with 429.
-        patience_s: how long a group keeps the slot while another waits.
-        answer_tokens: answer length where the request names none.
-        step_s: a thread that has not finished one step in so long counts as hung.
-    """
-
-    rows: int = 32
-    tokens: int = 32_768
-    waiting: int = 64
-    patience_s: float = 0.5
-    answer_tokens: int = 512
-    step_s: float = 120.0
 
 
 class Engine:
@@ -79,7 +60,7 @@ class Engine:
         loaded: LoadedBase,
         store: Store,
         cache: Path,
-        limits: Limits = Limits(),
+        limits: Limits | None = None,
         threads: int | None = None,
     ) -> None:
         """Prepare every modifier in use, and start the thread.
@@ -88,7 +69,7 @@ class Engine:
             cache: local folder for modifiers in their serving form.
             threads: most that it computes with; None: as many as PyTorch is set to use now.
         """
-        self._loaded, self._limits = loaded, limits
+        self._loaded, self._limits = loaded, limits or Limits()
         # Callers tokenise in their own threads; a tokenizer is not safe to share with the one that decodes.
         self._encoder = copy.deepcopy(loaded.tokenizer)
         self._encoding = threading.Lock()
@@ -106,8 +87,9 @@ class Engine:
         self.modifiers = LiveModifiers(store, forms.open)
         vocabulary = int(loaded.model.config.vocab_size)
         self._grammars = Grammars(self._encoder, vocabulary, end_token_ids(loaded))
-        self._groups: dict[Key, Group] = {}
-        self._held: Key = BARE
+        self._kept = Kept(self._limits.kept_bytes)
+        self._schedule = Schedule(self._limits, self._new_group)
+        self._chunks = Chunks(_CHUNK["cpu" if loaded.device.type == "cpu" else "gpu"])
         self._serial = 0
         self._most = threads or torch.get_num_threads()
         self._threads = Threads(self._most if loaded.device.type == "cpu" else 1)
@@ -156,8 +138,7 @@ class Engine:
     @property
     def load(self) -> tuple[int, int]:
         """Rows running (parked ones included) and jobs waiting."""
-        groups = list(self._groups.values())
-        return sum(len(g.running) for g in groups), sum(len(g.waiting) for g in groups)
+        return self._schedule.load
 
     @property
     def resident_bytes(self) -> int:
@@ -208,26 +189,24 @@ class Engine:
 
     def _submit(self, job: Job) -> Failed | None:
         with self._changed:
-            self._forget_waiting()
             if self._closed:
                 return _SHUTTING_DOWN
-            running, waiting = self.load
-            if waiting - max(self._limits.rows - running, 0) >= self._limits.waiting:
-                return Failed(429, "the server is busy, try again shortly", "overloaded", retry_after_s=1)
-            group = self._groups.get(job.key)
-            if group is None:
-                group = self._groups[job.key] = Group(job.live, Batch(self._loaded))
-            group.waiting.append(job)
-            self._changed.notify()
-        return None
+            refused = self._schedule.add(job)
+            if refused is None:
+                self._changed.notify()
+        return refused
 
-    def _forget_waiting(self) -> None:
-        """Drop waiting jobs whose clients have gone, and groups without jobs. The lock is held."""
-        for key, group in list(self._groups.items()):
-            if any(j.cancelled for j in group.waiting):
-                group.waiting = deque(j for j in group.waiting if not j.cancelled)
-            if not group.busy:
-                del self._groups[key]
+    def _new_group(self, live: Live | None) -> Group:
+        key = key_of(live)
+        return Group(live, partial(Batch, self._loaded, partial(self._keep, key)))
+
+    def _keep(self, key: Key, prefix: Prefix) -> None:
+        """Keep what an answer left in the cache, while its version is in use."""
+        if key in self._in_use():
+            self._kept.keep(key, prefix)
+
+    def _in_use(self) -> set[Key]:
+        return {BARE, *map(key_of, self.modifiers.in_use())}
 
     # ------------------------------------------------------------------------------------- the one thread
 
@@ -235,15 +214,15 @@ class Engine:
         give_way()
         torch.set_num_threads(self._most)
         while True:
-            self._forget_running()
+            self._schedule.forget_running()
             with self._changed:
-                self._forget_waiting()
-                while not (self._closed or self._groups):
+                self._schedule.forget_waiting()
+                while not (self._closed or self._schedule.groups):
                     self._changed.wait()
                 if self._closed:
                     break
-                key = self._next()
-                group = self._groups[key]
+                key = self._schedule.next()
+                group = self._schedule.groups[key]
             self._beat = time.perf_counter()
             try:
                 self._turn(key, group)
@@ -251,38 +230,14 @@ class Engine:
                 logger.exception("a step failed; the work in it is given up")
                 self._give_up(key, Failed(500, "the server could not compute this answer", "internal_error"))
             self._beat = None
-        for key in list(self._groups):
+        for key in list(self._schedule.groups):
             self._give_up(key, _SHUTTING_DOWN)
 
-    def _forget_running(self) -> None:
-        """Take the rows out whose clients have gone, from parked groups too."""
-        for group in list(self._groups.values()):
-            gone = {index for index, job in group.running.items() if job.cancelled}
-            if gone:
-                group.batch.leave(gone)
-                group.running = {i: j for i, j in group.running.items() if i not in gone}
-
-    def _next(self) -> Key:
-        """The group to compute for now. The lock is held, and there is one."""
-        now = time.perf_counter()
-        able = {k: g for k, g in self._groups.items() if self._able(g)}
-        held = able.pop(self._held, None)
-        if held is not None and (not able or now - held.since <= self._limits.patience_s):
-            return self._held
-        longest = min(able, key=lambda k: able[k].since)
-        if held is not None:
-            held.since = now
-        able[longest].since = now
-        return longest
-
-    def _able(self, group: Group) -> bool:
-        """Whether there is anything to compute for a group; parked ones may leave it no room."""
-        return bool(group.running) or self._has_room(group, group.waiting[0])
-
     def _turn(self, key: Key, group: Group) -> None:
-        """See that the group's modifier is in the slot, let its waiting jobs in, and make one token for each."""
+        """See that the group's modifier is in the slot, let waiting jobs in, and compute one thing: a part of a prompt
+        or one token for each row of a lane. So nobody who leaves or waits is noticed late."""
         swap_ms = 0.0
-        if key != self._held:
+        if key != self._schedule.held:
             start = time.perf_counter()
             try:
                 self._hold(key, group)
@@ -291,64 +246,91 @@ class Engine:
                 self._give_up(key, Failed(503, str(error), "modifier_unavailable"))
                 return
             swap_ms = (time.perf_counter() - start) * 1e3
-        if group.batch.open:
-            self._admit(group, swap_ms)
-        if group.batch.rows:
-            with self._threads.computing("step", len(group.batch.rows)):
-                done = group.batch.step(lambda index, token: group.running[index].push(token))
-            for row in done:
-                job = group.running.pop(row.index)
-                job.finish(row.text)
-                job.emit(Finished(row.finish or "stop", len(row.tokens)))
+        self._admit(group, swap_ms)
+        lane, prompts = group.next_work()
+        if prompts is not None:
+            self._compute(key, group, lane, prompts)
+            return
+        self._schedule.make_room(lane)
+        if lane.batch.rows:
+            self._step(group, lane)
+
+    def _step(self, group: Group, lane: Lane) -> None:
+        """One token for each row of a lane."""
+        with self._threads.computing("step", len(lane.batch.rows)):
+            done = lane.batch.step(lambda index, token: group.running[index].push(token))
+        for row in done:
+            job = group.running.pop(row.index)
+            job.finish(row.text)
+            job.emit(Finished(row.finish or "stop", len(row.tokens)))
+        group.sort(lane)
+
+    def _compute(self, key: Key, group: Group, lane: Lane, prompts: Prompts) -> None:
+        """A part of some prompts; their rows run when all is computed."""
+        tokens, start = min(self._chunks.tokens, prompts.left), time.perf_counter()
+        with self._threads.computing("prompts", tokens):
+            done = prompts.advance(tokens)
+        self._chunks.took(tokens, time.perf_counter() - start)
+        if done:
+            if group.mixes:
+                for place in range(len(prompts.rows)):
+                    self._keep(key, prompts.prefix(place))
+            group.joined(lane, prompts)
 
     def _hold(self, key: Key, group: Group) -> None:
         """Put a group's modifier into the slot, or nothing for the base."""
-        self._held, size = BARE, self._slot.resident_bytes
+        self._schedule.held, size = BARE, self._slot.resident_bytes
         self._slot.clear()
         if group.live is not None:
             assert group.live.form is not None
             self._slot.fill(group.live.form)
         if self._slot.resident_bytes != size:  # it grew, so it moved
-            for other in self._groups.values():
-                other.batch.forget_graphs()
-        self._held = key
+            for other in self._schedule.groups.values():
+                for lane in other.lanes:
+                    lane.batch.forget_graphs()
+        self._schedule.held = key
 
     def _admit(self, group: Group, swap_ms: float) -> None:
-        """Let waiting jobs join the group's batch, as far as there is room."""
-        joining: list[tuple[Row, Job]] = []
+        """Let waiting jobs begin, as far as there is room."""
+        joining: list[Row] = []
         with self._changed:
-            if group.running and self._somebody_starves():
-                return
-            while group.waiting and self._has_room(group, group.waiting[0]):
-                job = group.waiting.popleft()
+            while (job := self._schedule.joining(group)) is not None:
                 self._serial += 1
                 group.running[self._serial] = job
-                adjust = None if job.steering.is_idle else partial(_adjust, job)
-                joining.append((Row.new(self._serial, job.request, self._loaded.device, adjust), job))
-        for _, job in joining:
-            waited = (time.perf_counter() - job.arrived) * 1e3
-            job.emit(Started(job.key[1], len(job.request.prompt), waited, swap_ms))
-        rows = [row for row, _ in joining]
-        if rows:
-            with self._threads.computing("prompts", len(rows) * max(len(row.own) for row in rows)):
-                group.batch.join(rows)
+                if job.row is None:
+                    adjust = None if job.steering.is_idle else partial(_adjust, job)
+                    job.row = Row.new(self._serial, job.request, self._loaded.device, adjust)
+                    waited = (time.perf_counter() - job.arrived) * 1e3
+                    job.emit(Started(job.key[1], len(job.request.prompt), waited, swap_ms))
+                job.row.index = self._serial
+                joining.append(job.row)
+        if joining:
+            self._kept.retain(self._in_use())
+            for bundle in self._bundles(group, joining):
+                rows, known = zip(*bundle, strict=True)
+                group.lane(rows[0].length).prompts.append(Prompts(self._loaded, rows, known))
 
-    def _somebody_starves(self) -> bool:
-        """Whether a group finds no room, so that nobody may take what becomes free before it does."""
-        late = time.perf_counter() - _STARVED_S
-        return any(not self._able(g) and g.waiting[0].arrived < late for g in self._groups.values())
-
-    def _has_room(self, group: Group, job: Job) -> bool:
-        """Whether the batch, and all batches together, stay within their bounds. The first one always may come in."""
-        if not any(g.running for g in self._groups.values()):
-            return True
-        elsewhere = sum(g.room_taken for g in self._groups.values() if g is not group)
-        return len(group.running) < self._limits.rows and elsewhere + group.with_one_more(job) <= self._limits.tokens
+    def _bundles(self, group: Group, rows: Sequence[Row]) -> list[list[tuple[Row, Prefix | None]]]:
+        """Rows, with what is known of their beginnings, whose prompts can be computed in one pass; a longer one is
+        computed alone, in parts."""
+        found: list[list[tuple[Row, Prefix | None]]] = []
+        longest = 0
+        for row in rows:
+            known = self._kept.find(key_of(group.live), row.own) if group.mixes else None
+            left = row.length - len(known or ())
+            longest = max(longest, left)
+            together = bool(found) and group.lane(row.length) is group.lane(found[-1][0][0].length)
+            if together and (not group.mixes or (len(found[-1]) + 1) * longest <= self._chunks.tokens):
+                found[-1].append((row, known))
+            else:
+                found.append([(row, known)])
+                longest = left
+        return found
 
     def _give_up(self, key: Key, failure: Failed) -> None:
         """Fail all jobs of a group."""
         with self._changed:
-            group = self._groups.pop(key, None)
+            group = self._schedule.groups.pop(key, None)
         for job in [] if group is None else [*group.running.values(), *group.waiting]:
             job.emit(failure)
 

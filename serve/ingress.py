@@ -26,7 +26,7 @@ from cascade.artifacts import Store
 from cascade.benchmarks.sources import cache_dir
 from cascade.config import Base, Weights
 from cascade.models.base import keep_to_share, load_base
-from serve.engine import Engine, Limits
+from serve.engine import Engine
 from serve.events import Event, Failed, Started, Work
 from serve.feedback import FeedbackLog
 from serve.gateway import Gateway
@@ -36,6 +36,7 @@ from serve.live import LiveModifiers, LiveRouter
 from serve.meters import RayMeters
 from serve.middleware import RETRY_AFTER_S
 from serve.placement import HoldersFirst
+from serve.schedule import Limits
 
 logger = logging.getLogger("ray.serve")
 

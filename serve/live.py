@@ -64,6 +64,10 @@ class LiveModifiers:
         """What is in use of a domain; the current version where there is no canary; None if it has no modifier."""
         return self._in_use.get((domain, variant)) or self._in_use.get((domain, "current"))
 
+    def in_use(self) -> list[Live]:
+        """All that is in use, canaries included."""
+        return list(self._in_use.values())
+
     def pick(self, domain: str, key: str) -> Variant:
         """Which variant a request gets, by the canary's share; the same key always gets the same."""
         point = int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) / 2**32

@@ -17,8 +17,8 @@ from ray.serve.schema import DeploymentSchema, RayActorOptionsSchema, ServeAppli
 
 from cascade.config import load_config
 from serve.app import CONFIG_VARIABLE
-from serve.engine import Limits
 from serve.ingress import EngineReplica, Ingress
+from serve.schedule import Limits
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "deploy" / "kuberay"

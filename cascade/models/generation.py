@@ -10,17 +10,20 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
-from cascade.models.attention import Prefix, RowCache, Shared, can_share
+from cascade.models import prompts
+from cascade.models.attention import can_share
 from cascade.models.base import LoadedBase, end_token_ids
 from cascade.models.beginnings import COST, Group, shared_beginnings
+from cascade.models.caches import Prefix, RowCache, Shared
 from cascade.models.graphs import StepGraphs
+from cascade.models.prompts import Prompts
 from cascade.models.rows import Generated, OnToken, Request, Row, append, choose
 from cascade.models.steps import LlamaSteps
 
@@ -28,21 +31,26 @@ _log = logging.getLogger(__name__)
 
 _CPU_TOKENS = 32_768
 """Tokens in memory at once on a CPU, where many rows are computed no faster than some."""
-_ALIGNED = 8
-"""What a prefill's length is a multiple of on a GPU: attention whose mask is not aligned keeps every score in memory,
-gigabytes of them."""
 _GPU_SHARE = 0.4
 """Share of a GPU's free memory for keys and values."""
 
 
 class Batch:
-    """Rows that are computed together; rows join, and leave when they are done, between any two steps."""
+    """Rows that are computed together; rows join, and leave when they are done, between any two steps.
 
-    def __init__(self, loaded: LoadedBase) -> None:
+    Attributes:
+        shares: whether the model's cache is of the kind in which rows can be padded, and told apart.
+    """
+
+    def __init__(self, loaded: LoadedBase, on_done: Callable[[Prefix], None] | None = None) -> None:
+        """
+        Args:
+            on_done: given what the cache holds of a row that is done, where rows' caches can be told apart.
+        """
         self.rows: list[Row] = []
-        self._loaded = loaded
+        self._loaded, self._on_done = loaded, on_done
         self._ends = end_token_ids(loaded)
-        self._shares = can_share(loaded.model)
+        self.shares = can_share(loaded.model)
         self._cache: Cache = DynamicCache(config=loaded.model.config)
         self._mask = torch.empty(0)  # (rows, cached tokens of their own), False where padded
         self._logits = torch.empty(0)  # (rows, vocabulary) of the token to choose next
@@ -53,7 +61,12 @@ class Batch:
     @property
     def open(self) -> bool:
         """Whether rows can join now: always, unless running rows are in a cache that cannot be padded."""
-        return not self.rows or self._shares
+        return not self.rows or self.shares
+
+    @property
+    def columns(self) -> int:
+        """Cached tokens of the longest row, and what is left of longer ones; shared beginnings left out."""
+        return self._mask.shape[1] if self.rows else 0
 
     @property
     def padded_tokens(self) -> int:
@@ -68,18 +81,49 @@ class Batch:
         Raises:
             ValueError: the batch is not `open`.
         """
-        if not self.open:
-            raise ValueError("rows run in a cache that others cannot join; wait until they are done")
         if not rows:
             return
-        cache = DynamicCache(config=self._loaded.model.config)
-        mask, logits = _prefill(self._loaded, rows, cache)
-        if not self._shares:
-            self._cache, self._mask, self._logits = cache, mask, logits
+        coming = Prompts(self._loaded, rows)
+        coming.advance(coming.left)
+        self.take(coming)
+
+    @torch.inference_mode()
+    def take(self, coming: Prompts) -> None:
+        """Put rows whose prompts have been computed beside those that run.
+
+        Raises:
+            ValueError: the batch is not `open`.
+        """
+        if not self.open:
+            raise ValueError("rows run in a cache that others cannot join; wait until they are done")
+        if self.shares:
+            self._add(coming.cache, coming.mask, coming.logits)
         else:
-            self._add(cache, mask, logits)
-        self.rows = [*self.rows, *rows]
+            self._cache, self._mask, self._logits = coming.cache, coming.mask, coming.logits
+        self.rows = [*self.rows, *coming.rows]
         self._shared = Shared.of([row.prefix for row in self.rows], self._loaded.device)
+
+    @torch.inference_mode()
+    def hand_over(self, indices: Container[int], other: Batch) -> None:
+        """Let rows, by their `index`, go on in another batch, where they are padded to others' length.
+
+        Raises:
+            ValueError: this batch is of a model whose rows cannot join others.
+        """
+        if not self.shares:
+            raise ValueError("rows run in a cache that they cannot leave alone")
+        for place, row in enumerate(self.rows):
+            if row.index in indices:
+                states = self.prefix(place)
+                other._add(states.as_cache(), self._mask.new_ones(1, len(states)), self._logits[place : place + 1])
+                other.rows = [*other.rows, row]
+        other._shared = Shared.of([row.prefix for row in other.rows], self._loaded.device)
+        self.leave(indices)
+
+    def prefix(self, place: int) -> Prefix:
+        """What the cache holds of a row, a copy; the tokens of a shared beginning are not part of it."""
+        own = self._mask[place]
+        return Prefix.of_row(self.rows[place].own[: int(own.sum())], self._cache, place, own)
 
     @torch.inference_mode()
     def step(self, on_token: OnToken | None = None) -> list[Row]:
@@ -88,6 +132,10 @@ class Batch:
         for row, token in zip(self.rows, chosen.tolist(), strict=True):
             append(row, token, self._ends, self._loaded, on_token)
         done = [row for row in self.rows if row.finish is not None]
+        if self._on_done is not None and self.shares:
+            for place, row in enumerate(self.rows):
+                if row.finish is not None and row.prefix is None:
+                    self._on_done(self.prefix(place))
         if done:
             chosen = chosen[self._keep([i for i, row in enumerate(self.rows) if row.finish is None])]
         if self.rows:
@@ -100,15 +148,15 @@ class Batch:
         """Logits after one more token of every row."""
         if self._steps is not None and isinstance(self._cache, RowCache):
             return self._steps(ids, self._mask, positions, self._cache, self._shared)
-        mask = self._mask[:, None, None] if self._shares else self._mask
-        return _forward(self._loaded.model, ids, mask, positions, self._cache, self._shared)
+        mask = self._mask[:, None, None] if self.shares else self._mask
+        return prompts.forward(self._loaded.model, ids, mask, positions, self._cache, self._shared)
 
     def _special_steps(self) -> StepGraphs | LlamaSteps | None:
         """What computes a step with less overhead than the model's own forward, where there is such a thing."""
-        if not self._shares:
+        if not self.shares:
             return None
         if self._loaded.device.type == "cuda":
-            return StepGraphs(partial(_forward, self._loaded.model))
+            return StepGraphs(partial(prompts.forward, self._loaded.model))
         return LlamaSteps.of(self._loaded.model)
 
     def expect(self, rows: int, tokens: int) -> None:
@@ -296,70 +344,5 @@ class _Waiting:
             return None
         tokens = tuple(row.request.prompt[:length])
         if self._prefix is None or self._prefix.tokens != tokens:
-            self._prefix = compute_prefix(self._loaded, tokens)
+            self._prefix = prompts.compute_prefix(self._loaded, tokens)
         return self._prefix
-
-
-@torch.inference_mode()
-def compute_prefix(loaded: LoadedBase, tokens: Sequence[int]) -> Prefix:
-    """Keys and values of tokens that rows begin with."""
-    cache = DynamicCache(config=loaded.model.config)
-    ids = torch.tensor([list(tokens)], device=loaded.device)
-    loaded.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return Prefix.of(tokens, cache)
-
-
-def _prefill(loaded: LoadedBase, rows: Sequence[Row], cache: DynamicCache) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute the prompts of rows, from where their prefixes end, into an empty cache.
-
-    Returns:
-        Mask of shape (rows, tokens), False where padded; logits after each prompt, shape (rows, vocabulary).
-    """
-    device, pad = loaded.device, loaded.tokenizer.pad_token_id
-    prompts = [row.own for row in rows]
-    aligned = _ALIGNED if device.type == "cuda" else 1
-    longest = -(-max(map(len, prompts)) // aligned) * aligned
-    ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=device)
-    mask = torch.tensor([[False] * (longest - len(p)) + [True] * len(p) for p in prompts], device=device)
-    start = torch.tensor([[len(row.prefix or ())] for row in rows], device=device)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0) + start
-    shared = Shared.of([row.prefix for row in rows], device)
-    full = mask if shared is None else causal(mask)
-    return mask, _forward(loaded.model, ids, full, positions, cache, shared)
-
-
-def causal(mask: torch.Tensor) -> torch.Tensor:
-    """Which token may attend to which, shape (rows, 1, tokens, tokens), from which are there, shape (rows, tokens).
-
-    A pad sees itself, so that its attention is defined.
-    """
-    square = torch.ones(mask.shape[1], mask.shape[1], dtype=torch.bool, device=mask.device)
-    return (square.tril() & mask[:, None, None]) | torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device)
-
-
-def last(count: int, length: int, device: torch.device) -> torch.Tensor:
-    """Indices of the last positions, for `logits_to_keep`: given a number, models hand a strided slice to their head,
-    for which PyTorch copies the head's weights once for every row."""
-    return torch.arange(length - count, length, device=device)
-
-
-def _forward(
-    model: PreTrainedModel,
-    ids: torch.Tensor,
-    mask: torch.Tensor,
-    positions: torch.Tensor,
-    cache: Cache,
-    shared: Shared | None,
-) -> torch.Tensor:
-    """Logits after the last position, float32, shape (rows, vocabulary). Extends the cache."""
-    more = {} if shared is None else {"shared": shared}
-    output = model(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=last(1, ids.shape[1], ids.device),
-        **more,
-    )
-    return output.logits[:, -1].float()

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from transformers.cache_utils import Cache
 
-from cascade.models.attention import Prefix, RowCache, Shared, Window
+from cascade.models.caches import Prefix, RowCache, Shared, Window
 
 Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Cache, Shared | None], torch.Tensor]
 """(token ids, mask, positions, cache, shared beginnings) -> logits after the last token, shape (rows, vocabulary)."""

@@ -15,10 +15,12 @@ from dataclasses import dataclass
 
 import torch
 
-from cascade.models.attention import Prefix, Shared, can_share
+from cascade.models.attention import can_share
 from cascade.models.base import LoadedBase
 from cascade.models.beginnings import shared_beginnings
-from cascade.models.generation import compute_prefix, last, tokens_in_a_pass
+from cascade.models.caches import Prefix, Shared
+from cascade.models.generation import tokens_in_a_pass
+from cascade.models.prompts import compute_prefix, last
 
 _log = logging.getLogger(__name__)
 

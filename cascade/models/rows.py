@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from cascade.models.attention import Prefix
 from cascade.models.base import LoadedBase
+from cascade.models.caches import Prefix
 from cascade.tasks import FinishReason
 
 OnToken = Callable[[int, int], bool]
@@ -78,8 +78,8 @@ class Row:
 
     @property
     def own(self) -> list[int]:
-        """The prompt without what the prefix holds."""
-        return list(self.request.prompt[len(self.prefix or ()) :])
+        """Tokens so far without what the prefix holds."""
+        return [*self.request.prompt, *self.tokens][len(self.prefix or ()) :]
 
     @property
     def length(self) -> int:

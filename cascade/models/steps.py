@@ -15,7 +15,8 @@ from torch import nn
 from torch.nn.functional import rms_norm, silu
 from transformers import LlamaForCausalLM, PreTrainedModel
 
-from cascade.models.attention import RowCache, Shared, additive, attention, one_query
+from cascade.models.attention import additive, attention, one_query
+from cascade.models.caches import RowCache, Shared
 from cascade.models.int8 import Int8Linear
 
 _PLAIN = (nn.Linear, Int8Linear)

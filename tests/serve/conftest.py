@@ -15,8 +15,9 @@ from cascade.models.base import LoadedBase, load_base
 from cascade.models.generation import generate
 from cascade.models.rows import Request
 from cascade.tasks import Message
-from serve.engine import Engine, Limits
+from serve.engine import Engine
 from serve.events import Work
+from serve.schedule import Limits
 
 
 @pytest.fixture(scope="session")

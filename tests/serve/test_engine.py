@@ -9,6 +9,7 @@ import threading
 import time
 
 import pytest
+from engine_events import CHOICES, collect, text_of, until_load
 from stand_in import CONTEXT, build_stand_in, compressed_adapter
 
 from cascade import modifiers
@@ -19,25 +20,6 @@ from cascade.models.generation import Batch, generate
 from cascade.models.rows import Request
 from serve.engine import Engine
 from serve.events import Delta, Failed, Finished, Started
-
-CHOICES = ("base", "letters", "sums")
-
-
-async def collect(engine, piece):
-    """All events of a piece of work."""
-    return [event async for event in engine.stream(piece)]
-
-
-async def until_load(engine, wanted):
-    """Wait until so many rows run and jobs wait."""
-    end = time.perf_counter() + 30
-    while engine.load != wanted:
-        assert time.perf_counter() < end
-        await asyncio.sleep(0.005)
-
-
-def text_of(events):
-    return "".join(e.text for e in events if isinstance(e, Delta))
 
 
 async def test_events_come_in_order_with_their_figures(engine, work, reference):
@@ -215,8 +197,8 @@ async def test_the_batches_stay_within_their_bounds(make_engine, work, reference
     original = Batch.step
 
     def step(batch, on_token=None):
-        groups = list(engine._groups.values())
-        seen.append((max(len(g.batch.rows) for g in groups), sum(g.batch.padded_tokens for g in groups)))
+        groups = list(engine._schedule.groups.values())
+        seen.append((max(len(g.running) for g in groups), sum(g.held for g in groups)))
         return original(batch, on_token)
 
     pieces = [work(c, "z" * n, 20) for n in (5, 50, 9, 90, 30) for c in CHOICES]
@@ -260,7 +242,7 @@ async def test_whoever_leaves_a_parked_group_is_forgotten(make_engine, work):
     await asyncio.sleep(0.1)
     await parked.aclose()
     left = time.perf_counter()
-    while ("letters", engine.modifiers.versions()["letters"]) in engine._groups:
+    while ("letters", engine.modifiers.versions()["letters"]) in engine._schedule.groups:
         assert time.perf_counter() - left < 0.25
         await asyncio.sleep(0.005)
     assert isinstance((await other)[-1], Finished)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from cascade.models import generation
-from cascade.models.attention import RowCache
+from cascade.models import prompts
+from cascade.models.caches import RowCache
 from cascade.models.generation import Batch, generate, stream
 from cascade.models.rows import Request, Row, choose
 from cascade.models.steps import LlamaSteps
@@ -125,7 +125,7 @@ def test_on_token_sees_every_token_and_ends_an_answer(loaded):
 def forwarded(monkeypatch):
     """Shapes of everything that goes through the model in a batch, and of the beginnings that are computed apart."""
     shapes, beginnings = [], []
-    forward, prefix, step = generation._forward, generation.compute_prefix, LlamaSteps.__call__
+    forward, prefix, step = prompts.forward, prompts.compute_prefix, LlamaSteps.__call__
 
     def spy_forward(model, ids, *more):
         shapes.append(tuple(ids.shape))
@@ -139,9 +139,9 @@ def forwarded(monkeypatch):
         shapes.append(tuple(ids.shape))
         return step(steps, ids, *more)
 
-    monkeypatch.setattr(generation, "_forward", spy_forward)
+    monkeypatch.setattr(prompts, "forward", spy_forward)
     monkeypatch.setattr(LlamaSteps, "__call__", spy_step)
-    monkeypatch.setattr(generation, "compute_prefix", spy_prefix)
+    monkeypatch.setattr(prompts, "compute_prefix", spy_prefix)
     return shapes, beginnings
 
 
@@ -181,7 +181,7 @@ def test_rows_take_the_places_of_those_that_are_done(loaded, monkeypatch):
 
 def short_of_memory(monkeypatch, most):
     """Lets no forward pass take more than so many tokens, cached ones and padding included."""
-    forward, refused = generation._forward, []
+    forward, refused = prompts.forward, []
 
     def bounded(model, ids, mask, positions, cache, shared):
         if ids.shape[0] * mask.shape[-1] > most:
@@ -189,7 +189,7 @@ def short_of_memory(monkeypatch, most):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(model, ids, mask, positions, cache, shared)
 
-    monkeypatch.setattr(generation, "_forward", bounded)
+    monkeypatch.setattr(prompts, "forward", bounded)
     monkeypatch.setattr(Batch, "_special_steps", lambda self: None)
     return refused
 

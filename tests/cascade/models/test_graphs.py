@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 
-from cascade.models import generation
+from cascade.models import generation, prompts
 from cascade.models.generation import generate
 from cascade.models.graphs import StepGraphs, round_up
 from cascade.models.rows import Request
@@ -45,7 +45,7 @@ def recorder(monkeypatch):
 
     def graphed(self, loaded):
         plain(self, loaded)
-        self._steps = StepGraphs(partial(generation._forward, loaded.model), lambda: recorder)
+        self._steps = StepGraphs(partial(prompts.forward, loaded.model), lambda: recorder)
 
     monkeypatch.setattr(generation.Batch, "__init__", graphed)
     return recorder

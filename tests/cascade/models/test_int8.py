@@ -16,8 +16,9 @@ from cascade.compression.adapter import AdapterWeights, BaseRef, LoraPair
 from cascade.compression.apply import LoraSlot
 from cascade.config import Base
 from cascade.errors import ConfigError
-from cascade.models.attention import RowCache, enable_sharing
+from cascade.models.attention import enable_sharing
 from cascade.models.base import load_base
+from cascade.models.caches import RowCache
 from cascade.models.generation import generate
 from cascade.models.int8 import Int8Embedding, Int8Linear, hold_in_int8
 from cascade.models.rows import Request

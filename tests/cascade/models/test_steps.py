@@ -9,7 +9,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen2Confi
 
 from cascade.compression.adapter import AdapterWeights, BaseRef, LoraPair
 from cascade.compression.apply import LoraSlot
-from cascade.models.attention import Prefix, RowCache, Shared, enable_sharing
+from cascade.models.attention import enable_sharing
+from cascade.models.caches import Prefix, RowCache, Shared
 from cascade.models.steps import LlamaSteps
 
 ROPE = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
