@@ -2,6 +2,7 @@
 
     python perf/training.py                          # this machine's GPU if it has one, else its CPU
     python perf/training.py --only ours,plain        # leave contenders out (trl-padded: its one best setting on a GPU)
+    python perf/training.py --only ours,ray          # what Ray, DeepSpeed, checkpoints and trackers add to a step
     python perf/training.py --only bits              # a base of 8 and 4 bits (bitsandbytes) beside one of 16
     python perf/training.py --write-data FILE        # tokenise only; then elsewhere: --data FILE
 
@@ -46,6 +47,10 @@ TRL_SETTINGS: dict[str, list[dict[str, Any]]] = {
 a row's attention grows with the square of its length, over all that it packs, so long rows are slower."""
 FIELD_PLAIN_H100 = 59_000
 """Tokens/s of a plain loop on one H100 (16 x 1024 random tokens, rank 128), measured apart."""
+
+
+REAL = "train_modifier's own worker"
+"""Ray Train, DeepSpeed, checkpoints, ledger, trackers and all."""
 
 
 def main() -> None:
@@ -191,7 +196,7 @@ def list_contenders(options: argparse.Namespace, job: dict[str, Any]) -> dict[st
     if "deepspeed" in wanted and available("deepspeed"):
         found["ours + DeepSpeed"] = (ours, {"way": "deepspeed"})
     if "ray" in wanted and available("ray") and available("deepspeed"):
-        found["ours + DeepSpeed + Ray Train"] = ([sys.executable, str(HERE / "training_ray.py")], {"way": "deepspeed"})
+        found[REAL] = ([sys.executable, str(HERE / "training_ray.py")], {})
     return found
 
 
@@ -292,10 +297,12 @@ def figures(
         add("targets_per_second_over_trl", ours / trl, 1.0, ours >= trl)
     if ours and job["device"] == "cuda":
         add("tokens_per_second", tokens["ours"], 3 * FIELD_PLAIN_H100, tokens["ours"] >= 3 * FIELD_PLAIN_H100)
-    full = results.get("ours + DeepSpeed + Ray Train")
+    full = results.get(REAL)
     if full and results.get("ours"):
-        extra = step_seconds(full) / step_seconds(results["ours"]) - 1
+        extra = step_seconds(full, results["ours"]) / step_seconds(results["ours"], full) - 1
         add("ray_deepspeed_overhead", extra, 0.03, extra <= 0.03)
+        paused = statistics.median(sum(r["checkpoint_seconds"]) / r["seconds"] for r in full)
+        found["of_it_checkpoints"] = {"value": round(paused, 4), "target": None, "met": True}
     return found
 
 
@@ -303,10 +310,10 @@ def rate(result: dict[str, Any], what: str) -> float:
     return float(result[what] / result["seconds"])
 
 
-def step_seconds(found: list[dict[str, Any]]) -> float:
-    """Median seconds of a step; all rounds take the same steps."""
-    shortest = min(len(r["steps"]) for r in found)
-    return statistics.median(s for r in found for s, _ in r["steps"][:shortest])
+def step_seconds(found: list[dict[str, Any]], beside: list[dict[str, Any]]) -> float:
+    """Mean seconds of a step, checkpoints included, over the steps that both took; the median of the rounds."""
+    shortest = min(len(r["steps"]) for r in [*found, *beside])
+    return statistics.median(statistics.mean(s for s, _ in r["steps"][:shortest]) for r in found)
 
 
 def loss_to_reach(results: dict[str, list[dict[str, Any]]]) -> float:
@@ -320,7 +327,10 @@ def seconds_to(result: dict[str, Any], goal: float) -> float | None:
 
 
 def flops_per_second(job: dict[str, Any], found: list[dict[str, Any]]) -> float:
-    """Necessary work per second: base forward and backward to activations, LoRA also to weights, logits at targets."""
+    """Work done per second: base forward and backward to activations, LoRA also to weights, logits at targets.
+
+    Of the tokens that were computed: where examples of a row begin alike, that beginning is one.
+    """
     if not found:
         return 0.0
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -333,7 +343,7 @@ def flops_per_second(job: dict[str, Any], found: list[dict[str, Any]]) -> float:
     lora = sum(job["rank"] * (m.in_features + m.out_features) for m in linear)
     head = config.vocab_size * config.hidden_size
     return statistics.median(
-        (r["tokens"] * (4 * base + 6 * lora) + r["targets"] * 4 * head) / r["seconds"] for r in found
+        (r["computed"] * (4 * base + 6 * lora) + r["targets"] * 4 * head) / r["seconds"] for r in found
     )
 
 

@@ -1,10 +1,11 @@
-"""Cascade's loop as a contender of perf/training.py: with the plain torch engine, with DeepSpeed, or under Ray Train.
+"""Cascade's loop as a contender of perf/training.py: with the plain torch engine, or with DeepSpeed.
 
-Run by perf/training.py; needs Ray and DeepSpeed only for the ways that use them.
+Run by perf/training.py; needs DeepSpeed only for that way.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -46,9 +47,15 @@ def run(job: dict[str, Any], train: list[dict[str, Any]], validation: list[dict[
     by_id = {e["id"]: e for e in train}
     for report in run_steps(engine, plan, settings):
         examples = [by_id[e.sample_id] for row in plan[report.step].rows for e in row.examples]
-        if not watch.step(examples, lambda: validation_loss(model, validation, job["device"])):
+        computed = functools.partial(tokens_computed, module, plan[report.step])
+        if not watch.step(examples, lambda: validation_loss(model, validation, job["device"]), computed):
             break
     return watch
+
+
+def tokens_computed(module: TargetLoss, step: Step) -> int:
+    """How many tokens went through the model: a beginning that examples of a row share goes through it once."""
+    return sum(module.inputs(row, torch.device("cpu"))["input_ids"].numel() for row in step.rows)
 
 
 def make_engine(job: dict[str, Any], module: TargetLoss, settings: Lora, device: torch.device) -> Any:

@@ -23,15 +23,19 @@ class Stopwatch:
     """Seconds spent training, without warm-up and validation; the validation loss over that time; peak memory."""
 
     def __init__(self, job: dict[str, Any]) -> None:
-        self.job, self.seconds, self.targets, self.tokens = job, 0.0, 0, 0
+        self.job, self.seconds, self.targets, self.tokens, self.computed = job, 0.0, 0, 0, 0
         self.cpu_seconds = 0.0
         self.steps: list[list[float]] = []
         self.curve: list[list[float]] = []
         self.warmup = job["warmup_steps"]
         self.began, self.cpu_began = time.perf_counter(), time.process_time()
 
-    def step(self, examples: list[dict[str, Any]], validate: Any) -> bool:
-        """Note a step that just ended; returns whether to go on."""
+    def step(self, examples: list[dict[str, Any]], validate: Any, computed: Any = None) -> bool:
+        """Note a step that just ended; returns whether to go on.
+
+        Args:
+            computed: called for how many tokens the model computed, where that is neither those nor padded ones.
+        """
         self.wait()
         now = time.perf_counter()
         if self.warmup > 0:
@@ -43,6 +47,7 @@ class Stopwatch:
             self.steps.append([now - self.began, targets])
             self.targets += targets
             self.tokens += sum(len(e["ids"]) for e in examples)
+            self.computed += computed() if computed else len(examples) * max(len(e["ids"]) for e in examples)
         number = len(self.steps)
         if number and number % self.job["validate_every"] == 0:
             self.curve.append([self.seconds, validate()])
@@ -59,7 +64,7 @@ class Stopwatch:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         if self.job["device"] == "cuda":
             peak = torch.cuda.max_memory_allocated()
-        fields = ("seconds", "cpu_seconds", "targets", "tokens", "steps", "curve")
+        fields = ("seconds", "cpu_seconds", "targets", "tokens", "computed", "steps", "curve")
         print(json.dumps({name: getattr(self, name) for name in fields} | {"peak_bytes": peak}), flush=True)
 
 

@@ -1,45 +1,136 @@
-"""Cascade's loop on DeepSpeed inside a Ray Train worker, as a contender of perf/training.py."""
+"""The worker of `train_modifier` as it is, under Ray Train, as a contender of perf/training.py.
+
+Its checkpoints, notes, trackers and questions for a notice all count: a step's time is that from the end of the one
+before to its own. Given are the tokens of all contenders in place of what it would encode, and their number of steps.
+"""
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.train import RunConfig, ScalingConfig
+from ray.train import CheckpointConfig, FailureConfig, RunConfig
 from ray.train.torch import TorchTrainer
+
+from cascade.artifacts import Store, open_run
+from cascade.config import Config, PromptStyle, check_config, load_config
+from cascade.training.examples import EncodedExample, EncodedSet
+from cascade.training.loop import StepReport
+from cascade.training.trackers import Trackers
+from ray_jobs import _train_worker
+from ray_jobs._train import scaling
+
+QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
+CHECKPOINT_STEPS = 20
+
+
+def make_config(job: dict[str, Any], storage: str) -> Config:
+    """The quickstart's, with what the job says of the training."""
+    gpu = job["device"] == "cuda"
+    raw = load_config(QUICKSTART).model_dump(mode="json") | {
+        "seed": 0,
+        "storage": storage,
+        "base": {"model": job["model"], "dtype": job["dtype"]},
+        "training": {
+            "lora": {
+                "rank": job["rank"],
+                "learning_rate": job["learning_rate"],
+                "epochs": job["epochs"],
+                "tokens_per_step": job["tokens_per_step"],
+                "max_length": job["longest"],
+                "warmup_share": 0.0,
+            },
+            "zero_stage": job["zero_stage"],
+            "checkpoint_steps": CHECKPOINT_STEPS,
+            "validation": {"tasks": 0},
+        },
+        "execution": {
+            "train_workers": 1,
+            "cpus_per_worker": job["threads"],
+            "use_gpu": gpu,
+            "row_tokens": job["row_tokens"],
+            "compile": job["compile"],
+        },
+    }
+    return check_config(raw)
+
+
+class Watched(Trackers):
+    """Notes when each step ended."""
+
+    ends: list[tuple[float, float, StepReport]]
+
+    def step(self, report: StepReport) -> None:
+        self.ends.append((time.perf_counter(), time.process_time(), report))
+        super().step(report)
 
 
 def worker(settings: dict[str, Any]) -> None:
-    sys.path.insert(0, str(Path(__file__).parent))
-    sys.argv = ["training_ours.py", settings["job"]]
-    from training_ours import run
-    from training_plain import read_job
+    """Run the real worker, and write what it took."""
+    job: dict[str, Any] = json.loads(Path(settings["job"]).read_text())
+    train = json.loads(Path(job["data"]).read_text())["train"]
+    given = [EncodedExample(e["id"], tuple(e["ids"]), tuple(e["mask"])) for e in train]
+    inner: Any = _train_worker
+    plan_steps, checkpoint = inner.plan_steps, inner._Session._checkpoint
+    took: list[float] = []
 
-    job, train, validation = read_job()
-    with open(settings["out"], "w") as out:
-        sys.stdout = out  # the report's last line
-        run(job, train, validation).report()
-        sys.stdout = sys.__stdout__
+    def timed(session: Any, done: int) -> None:
+        began = time.perf_counter()
+        checkpoint(session, done)
+        took.append(time.perf_counter() - began)
+
+    inner._encode = lambda assigned, loaded: EncodedSet(tuple(given), (), ())
+    inner.plan_steps = lambda *a, **more: plan_steps(*a, **more)[: job["steps"] + job["warmup_steps"]]
+    inner._Session._checkpoint = timed
+    inner.Trackers, Watched.ends = Watched, []
+    inner.train_worker({"assigned": settings["assigned"]})
+    Path(settings["out"]).write_text(json.dumps(figures(job, Watched.ends, took)))
+
+
+def figures(job: dict[str, Any], ends: list[tuple[float, float, StepReport]], took: list[float]) -> dict[str, Any]:
+    """In the form of `training_plain.Stopwatch.report`; the first steps are warm-up."""
+    ends = ends[job["warmup_steps"] - 1 :]
+    reports = [report for _, _, report in ends[1:]]
+    seconds = [after[0] - before[0] for before, after in itertools.pairwise(ends)]
+    return {
+        "seconds": sum(seconds),
+        "cpu_seconds": ends[-1][1] - ends[0][1],
+        "targets": sum(r.targets for r in reports),
+        "tokens": sum(r.tokens for r in reports),
+        "steps": [[s, r.targets] for s, r in zip(seconds, reports, strict=True)],
+        "curve": [],
+        "peak_bytes": max(r.memory_bytes for r in reports),
+        "checkpoint_seconds": [round(s, 3) for s in took],
+    }
 
 
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
-    gpu = job["device"] == "cuda"
     variables = {"DS_ACCELERATOR": job["device"], "TOKENIZERS_PARALLELISM": "false"}
     ray.init(address="local", num_cpus=max(2, job["threads"]), log_to_driver=False, runtime_env={"env_vars": variables})
     with tempfile.TemporaryDirectory() as folder:
-        out = str(Path(folder) / "report")
+        config = make_config(job, folder)
+        run = open_run(Store(folder), config.domain, "train_modifier", perf=job)
+        assigned = _train_worker.Assigned(config, run, PromptStyle(name="plain"), (), ())
+        out = Path(folder) / "report.json"
         TorchTrainer(
             worker,
-            train_loop_config={"job": sys.argv[1], "out": out},
-            scaling_config=ScalingConfig(num_workers=1, use_gpu=gpu, resources_per_worker={"CPU": 1, "GPU": int(gpu)}),
-            run_config=RunConfig(name="perf", storage_path=folder),
+            train_loop_config={"job": sys.argv[1], "assigned": assigned, "out": str(out)},
+            scaling_config=scaling(config.execution),
+            run_config=RunConfig(
+                name="train",
+                storage_path=f"{folder}/{run.folder}",
+                failure_config=FailureConfig(max_failures=0),
+                checkpoint_config=CheckpointConfig(num_to_keep=1),
+            ),
         ).fit()
-        print(Path(out).read_text().strip().splitlines()[-1])
+        print(out.read_text())
     ray.shutdown()
 
 
