@@ -15,6 +15,7 @@ from rich.table import Table
 
 from cascade import modifiers
 from cascade.artifacts import Store
+from cascade.benchmarks.check_tasks import check_tasks as score_references
 from cascade.benchmarks.sources import cache_dir
 from cascade.compression.adapter import fp16_bytes
 from cascade.compression.convert import Values, compress_folder, export_modifier
@@ -174,6 +175,23 @@ def export_dataset(
 def _export(path: str, to: str | None) -> None:
     where, rows = write_dataset(Runs(load_config(path)), to)
     Console().print(f"{rows} examples in {where}", soft_wrap=True)
+
+
+@app.command("check-tasks")
+def check_tasks(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="file or folder of your own tasks, see docs/howto")],
+) -> None:
+    """Score the right answers that your own tasks give, code too, and name those that do not pass."""
+    exit_with_message(lambda: _check_tasks(path))
+
+
+def _check_tasks(path: str) -> None:
+    found = score_references(path)
+    passed = ", ".join(f"{n} {kind}" for kind, n in sorted(found.passed.items()))
+    print(f"right answers that pass: {passed or 'none'}; {len(found.unknown)} tasks give none that can be scored")
+    if found.failed:
+        problems = [f"  {v.task_id}: {v.outcome}, {v.evidence}" for v in found.failed[:20]]
+        raise DataError("\n".join([f"{len(found.failed)} right answers do not pass:", *problems]))
 
 
 @app.command("check-dataset")

@@ -11,7 +11,12 @@ category, difficulty (1 is easiest), max_tokens. By kind:
     multiple_choice  choices: list of texts; answer: index, letter or text of the right one. The choices are put under
                      the prompt as (A), (B), …
     unit_tests       tests: Python asserts (one text or a list); optional setup (trusted code run beside the
-                     tests), solution (a right answer). The answer is code, in a fence or alone; it runs in the sandbox.
+                     tests), solution (a right answer), defines (list of names that the answer must define; needed
+                     where the tests use more than one and there is no solution). The answer is code, in a fence or
+                     alone; it runs in a sandbox, the tests in another, and plain values (numbers, texts, lists, dicts,
+                     sets, tuples, exceptions) alone pass between them. So tests can not call methods of an answer's
+                     objects, nor see what a function changes in place: ask for functions that return what is tested.
+                     Helpers that the tests use must be imported by them or stand in setup.
     function         language: python (default) or javascript (runs under node); function: its name; cases: list of
                      {"args": [values], "returns": value}, compared as JSON values; optional solution. The answer is
                      code that defines the function; it runs in the sandbox.
@@ -21,30 +26,33 @@ category, difficulty (1 is easiest), max_tokens. By kind:
     open             no exact scorer: a model judges the answer (config section `judge`); optional rubric, what makes an
                      answer good, and answer, a good one. For training alone: what is measured must be exact.
 
+Loading refuses lines that nobody could pass, as far as that shows without running code: a right answer that its own
+scorer does not take, tests that are no Python, that use names nobody defines, objects, or arguments changed in place.
+Running every solution against its tests takes a fifth of a second each: `cascade check-tasks FILE` does it.
+
 Options:
-    path: file or folder; in a folder, files whose name holds the split's
+    path: file or folder; in a folder, files with the split among the words of their name (train.jsonl, train-2.jsonl)
 """
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 from collections.abc import Mapping
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import ValidationError
 
 from cascade.benchmarks.function_calls import Judged, judge_calls, reference_calls
+from cascade.benchmarks.jsonl_lines import LINES, Exact, Function, MultipleChoice, Open, UnitTests
 from cascade.benchmarks.mbpp import SETUP
 from cascade.benchmarks.options import parse_options
 from cascade.benchmarks.ordering import shuffled
-from cascade.benchmarks.sources import local_files, read_rows
+from cascade.benchmarks.sources import local_files, name_parts, read_rows
 from cascade.config_sections import Section
 from cascade.errors import ConfigError, DataError
-from cascade.scoring.calls import PYTHON_TYPES
 from cascade.scoring.extraction import Reading, read_choice, read_number, read_text
 from cascade.scoring.fences import read_code, read_javascript
 from cascade.scoring.function_tests import run_cases
@@ -57,139 +65,8 @@ CALLS_PROMPT = """You can call these functions (JSON descriptions):
 
 Answer with the calls alone, in the form [function(parameter=value, ...), ...]. If none fits, say so in a sentence."""
 NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?")
-
-
-class _Line(BaseModel):
-    """What all kinds have."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    id: str | int
-    prompt: str | None = None
-    messages: list[dict[str, str]] | None = None
-    split: Split | None = None
-    category: str = ""
-    difficulty: int = Field(1, ge=1)
-    max_tokens: int = Field(256, gt=0)
-
-    @model_validator(mode="after")
-    def _asks_something(self) -> _Line:
-        if (self.prompt is None) == (self.messages is None):
-            raise ValueError("give either prompt or messages")
-        for message in self.messages or ():
-            if set(message) != {"role", "content"}:
-                raise ValueError("each message has exactly the keys role and content")
-        return self
-
-    def conversation(self) -> list[Message]:
-        if self.messages is not None:
-            return [Message(**m) for m in self.messages]
-        return [Message("user", self.prompt or "")]
-
-
-class Exact(_Line):
-    kind: Literal["exact"]
-    answer: str | int | float | list[str | int | float]
-
-
-class MultipleChoice(_Line):
-    kind: Literal["multiple_choice"]
-    choices: list[str] = Field(min_length=2, max_length=26)
-    answer: int | str
-
-    @model_validator(mode="after")
-    def _answer_is_a_choice(self) -> MultipleChoice:
-        self.index()
-        return self
-
-    def index(self) -> int:
-        """Position of the right choice."""
-        letters = [chr(65 + i) for i in range(len(self.choices))]
-        if isinstance(self.answer, str):
-            for names in (letters, self.choices):
-                if self.answer in names:
-                    return names.index(self.answer)
-        elif 0 <= self.answer < len(self.choices):
-            return self.answer
-        raise ValueError(f"answer {self.answer!r} is no index, letter or text of the choices")
-
-
-class UnitTests(_Line):
-    kind: Literal["unit_tests"]
-    tests: str | list[str]
-    setup: str = ""
-    solution: str = ""
-    max_tokens: int = Field(512, gt=0)
-
-    @field_validator("tests")
-    @classmethod
-    def _joined(cls, tests: str | list[str]) -> str:
-        return tests if isinstance(tests, str) else "\n".join(tests)
-
-
-class FunctionCase(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    args: list[Any]
-    returns: Any
-
-
-class Function(_Line):
-    kind: Literal["function"]
-    language: Literal["python", "javascript"] = "python"
-    function: str = Field(pattern=r"^[A-Za-z_$][\w$]*$")
-    cases: list[FunctionCase] = Field(min_length=1)
-    solution: str = ""
-    max_tokens: int = Field(512, gt=0)
-
-
-class Calls(_Line):
-    kind: Literal["calls"]
-    functions: list[dict[str, Any]] = Field(min_length=1)
-    expected: list[dict[str, dict[str, list[Any]]]]
-
-    @model_validator(mode="after")
-    def _functions_are_known(self) -> Calls:
-        names = {f.get("name") for f in self.functions}
-        for function in self.functions:
-            if not isinstance(function.get("parameters", {}).get("properties"), dict):
-                raise ValueError("each function needs name and parameters.properties")
-        for call in self.expected:
-            if len(call) != 1 or not set(call) <= names:
-                raise ValueError(f"each expected call names one of the functions {sorted(map(str, names))}")
-        self.functions_as_scored()
-        return self
-
-    def functions_as_scored(self) -> list[dict[str, Any]]:
-        """The functions with the types of their parameters as `match_calls` names them."""
-        functions = copy.deepcopy(self.functions)
-        for function in functions:
-            for name, schema in function["parameters"]["properties"].items():
-                where = f"parameter {name} of {function['name']}"
-                schema["type"] = _scored_type(schema.get("type"), where)
-                if schema["type"] in ("array", "tuple"):
-                    items = schema.get("items") or {}
-                    schema["items"] = {**items, "type": _scored_type(items.get("type"), f"items of {where}")}
-        return functions
-
-
-def _scored_type(declared: Any, where: str) -> str:
-    """A type of JSON Schema by BFCL's name for it."""
-    known = {"number": "float", "object": "dict"} | {name: name for name in PYTHON_TYPES}
-    if not isinstance(declared, str) or declared not in known:
-        raise ValueError(f"{where} has the type {declared!r}; allowed are {', '.join(known)}")
-    return known[declared]
-
-
-class Open(_Line):
-    kind: Literal["open"]
-    rubric: str = ""
-    answer: str = ""
-
-
-_LINES: TypeAdapter[Any] = TypeAdapter(
-    Annotated[Exact | MultipleChoice | UnitTests | Function | Calls | Open, Field(discriminator="kind")]
-)
+CHEAP = frozenset({"exact", "multiple_choice", "calls"})
+"""Kinds whose right answers are scored when they are loaded."""
 
 
 class Options(Section):
@@ -214,8 +91,8 @@ class Jsonl:
         path = parse_options(Options, options, self.name).path
         files = local_files(path)
         if Path(path).expanduser().is_dir():
-            files = [f for f in files if split in f.name.split(".")[0]]
-        tasks = [task for f in files for task in _tasks(f, split, domain)]
+            files = [f for f in files if split in name_parts(f)]
+        tasks = [task for f in files for task in tasks_of(f, split, domain)]
         if not tasks:
             raise ConfigError(f"{path} has no {split} tasks: name files after the split or set the lines' split")
         return shuffled(tasks, seed, count)
@@ -247,26 +124,45 @@ class Jsonl:
         return reference_calls(reference["expected"], reference["functions"])
 
 
-def _tasks(file: Path, split: Split, domain: str) -> list[Task]:
+def tasks_of(file: Path, split: Split | None, domain: str) -> list[Task]:
+    """The tasks of one file that belong to a split; all of them, lines without a split for training, if it is None.
+
+    Raises:
+        DataError: names file, line and key of what breaks the schema, or what cannot be solved.
+    """
     tasks, seen = [], set[str]()
     for number, row in enumerate(read_rows(file), 1):
         try:
-            line = _LINES.validate_python(row)
+            line = LINES.validate_python(row)
         except ValidationError as error:
             problems = "; ".join(f"{'.'.join(map(str, e['loc'][1:])) or 'kind'}: {e['msg']}" for e in error.errors())
             raise DataError(f"{file}, task {number} ({row.get('id', 'no id')}): {problems}") from None
         if str(line.id) in seen:
             raise DataError(f"{file}, task {number}: the id {line.id!r} appears twice")
         seen.add(str(line.id))
-        if line.split is None or line.split == split:
-            tasks.append(_task(line, file, split, domain))
+        if split is None or line.split in (None, split):
+            tasks.append(_task(line, file, split or line.split or "train", domain))
+            _require_solvable(tasks[-1], f"{file}, task {number} ({line.id})")
     return tasks
+
+
+def _require_solvable(task: Task, where: str) -> None:
+    """
+    Raises:
+        DataError: the task's own right answer does not pass, where that is cheap to know.
+    """
+    if task.reference["kind"] in CHEAP:
+        answer = BENCHMARK.reference_answer(task)
+        verdict = BENCHMARK.score(task, Completion(task.id, "reference", "", answer))
+        if not verdict.passed:
+            why = verdict.evidence or verdict.outcome
+            raise DataError(f"{where}: its own right answer, {answer[:200]!r}, does not pass: {why}")
 
 
 def _task(line: Any, file: Path, split: Split, domain: str) -> Task:
     messages, reference = line.conversation(), {"kind": line.kind}
     if isinstance(line, Exact):
-        reference["answers"] = line.answer if isinstance(line.answer, list) else [line.answer]
+        reference["answers"] = line.accepted()
     elif isinstance(line, MultipleChoice):
         lettered = "\n".join(f"({chr(65 + i)}) {c}" for i, c in enumerate(line.choices))
         messages[-1] = Message("user", f"{messages[-1].content}\n{lettered}")
@@ -276,7 +172,7 @@ def _task(line: Any, file: Path, split: Split, domain: str) -> Task:
             raise DataError(f"{file}: {line.id} is of the kind open, which can only be trained on, not in {split}")
         reference |= {"rubric": line.rubric, "answer": line.answer}
     elif isinstance(line, UnitTests):
-        reference |= {"tests": line.tests, "setup": line.setup, "solution": line.solution}
+        reference |= {"tests": line.tests, "setup": line.setup, "solution": line.solution, "defines": line.names()}
     elif isinstance(line, Function):
         reference |= {"language": line.language, "function": line.function, "solution": line.solution}
         reference["cases"] = [case.model_dump() for case in line.cases]
@@ -338,12 +234,25 @@ def _choice(reference: Any, text: str) -> Judged:
 
 
 def _unit_tests(reference: Any, text: str) -> Judged:
-    code = read_code(text)
+    names = reference.get("defines", [])
+    code = _program(text, names)
     if code is None:
-        return "unparsed", "", "no Python code found"
+        return "unparsed", "", f"no Python code that defines {', '.join(names)} found"
     setup = f"{SETUP}\n{reference['setup']}"
-    result = run_tests(code, reference["tests"], setup=setup, limits=Limits())
+    result = run_tests(code, reference["tests"], setup=setup, names=names, limits=Limits())
     return result.outcome, code, result.evidence
+
+
+def _program(text: str, names: list[str]) -> str | None:
+    """The code that defines all the names; where they stand in several fences, the last definition of each holds."""
+    if not names:
+        return read_code(text)
+    programs = {name: read_code(text, name) for name in names}
+    found = [code for code in programs.values() if code is not None]
+    if len(found) < len(programs):
+        return None
+    where = {n: max(m.start() for m in re.finditer(rf"\b{re.escape(n)}\b", text)) for n in names}
+    return "\n\n".join(dict.fromkeys(programs[name] or "" for name in sorted(names, key=where.__getitem__)))
 
 
 def _function(reference: Any, text: str) -> Judged:

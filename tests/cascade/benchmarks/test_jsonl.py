@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from cascade import benchmarks
+from cascade.benchmarks.check_tasks import check_tasks
 from cascade.errors import ConfigError, DataError
 from cascade.scoring.sandbox import missing_walls
 from cascade.tasks import Completion, Task
@@ -126,6 +127,7 @@ def test_parameters_have_the_types_of_json_schema(tmp_path, schema, accepted, ri
     [
         ({"id": 1, "prompt": "x"}, "task 1 .*kind"),
         ({**ROWS[0], "anser": 1}, "anser"),
+        ({**ROWS[0], "answer": ["Paris", " "]}, "blank answer"),
         ({"id": 1, "kind": "exact", "answer": "x"}, "either prompt or messages"),
         ({**ROWS[2], "answer": "cat"}, "no index, letter or text"),
         ({**ROWS[4], "expected": [{"unknown": {}}]}, "names one of the functions"),
@@ -140,6 +142,101 @@ def test_parameters_have_the_types_of_json_schema(tmp_path, schema, accepted, ri
 def test_schema_errors_name_the_key(tmp_path: Path, row: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         load(tmp_path, [row])
+
+
+UNIT = {"id": 1, "kind": "unit_tests", "prompt": "Write it."}
+STACK = "class Stack:\n    def __init__(self): self.s = []\n    def push(self, x): self.s.append(x)"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"tests": "assert f(2 == 4"}, "tests are no Python"),
+        ({"tests": "assert f(2) == 4", "solution": "def f(x) return 4"}, "solution are no Python"),
+        ({"tests": "assert 1 + 1 == 2"}, "nothing that an answer defines"),
+        ({"tests": "assert isclose(f(2), 4)"}, "use f, isclose, which neither"),
+        ({"tests": "assert isclose(f(2), 4)", "defines": ["f"]}, "use isclose, which neither"),
+        ({"tests": "assert isclose(f(2), 4)", "solution": "from math import isclose\ndef f(x): return x"}, "isclose"),
+        ({"tests": "s = Stack()\ns.push(1)\nassert s.pop() == 1"}, "s.push: objects stay"),
+        ({"tests": "assert make().pop() == 1\nassert Stack().top == 1", "defines": ["make", "Stack"]}, "objects stay"),
+        ({"tests": "s = Stack()\ns.push(1)", "solution": STACK}, "s.push: objects stay"),
+        ({"tests": "f(2)\nassert f.count == 1"}, "f.count: objects stay"),
+        ({"tests": "x = [1, 2]\nrev(x)\nassert x == [2, 1]"}, "rev for what it does to x"),
+    ],
+)  # fmt: skip
+def test_unit_tests_that_nobody_or_a_cheat_could_pass_are_refused(tmp_path, line, message) -> None:
+    with pytest.raises(DataError, match=message):
+        load(tmp_path, [{**UNIT, **line}])
+
+
+@pytest.mark.parametrize(
+    ("line", "names"),
+    [
+        ({"tests": "assert f(2) == 4"}, ["f"]),
+        ({"tests": "from math import isclose\nassert isclose(f(2), 4)"}, ["f"]),
+        ({"tests": "assert math.isclose(f(2), g(4))", "defines": ["f", "g"]}, ["f", "g"]),
+        ({"tests": "assert near(f(2), 4)", "setup": "def near(a, b): return abs(a - b) < 1"}, ["f"]),
+        ({"tests": "assert sum([1]) == 1", "solution": "def sum(x): return x[0]"}, ["sum"]),
+        ({"tests": "r = f('a')\nassert r.upper() == 'A'\nassert f('b').upper() == 'B'"}, ["f"]),
+        ({"tests": "x = [1]\ny = f(x)\nassert x == [1] and y == [2]"}, ["f"]),
+        ({"tests": "x = []\ntry:\n    f(x)\n    assert False\nexcept ValueError:\n    assert x == []"}, ["f"]),
+        ({"tests": "n = 3\nf(n)\nassert f(n) == 3"}, ["f"]),
+    ],
+)
+def test_what_an_answer_must_define_is_told_from_the_tests(tmp_path, line, names) -> None:
+    assert load(tmp_path, [{**UNIT, **line}])[0].reference["defines"] == names
+
+
+@pytest.mark.skipif(bool(missing_walls()), reason="no sandbox here")
+def test_code_in_several_fences_is_put_together_by_the_names_under_test(tmp_path: Path) -> None:
+    task = load(tmp_path, [{**UNIT, "tests": "assert f(2) == 9"}])[0]
+    split = "```python\nMOD = 7\ndef f(x):\n    return x + MOD\n```\nUse it:\n```python\nprint(f(2))\n```"
+    assert JSONL.score(task, Completion(task.id, "m", "", split)).outcome == "pass"
+    both = load(tmp_path, [{**UNIT, "tests": "assert f(2) == g(2) + 7 == 9", "defines": ["f", "g"]}])[0]
+    older = "```python\ndef f(x): return 0\n```\n```python\ndef g(x): return x\n```\nBetter:\n"
+    assert JSONL.score(both, Completion(both.id, "m", "", older + split)).outcome == "pass"
+    assert JSONL.score(both, Completion(both.id, "m", "", split)).outcome == "unparsed"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {**ROWS[4], "expected": [{"weather.get": {"city": ["Rome"], "when": ["now"]}}]},
+        {**ROWS[4], "expected": [{"weather.get": {"days": [1]}}]},
+    ],
+)
+def test_a_line_whose_own_answer_does_not_pass_is_refused(tmp_path: Path, row: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match="its own right answer"):
+        load(tmp_path, [row])
+
+
+@pytest.mark.skipif(bool(missing_walls()), reason="no sandbox here")
+def test_solutions_are_run_when_asked(tmp_path: Path) -> None:
+    wrong = {**ROWS[3], "id": "wrong", "solution": "def add(a, b):\n    return a - b"}
+    rows = [
+        *ROWS[:4],
+        wrong,
+        {**UNIT, "id": "none", "tests": "assert f(2) == 4"},
+        {**ROWS[0], "id": "t", "split": "test"},
+    ]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = check_tasks(str(tmp_path))
+    assert found.passed == {"exact": 3, "multiple_choice": 1, "unit_tests": 1}
+    assert [v.task_id for v in found.failed] == ["jsonl/own/wrong"]
+    assert found.unknown == ["jsonl/own/none"]
+
+
+def test_a_file_belongs_to_the_split_that_is_a_word_of_its_name(tmp_path: Path) -> None:
+    for name in ("contest_train", "constraints", "shop.test", "latest-Validation-2"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({**ROWS[0], "id": name}))
+
+    def ids(split: Any) -> list[str]:
+        return [t.id for t in JSONL.load(split, domain="d", options={"path": str(tmp_path)}, seed=1, count=None)]
+
+    assert ids("train") == ["jsonl/contest_train/contest_train"]
+    assert ids("validation") == ["jsonl/latest-Validation-2/latest-Validation-2"]
+    with pytest.raises(ConfigError, match="no test tasks"):
+        ids("test")
 
 
 def test_repeated_ids_and_unknown_options_are_refused(tmp_path: Path) -> None:
