@@ -138,6 +138,7 @@ def _trials(runs: Runs) -> list[TrialRow]:
             chosen=t.recipe == run.metrics["recipe"],
             share=t.share,
             resident_bytes=t.resident_bytes,
+            fits=t.fits,
             reason=run.metrics["reason"] if t.recipe == run.metrics["recipe"] else "",
         )
         for t in run.read(TRIALS, Trial)
@@ -149,12 +150,13 @@ def _in_words(recipe: str) -> str:
     parsed, words = Recipe.model_validate_json(recipe), []
     if parsed.truncate is not None and (parsed.truncate.keep or 0.0) < 1:
         by = f"{parsed.truncate.keep:.0%}" if parsed.truncate.keep else f"{parsed.truncate.energy:.0%} of its energy"
-        words.append(f"rank truncated to {by} ({parsed.truncate.allocation})")
+        words.append(f"rank truncated to {by} ({parsed.truncate.allocation}, by {parsed.truncate.metric})")
     elif parsed.truncate is not None:
         words.append("rotated by SVD")
     if parsed.prune is not None:
         p = parsed.prune
-        words.append(f"prune A to {p.density_a:.0%} × {p.rescale_a:.1f}, B to {p.density_b:.0%} × {p.rescale_b:.1f}")
+        reach = {"layer": "a threshold per layer", "group": "a threshold per group", "global": "one threshold"}
+        words.append(f"prune A to {p.density_a:.1%}, B to {p.density_b:.1%} (by {p.metric}, {reach[p.scope]})")
     return ", ".join([*words, parsed.values])
 
 

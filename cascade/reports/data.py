@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from cascade.compression.account import LayerShare, StageCost
+from cascade.compression.pareto import front
 from cascade.errors import DataError
 from cascade.reports.summary import MODELS, Summary, TierRow, aligned_passes, read_summary, write_summary
 from cascade.scoring.statistics import mcnemar_exact, paired_bootstrap
@@ -57,6 +58,7 @@ class TrialRow:
         chosen: whether it became the compressed modifier.
         share: of those examples that the loss is over; below 1 the search gave the recipe up.
         resident_bytes: what serving would hold of it.
+        fits: whether both sizes keep their limits.
         reason: why it was chosen, if it was.
     """
 
@@ -67,7 +69,13 @@ class TrialRow:
     chosen: bool = False
     share: float = 1.0
     resident_bytes: int = 0
+    fits: bool = True
     reason: str = ""
+
+
+def front_of(trials: Sequence[TrialRow]) -> list[TrialRow]:
+    """Of the recipes that were measured whole and keep the limits, those that no other one beats; smallest first."""
+    return front([t for t in trials if t.fits and t.share == 1], lambda t: (t.bytes, t.loss))
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,8 +20,7 @@ from matplotlib.patches import PathPatch, Rectangle
 from matplotlib.path import Path as Outline
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
-from cascade.compression.pareto import front
-from cascade.reports.data import CurvePoint, KindRow, TrialRow
+from cascade.reports.data import CurvePoint, KindRow, TrialRow, front_of
 from cascade.reports.summary import MODELS, TierRow
 from cascade.scoring.statistics import Score, wilson
 
@@ -297,16 +296,23 @@ def _validation_accuracy(axes: Axes, curve: Sequence[CurvePoint]) -> None:
 
 @mpl.rc_context(STYLE)
 def pareto(trials: Sequence[TrialRow], limit_bytes: float | None) -> str:
-    """Size against held-out loss of every recipe tried; the chosen one is marked, the size limit drawn."""
+    """Size against held-out loss of every recipe tried; the front, the chosen one and the size limit are marked."""
     figure, axes = _figure(2.9)
     unit, name = (1e6, "MB") if max(t.bytes for t in trials) >= 1e6 else (1e3, "kB")
-    whole, given_up = [t for t in trials if t.share == 1], [t for t in trials if t.share < 1]
-    for some, face, label in ((whole, MUTED, "tried"), (given_up, "none", "given up early")):
+    fitting = [t for t in trials if t.fits and t.share == 1]
+    groups: list[tuple[list[TrialRow], str, str, str]] = [
+        (fitting, "o", MUTED, "tried"),
+        ([t for t in trials if t.fits and t.share < 1], "o", "none", "given up early"),
+        ([t for t in trials if not t.fits], "x", BAD, "too large"),
+    ]
+    for some, marker, face, label in groups:
         if some:
             x, y = [t.bytes / unit for t in some], [t.loss for t in some]
-            axes.scatter(x, y, s=26, edgecolors=MUTED, facecolors=face, label=label)
-    best = front(whole, lambda t: (t.bytes, t.loss))
-    axes.plot([t.bytes / unit for t in best], [t.loss for t in best], color=MODIFIER, linewidth=1.2, label="best")
+            edge = {"edgecolors": MUTED, "facecolors": face} if marker == "o" else {"color": face}
+            axes.scatter(x, y, s=26, marker=marker, label=label, **edge)
+    best = front_of(trials)
+    if best:
+        axes.plot([t.bytes / unit for t in best], [t.loss for t in best], color=MODIFIER, linewidth=1.2, label="best")
     for t in trials:
         if t.chosen:
             axes.scatter([t.bytes / unit], [t.loss], s=130, marker="*", color=COMPRESSED, label="chosen", zorder=3)
@@ -315,7 +321,7 @@ def pareto(trials: Sequence[TrialRow], limit_bytes: float | None) -> str:
     axes.set_xlabel(f"size on disk ({name})")
     axes.set_ylabel("held-out loss (nats)")
     axes.margins(0.12)
-    figure.legend(loc="outside upper left", ncols=5, labelcolor=INK)
+    figure.legend(loc="outside upper left", ncols=4, labelcolor=INK)
     return to_svg(figure, "Size against loss of the recipes tried")
 
 

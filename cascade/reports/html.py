@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from cascade.reports import figures
 from cascade.reports.console import duration, megabytes, p_value, points
-from cascade.reports.data import CurvePoint, ReportData, plain, save_tables, tables_folder
+from cascade.reports.data import CurvePoint, ReportData, front_of, plain, save_tables, tables_folder
 from cascade.reports.heat_map import heat_map, heat_rows
 from cascade.reports.summary import MODELS, ModelScore
 from cascade.scoring.statistics import Score, breakdown, wilson
@@ -59,6 +59,7 @@ def render(data: ReportData, *, tables: str) -> str:
             difficulties=by_group(data, "difficulty"),
             outcomes=outcomes(data),
             chosen=next((t for t in data.trials if t.chosen), None),
+            front=front_of(data.trials),
             looks=[(p, wilson(p.passed, p.answered) if p.answered else None) for p in data.curve if _is_look(p)],
             heat=heat_rows(data.layers),
             policies=policies(data.router),

@@ -14,7 +14,7 @@ from scipy.stats import binomtest
 from cascade.errors import DataError
 from cascade.reports import figures
 from cascade.reports.console import points
-from cascade.reports.data import ReportData, TrialRow, general_rows, load_tables
+from cascade.reports.data import ReportData, TrialRow, front_of, general_rows, load_tables
 from cascade.reports.html import render, write_report
 from cascade.reports.summary import TierRow
 from cascade.scoring.statistics import wilson
@@ -385,6 +385,35 @@ def test_judged_answers_are_called_an_opinion(report_data):
     assert "12 of the answers were accepted by a judge model" in html
     assert "12 by a judge" in html
     assert "judge model" not in render(report_data, tables="t")
+
+
+def test_the_table_of_recipes_marks_the_front_and_shows_both_sizes(report_data):
+    too_large = TrialRow("best of all, but too large", 10, 0.001, resident_bytes=9_000_000, fits=False)
+    trials = [*report_data.trials, too_large]
+    html = render(dataclasses.replace(report_data, trials=trials), tables="t")
+    table = html.split("<summary>Recipes tried")[1].split("</table>")[0]
+    rows = re.findall(r"<tr[^>]*><td>(.*?)</tr>", table)
+    assert len(rows) == len(trials)
+    marked = {row.split("<")[0].strip() for row in rows if "●" in row}
+    assert marked == {t.recipe for t in front_of(trials)}
+    assert 1 < len(marked) < len(trials)
+    assert all("3.00 MB" in row or "9.00 MB" in row for row in rows)
+    assert "best of all, but too large (too large)" in html
+
+
+def test_the_drawn_front_is_the_marked_one(report_data):
+    """What does not fit changes the points that are drawn, not the line through the best."""
+
+    def line(trials) -> str:
+        svg = figures.pareto(trials, None)
+        return re.findall(r'<path d="([^"]+)"[^>]*style="[^"]*stroke: var\(--modifier\)', svg)[0]
+
+    best = front_of(report_data.trials)
+    middle = dataclasses.replace(best[len(best) // 2], loss=best[-1].loss, fits=False)
+    assert line([*report_data.trials, middle]) == line(report_data.trials)
+    assert line([*report_data.trials, dataclasses.replace(middle, fits=True)]) != line(report_data.trials)
+    assert "too large" in figures.pareto([*report_data.trials, middle], None)
+    assert figures.pareto([middle], None), "a search without a front is drawn too"
 
 
 def test_a_recipe_that_was_given_up_says_so_and_is_never_on_the_front(report_data):
