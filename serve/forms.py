@@ -12,6 +12,7 @@ from filelock import FileLock
 from cascade import modifiers
 from cascade.artifacts import Store
 from cascade.compression.flat import FlatAdapter, open_flat, save_flat
+from cascade.compression.packed import CompressedAdapter
 from cascade.errors import FormatError
 from cascade.modifiers import Modifier
 from serve.threads import alone
@@ -39,7 +40,7 @@ class Forms:
         *,
         base_sha256: str,
         dtype: torch.dtype,
-        check: Callable[[FlatAdapter], None],
+        check: Callable[[FlatAdapter | CompressedAdapter], None],
         int8: bool = False,
         pin: bool = False,
     ) -> None:
@@ -61,6 +62,7 @@ class Forms:
                 form = open_flat(path, pin=self._pin)
             except FormatError:  # not there yet, or damaged
                 content = modifiers.load(self._store, modifier, base_sha256=self._base_sha256)
+                self._check(content)  # before anything of the size that it says is made
                 with alone():
                     save_flat(path, content, self._dtype, self._int8)
                 form = open_flat(path, pin=self._pin)

@@ -100,6 +100,8 @@ class AdapterWeights:
     init_seed: int | None = None
 
     def __post_init__(self) -> None:
+        if not 2.0**-126 <= abs(self.scaling) <= 2.0**127:
+            raise DataError(f"the adapter's scaling is {self.scaling}, which is no number that float32 holds")
         for name, pair in self.layers.items():
             if pair.a.ndim != 2 or pair.b.ndim != 2 or pair.a.shape[0] != pair.b.shape[1] or not pair.a.size:
                 raise DataError(f"layer {name}: A {pair.a.shape} and B {pair.b.shape} are no (rank, in), (out, rank)")

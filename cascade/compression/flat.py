@@ -31,8 +31,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from cascade.compression.adapter import AdapterWeights, BaseRef
+from cascade.compression.decoding import Expanded, iter_layers, iter_levels
 from cascade.compression.methods import Settings
-from cascade.compression.packed import CompressedAdapter, Expanded, is_low_bit, iter_layers, iter_levels
+from cascade.compression.packed import CompressedAdapter, is_low_bit
 from cascade.errors import FormatError
 from cascade.models.int8 import BLOCK, product, rounded
 

@@ -1,6 +1,6 @@
-"""The modifier file: one safetensors file of packed streams with a versioned JSON header in its metadata.
+"""The modifier file: one safetensors file of packed streams, the first of which is a versioned JSON header.
 
-Every stream is a flat U8 tensor, stored as it is or compressed by zstandard where that pays. The header carries a
+Every stream is a flat U8 tensor, stored as it is or compressed by zstandard where that pays. The metadata carries a
 SHA-256 over the whole file (its own 64 digits taken as zeros), which is computed while the streams are opened, in a
 thread of its own: nothing is handed out before it is found right. What is read meanwhile is checked as if an enemy had
 written it, and nothing is allocated that the file's own size does not bound.
@@ -16,70 +16,44 @@ import re
 import struct
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Any
 
 import numpy as np
 import zstandard
 from numpy.typing import NDArray
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 from safetensors.numpy import save as safetensors_save
 
 from cascade.compression.adapter import BaseRef
-from cascade.compression.methods import Recipe, Settings
-from cascade.compression.packed import (
-    CompressedAdapter,
-    FactorName,
-    LayerSpec,
-    PackedFactor,
-    expanded_sha256,
-    stream_sizes,
+from cascade.compression.decoding import FactorName, expanded_sha256
+from cascade.compression.header import (
+    MAX_TEXT,
+    ZEROS,
+    Base,
+    Envelope,
+    Header,
+    checked,
+    in_words,
+    strict_json,
+    version_of,
 )
-from cascade.errors import FormatError
+from cascade.compression.methods import Recipe
+from cascade.compression.packed import CompressedAdapter, LayerSpec, PackedFactor, stream_sizes
+from cascade.errors import DataError, FormatError
 from cascade.scoring.statistics import Score
 
 FORMAT = "cascade-modifier"
-VERSION = 1
+_HEADER = "header"
 _STREAMS = {f"{factor}.{kind}" for factor in "ab" for kind in ("mask", "values", "scales")}
 _LEVEL = 9
-_ZEROS = "0" * 64
 _DIGEST = re.compile(rb'\\"sha256\\":\\"([0-9a-f]{64})\\"}"}')
-_MAX_HEADER = 4 << 20
 _MAX_RATIO = 32
 """A stream that zstandard would shrink more than this is stored as it is, so that no file can blow up when opened."""
-
-
-class _Base(Settings):
-    name: str
-    sha256: str = Field(pattern=r"^([0-9a-f]{64})?$")
-
-
-_Features = Annotated[int, Field(ge=1, le=1 << 24)]
-_Rank = Annotated[int, Field(ge=1, le=1 << 16)]
-_Count = Annotated[int, Field(ge=0)]
-_Exponent = Annotated[int, Field(ge=-200, le=200)]
-_Name = Annotated[str, Field(min_length=1, max_length=512)]
-_Row = tuple[_Name, _Rank, _Features, _Features, _Count, _Count, _Exponent, _Exponent]
-"""Name, rank, inputs, outputs, kept numbers of A and B, exponents of A and B of one layer."""
-
-
-class Header(Settings):
-    """The metadata of a modifier file, all that is not packed numbers."""
-
-    format: Literal["cascade-modifier"] = "cascade-modifier"
-    version: int = VERSION
-    base: _Base
-    recipe: Recipe
-    rank: _Rank
-    scaling: float = Field(allow_inf_nan=False)
-    target_modules: list[str]
-    init_seed: int | None
-    layers: list[_Row] = Field(min_length=1)
-    raw_bytes: dict[str, int] = Field(description="length of each stream that is stored compressed, once opened")
-    scores: dict[str, Score]
-    teachers: list[str] = Field(description="who wrote the training answers; 'answer-key…' replays known ones")
-    expanded_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-    sha256: str = Field(_ZEROS, pattern=r"^[0-9a-f]{64}$")
+_SCORE = Score(n=10**9, passed=1e9 / 3, unparsed=10**9, accuracy=1e-9 / 3, low=1e-9 / 7, high=1e-9 / 9, errors=10**9)
+_SCORES = dict.fromkeys(("base", "modifier", "compressed"), asdict(_SCORE))
+"""What a published modifier earned, at its longest."""
 
 
 def save_modifier(
@@ -109,30 +83,52 @@ def save_modifier(
 def encode_modifier(
     compressed: CompressedAdapter, *, scores: Mapping[str, Score] | None = None, teachers: tuple[str, ...] = ()
 ) -> bytes:
-    """The bytes of the modifier file; the same content always gives the same bytes."""
+    """The bytes of the modifier file; the same content always gives the same bytes.
+
+    Raises:
+        DataError: the adapter is larger than the format allows.
+    """
     streams: dict[str, NDArray[np.uint8]] = {}
     raw_bytes = {}
     for name, raw in _streams_of(compressed).items():
         streams[name] = _shrink(raw, planes=_in_planes(name, compressed.recipe))
         if streams[name].size != raw.size:
             raw_bytes[name] = raw.size
-    header = Header(
-        base=_Base(name=compressed.base.name, sha256=compressed.base.sha256),
-        recipe=compressed.recipe,
-        rank=compressed.rank,
-        scaling=compressed.scaling,
-        target_modules=list(compressed.target_modules),
-        init_seed=compressed.init_seed,
-        layers=[(x.name, x.rank, x.fan_in, x.fan_out, *x.kept, *x.exponents) for x in compressed.layers],
-        raw_bytes=raw_bytes,
-        scores=dict(scores or {}),
-        teachers=list(teachers),
-        expanded_sha256=compressed.expanded_sha256,
-    )
-    data = bytearray(safetensors_save(streams, metadata={FORMAT: header.model_dump_json()}))
+    header = _header_of(compressed, raw_bytes, scores or {}, teachers)
+    text = np.frombuffer(header.text(), np.uint8)
+    streams[_HEADER] = _shrink(text, planes=False)
+    envelope = Envelope(header_bytes=text.size)
+    data = bytearray(safetensors_save(streams, metadata={FORMAT: envelope.model_dump_json()}))
     start, end = _digest_span(data)
     data[start:end] = hashlib.sha256(data).hexdigest().encode()
     return bytes(data)
+
+
+def _header_of(
+    compressed: CompressedAdapter, raw_bytes: dict[str, int], scores: Mapping[str, Score], teachers: tuple[str, ...]
+) -> Header:
+    try:
+        return Header(
+            base=Base(name=compressed.base.name, sha256=compressed.base.sha256),
+            recipe=compressed.recipe,
+            rank=compressed.rank,
+            scaling=compressed.scaling,
+            target_modules=list(compressed.target_modules),
+            init_seed=compressed.init_seed,
+            layers=[(x.name, x.rank, x.fan_in, x.fan_out, *x.kept, *x.exponents) for x in compressed.layers],
+            raw_bytes=raw_bytes,
+            scores=dict(scores),
+            teachers=list(teachers),
+            expanded_sha256=compressed.expanded_sha256,
+        )
+    except ValidationError as error:
+        raise DataError(f"the adapter cannot be written as a modifier file{in_words(error)}") from None
+
+
+def publishing_bytes(teachers: tuple[str, ...] = ()) -> int:
+    """At most so many bytes more does a file weigh once its scores and teachers are in it, as published."""
+    text = json.dumps([_SCORES, teachers], ensure_ascii=False, separators=(",", ":"))
+    return len(text.encode()) + 64  # compressed, the header grows by no more; 64 for the compressor's own
 
 
 def disk_bytes(
@@ -198,7 +194,7 @@ def decode_modifier(
 
 
 def _decode(text: bytes, payload: NDArray[np.uint8], base_sha256: str | None) -> tuple[Header, CompressedAdapter]:
-    tensors, header = _parse(text, payload)
+    header, tensors = _parse(text, payload)
     if base_sha256 is not None and header.base.sha256 != base_sha256:
         raise FormatError(
             f"made for the base {header.base.name or 'of unknown name'} ({header.base.sha256[:12] or 'no hash'}), "
@@ -252,7 +248,7 @@ def _head(view: NDArray[np.uint8]) -> tuple[bytearray, str]:
     if view.size < 8:
         raise FormatError("too short to be a modifier file")
     length = int(view[:8].view("<u8")[0])
-    if length > min(_MAX_HEADER, view.size - 8):
+    if length > min(MAX_TEXT, view.size - 8):
         raise FormatError("no modifier file, or cut off: its header would reach beyond it")
     head = bytearray(view[: 8 + length].tobytes())
     start, end = _digest_span(head)
@@ -263,7 +259,7 @@ def _head(view: NDArray[np.uint8]) -> tuple[bytearray, str]:
 def _sha256(head: bytearray, payload: NDArray[np.uint8]) -> str:
     """Over the whole file with its own hash taken as zeros."""
     start, end = _digest_span(head)
-    digest = hashlib.sha256(head[:start] + _ZEROS.encode() + head[end:])
+    digest = hashlib.sha256(head[:start] + ZEROS.encode() + head[end:])
     digest.update(payload.data)
     return digest.hexdigest()
 
@@ -276,42 +272,21 @@ def _digest_span(data: bytes | bytearray) -> tuple[int, int]:
     return found[0].span(1)
 
 
-def _parse(text: bytes, payload: NDArray[np.uint8]) -> tuple[dict[str, NDArray[np.uint8]], Header]:
-    """Tensors by name, and the checked header."""
-    outer = _strict_json(text)
-    metadata = outer.pop("__metadata__", None)
+def _parse(text: bytes, payload: NDArray[np.uint8]) -> tuple[Header, dict[str, NDArray[np.uint8]]]:
+    """The checked header, and the streams by name."""
+    table = strict_json(text)
+    metadata = table.pop("__metadata__", None)
     if not isinstance(metadata, dict) or list(metadata) != [FORMAT] or not isinstance(metadata[FORMAT], str):
         raise FormatError("no modifier file: a safetensors file of another kind")
-    inner = _strict_json(metadata[FORMAT])
-    version = inner.get("version")
-    if type(version) is not int or version < 1:
-        raise FormatError("its header has no version")
-    if version > VERSION:
-        raise FormatError(f"written in format version {version}, this Cascade reads up to {VERSION}: update it")
-    try:
-        header = Header.model_validate_json(metadata[FORMAT])
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise FormatError(f"its header is wrong at {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    return _slice_tensors(outer, payload), header
-
-
-def _strict_json(text: bytes | str) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(dict(pairs)) != len(pairs):
-            raise FormatError("its header names something twice")
-        return dict(pairs)
-
-    def refuse(constant: str) -> NoReturn:
-        raise FormatError(f"its header holds {constant}")
-
-    try:
-        value = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"its header is no JSON that can be read: {type(error).__name__}") from None
-    if not isinstance(value, dict):
-        raise FormatError("its header is no JSON object")
-    return value
+    said, version = metadata[FORMAT], version_of(metadata[FORMAT])
+    if version == 1:
+        return checked(Header, said), _slice_tensors(table, payload)
+    size, tensors = checked(Envelope, said).header_bytes, _slice_tensors(table, payload)
+    stored = tensors.pop(_HEADER, None)
+    if stored is None or not stored.size <= size <= stored.size * _MAX_RATIO:
+        raise FormatError("its header is missing or has another length than the file says")
+    header = checked(Header, (stored if stored.size == size else _grow(stored, size, planes=False)).tobytes())
+    return header, tensors
 
 
 def _slice_tensors(table: dict[str, Any], payload: NDArray[np.uint8]) -> dict[str, NDArray[np.uint8]]:
@@ -335,10 +310,6 @@ def _slice_tensors(table: dict[str, Any], payload: NDArray[np.uint8]) -> dict[st
 
 def _assemble(header: Header, tensors: dict[str, NDArray[np.uint8]]) -> CompressedAdapter:
     layers = tuple(LayerSpec(r[0], r[1], r[2], r[3], (r[4], r[5]), (r[6], r[7])) for r in header.layers)
-    if len({spec.name for spec in layers}) != len(layers):
-        raise FormatError("a layer is there twice")
-    if any(spec.kept[0] > spec.size("a") or spec.kept[1] > spec.size("b") for spec in layers):
-        raise FormatError("a layer keeps more numbers than it has")
     a = _factor(header, layers, tensors, "a")
     b = _factor(header, layers, tensors, "b")
     if tensors or header.raw_bytes.keys() - _STREAMS:

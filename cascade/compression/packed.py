@@ -8,43 +8,19 @@ layers can be decoded one by one.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cascade.compression.adapter import AdapterWeights, BaseRef, LoraPair
+from cascade.compression.decoding import FACTORS, FactorName, expanded_sha256, iter_layers
 from cascade.compression.methods import Recipe
 from cascade.compression.prune import Changes, Importance, importance, keep_mask, kept_energy, thresholds
-from cascade.compression.quantise import decode, encode, packed_bytes, scale_count, unit_exponent, unpack
+from cascade.compression.quantise import encode, packed_bytes, scale_count, unit_exponent
 from cascade.compression.truncate import Calibration, grams_for, truncate
 from cascade.errors import DataError, FormatError
-from cascade.training.seeded_init import initial_lora_a
-
-FactorName = Literal["a", "b"]
-FACTORS: tuple[FactorName, FactorName] = ("a", "b")
-Number = TypeVar("Number", np.uint8, np.float16)
-Expanded = tuple[str, NDArray[np.float32], NDArray[np.float32]]
-"""Layer name, A of shape (rank, in), B transposed of shape (rank, out)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Levels:
-    """A factor in few bits: number i is `levels[i] * scales[i // group]`.
-
-    Attributes:
-        levels: int8, flat, row-major.
-        scales: float32, flat, one per group; the last group may be shorter.
-        group: numbers that share a scale.
-        shape: (rank, features).
-    """
-
-    levels: NDArray[np.int8]
-    scales: NDArray[np.float32]
-    group: int
-    shape: tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +141,8 @@ def expand(compressed: CompressedAdapter, *, verify: bool = True) -> AdapterWeig
     digest = hashlib.sha256()
     layers = {}
     for name, a, bt in iter_layers(compressed):
-        _update(digest, name, a, bt)
+        for part in (name.encode(), a.data, bt.data):
+            digest.update(part)
         layers[name] = LoraPair(a, np.ascontiguousarray(bt.T))
     if verify and digest.hexdigest() != compressed.expanded_sha256:
         raise FormatError("the modifier expands to other numbers than when it was made: file or decoder is damaged")
@@ -177,14 +154,6 @@ def expand(compressed: CompressedAdapter, *, verify: bool = True) -> AdapterWeig
         target_modules=compressed.target_modules,
         init_seed=compressed.init_seed,
     )
-
-
-def expanded_sha256(compressed: CompressedAdapter) -> str:
-    """SHA-256 (hex) over names, A and B transposed (float32, row-major) of all layers, decoded one by one."""
-    digest = hashlib.sha256()
-    for name, a, bt in iter_layers(compressed):
-        _update(digest, name, a, bt)
-    return digest.hexdigest()
 
 
 def is_low_bit(compressed: CompressedAdapter) -> bool:
@@ -209,35 +178,6 @@ def resident_bytes(compressed: CompressedAdapter, *, bytes_per_number: int = 2) 
     group = compressed.recipe.group
     scales = sum(-(-layer.size(f) // group) for layer in compressed.layers for f in FACTORS)
     return scales * (group + bytes_per_number)  # the last group of a factor is filled up
-
-
-def iter_layers(compressed: CompressedAdapter) -> Iterator[Expanded]:
-    """Decode layer by layer, holding one at a time.
-
-    Raises:
-        FormatError: a stream does not fit the layers.
-    """
-    a, b = _Reader(compressed, "a"), _Reader(compressed, "b")
-    for layer in compressed.layers:
-        matrix, transposed = a.next(layer), b.next(layer)
-        if compressed.init_seed is not None:
-            matrix += initial_lora_a(compressed.init_seed, layer.name, layer.rank, layer.fan_in)
-        yield layer.name, matrix, transposed
-    a.finish()
-    b.finish()
-
-
-def iter_levels(compressed: CompressedAdapter) -> Iterator[tuple[str, Levels, Levels]]:
-    """As `iter_layers` (A, B transposed), without going through float32; for `is_low_bit` ones.
-
-    Raises:
-        FormatError: a stream does not fit the layers.
-    """
-    a, b = _Reader(compressed, "a"), _Reader(compressed, "b")
-    for layer in compressed.layers:
-        yield layer.name, a.next_levels(layer), b.next_levels(layer)
-    a.finish()
-    b.finish()
 
 
 def stream_sizes(recipe: Recipe, layers: tuple[LayerSpec, ...], factor: FactorName) -> tuple[int | None, int, int]:
@@ -316,63 +256,3 @@ def _pack(adapter: AdapterWeights, factor: FactorName, recipe: Recipe, counts: M
         parts.kept.append(values.size)
         parts.exps.append(exponent)
     return parts
-
-
-class _Reader:
-    """Reads one factor's streams from front to back."""
-
-    def __init__(self, compressed: CompressedAdapter, factor: FactorName) -> None:
-        self._packed = compressed.a if factor == "a" else compressed.b
-        self._recipe = compressed.recipe
-        self._factor = factor
-        self._at = [0, 0, 0]  # in mask, values and scales
-
-    def next(self, layer: LayerSpec) -> NDArray[np.float32]:
-        """The next layer's factor, shape (rank, features)."""
-        which = 0 if self._factor == "a" else 1
-        kept, size, codec, group = layer.kept[which], layer.size(self._factor), self._recipe.codec, self._recipe.group
-        values = self._take(1, self._packed.values, packed_bytes(codec, kept))
-        scales = self._take(2, self._packed.scales, scale_count(codec, kept, group))
-        numbers = np.ldexp(decode(values, scales, codec, group, kept), layer.exponents[which])
-        if self._packed.mask is not None:
-            bits = self._take(0, self._packed.mask, -(-size // 8))
-            mask = np.unpackbits(bits, count=size).view(np.bool_)
-            if np.count_nonzero(mask) != kept:
-                raise FormatError(f"layer {layer.name}: the mask does not hold {kept} numbers")
-            dense = np.zeros(size, np.float32)
-            dense[mask] = numbers
-            numbers = dense
-        elif kept != size:
-            raise FormatError(f"layer {layer.name}: {kept} of {size} numbers and no mask")
-        return numbers.reshape(layer.rank, -1)
-
-    def next_levels(self, layer: LayerSpec) -> Levels:
-        """The next layer's factor in few bits, of a factor of which nothing was pruned."""
-        which = 0 if self._factor == "a" else 1
-        size, codec = layer.size(self._factor), self._recipe.codec
-        if layer.kept[which] != size:
-            raise FormatError(f"layer {layer.name}: {layer.kept[which]} of {size} numbers and no mask")
-        levels = unpack(self._take(1, self._packed.values, packed_bytes(codec, size)), codec, size)
-        scales = self._take(2, self._packed.scales, scale_count(codec, size, self._recipe.group))
-        if not np.isfinite(scales).all():
-            raise FormatError("packed numbers are not finite")
-        wide = np.ldexp(scales.astype(np.float32), layer.exponents[which])
-        return Levels(levels, wide, self._recipe.group, (layer.rank, size // layer.rank))
-
-    def finish(self) -> None:
-        lengths = (0 if self._packed.mask is None else self._packed.mask.size, self._packed.values.size)
-        if (*lengths, self._packed.scales.size) != tuple(self._at):
-            raise FormatError("the modifier holds more numbers than its layers")
-
-    def _take(self, stream: int, data: NDArray[Number], count: int) -> NDArray[Number]:
-        start = self._at[stream]
-        self._at[stream] += count
-        if self._at[stream] > data.size:
-            raise FormatError("the modifier holds fewer numbers than its layers")
-        return data[start : self._at[stream]]
-
-
-def _update(digest: hashlib._Hash, name: str, a: NDArray[np.float32], bt: NDArray[np.float32]) -> None:
-    digest.update(name.encode())
-    digest.update(a.data)
-    digest.update(bt.data)

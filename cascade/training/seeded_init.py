@@ -10,9 +10,14 @@ That is the distribution of PEFT's default (Kaiming-uniform with a = sqrt(5)).
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
+
+
+_PART = 1 << 18
+"""Numbers that are made at a time: the generator's own take four times the room."""
 
 
 def initial_lora_a(seed: int, name: str, rank: int, fan_in: int) -> NDArray[np.float32]:
@@ -27,7 +32,18 @@ def initial_lora_a(seed: int, name: str, rank: int, fan_in: int) -> NDArray[np.f
     Returns:
         float32 array of shape (rank, fan_in), uniform in ±1/sqrt(fan_in).
     """
+    whole, at = np.empty(rank * fan_in, np.float32), 0
+    for part in iter_initial_lora_a(seed, name, rank, fan_in, _PART):
+        whole[at : at + part.size] = part
+        at += part.size
+    return whole.reshape(rank, fan_in)
+
+
+def iter_initial_lora_a(seed: int, name: str, rank: int, fan_in: int, part: int) -> Iterator[NDArray[np.float32]]:
+    """As `initial_lora_a`, flat and row by row, in parts of so many numbers: nothing larger is ever in memory."""
     key = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:16], "little")
-    bits = np.random.Philox(key=key).random_raw(rank * fan_in) >> np.uint64(40)
-    uniform = bits.astype(np.float32) * np.float32(2.0**-23) - np.float32(1.0)
-    return (uniform * np.float32(1.0 / np.sqrt(fan_in))).reshape(rank, fan_in)
+    generator, size = np.random.Philox(key=key), rank * fan_in
+    for start in range(0, size, part):
+        bits = generator.random_raw(min(part, size - start)) >> np.uint64(40)
+        uniform = bits.astype(np.float32) * np.float32(2.0**-23) - np.float32(1.0)
+        yield uniform * np.float32(1.0 / np.sqrt(fan_in))

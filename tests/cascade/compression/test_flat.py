@@ -12,9 +12,10 @@ from transformers import LlamaForCausalLM
 
 from cascade.compression.adapter import AdapterWeights
 from cascade.compression.apply import LoraSlot
+from cascade.compression.decoding import iter_layers
 from cascade.compression.flat import layout_of, open_flat, save_flat, write_block
 from cascade.compression.methods import Recipe, Truncate
-from cascade.compression.packed import compress, iter_layers, resident_bytes
+from cascade.compression.packed import compress, resident_bytes
 from cascade.errors import DataError, FormatError
 from cascade.models.int8 import hold_in_int8
 

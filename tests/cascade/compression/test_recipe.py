@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from cascade.compression.adapter import AdapterWeights, BaseRef, LoraPair, fp16_bytes
+from cascade.compression.decoding import expanded_sha256
 from cascade.compression.format import save_modifier
-from cascade.compression.packed import expanded_sha256
 from cascade.compression.prune import GROUPS
 from cascade.compression.recipe import (
     Prune,

@@ -13,8 +13,9 @@ from torch import nn
 
 from cascade.compression.adapter import AdapterWeights
 from cascade.compression.apply import LoraSlot
+from cascade.compression.decoding import FACTORS, expanded_sha256
 from cascade.compression.format import decode_modifier, encode_modifier
-from cascade.compression.packed import FACTORS, compress, expand, expanded_sha256
+from cascade.compression.packed import compress, expand
 from cascade.compression.quantise import decode
 from cascade.compression.recipe import Prune, Recipe, Truncate
 from cascade.compression.recover import RecoveryEngine, kept_numbers, masks, recover, repack
