@@ -20,6 +20,8 @@ BLOCK = 16
 """Inputs that the kernel for a few rows reads at once; it must not be given any other number of them."""
 _TOGETHER = 4
 """Rows that it computes in one pass over the weight."""
+_PASSES = 4
+"""Passes that take less time than bringing the weight to bfloat16 does: half of it for two, about as long for five."""
 _SMALL = 2**18
 """Numbers of a weight, times passes, up to which further passes take less time than another kernel's start."""
 _PART = 2**20
@@ -36,7 +38,7 @@ def product(rows: torch.Tensor, levels: torch.Tensor, scales: torch.Tensor) -> t
     outputs, inputs = levels.shape
     flat = rows.reshape(-1, inputs)
     passes = -(-len(flat) // _TOGETHER)
-    if inputs % BLOCK == 0 and (passes == 1 or passes * levels.numel() <= _SMALL):
+    if inputs % BLOCK == 0 and (passes <= _PASSES or passes * levels.numel() <= _SMALL):
         # It would scale before it rounds, which the other way cannot.
         found = torch._weight_int8pack_mm(flat.contiguous(), levels, _ones(outputs))
     else:

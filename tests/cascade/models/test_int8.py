@@ -16,6 +16,7 @@ from cascade.compression.adapter import AdapterWeights, BaseRef, LoraPair
 from cascade.compression.apply import LoraSlot
 from cascade.config import Base
 from cascade.errors import ConfigError
+from cascade.models import int8
 from cascade.models.attention import enable_sharing
 from cascade.models.base import load_base
 from cascade.models.caches import RowCache
@@ -84,6 +85,16 @@ def test_a_layer_computes_what_its_levels_and_scales_say(rows: int, shape: tuple
     assert got.dtype == torch.bfloat16
     # Rounded to bfloat16 after the sum, the scaling and the bias.
     torch.testing.assert_close(got.double(), exact, rtol=3 * 2**-8, atol=0.02)
+
+
+@torch.inference_mode()
+def test_up_to_sixteen_rows_read_the_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = Int8Linear.of(nn.Linear(576, 1536).bfloat16())
+    parts, whole = [], int8._in_parts
+    monkeypatch.setattr(int8, "_in_parts", lambda rows, levels: parts.append(len(rows)) or whole(rows, levels))
+    for count in (1, 5, 16, 17, 64):
+        held(torch.randn(count, 576, dtype=torch.bfloat16))
+    assert parts == [17, 64]
 
 
 @torch.inference_mode()
