@@ -21,32 +21,14 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from cascade.compression.peft_config import CONFIG_FILE, PeftConfig, read_json
 from cascade.errors import DataError
 from cascade.training.seeded_init import initial_lora_a
 
 WEIGHTS_FILE = "adapter_model.safetensors"
-CONFIG_FILE = "adapter_config.json"
 CASCADE_FILE = "cascade_adapter.json"
 _PREFIX = "base_model.model."
 _KEY = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<factor>[AB])\.weight")
-_REFUSED = (
-    "use_dora",
-    "lora_bias",
-    "fan_in_fan_out",
-    "modules_to_save",
-    "trainable_token_indices",
-    "target_parameters",
-    "layer_replication",
-    "alora_invocation_tokens",
-    "use_qalora",
-    "use_bdlora",
-    "velora_config",
-    "monteclora_config",
-    "kasa_config",
-    "arrow_config",
-    "megatron_config",
-)
-"""Settings of a PEFT LoRA that make it more than `scaling * B @ A` on linear layers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,15 +148,11 @@ def load_peft_folder(path: str | os.PathLike[str], *, base: BaseRef | None = Non
         DataError: a file is missing or broken, or the adapter is more than plain LoRA on linear layers.
     """
     folder = Path(path)
-    config = _read_json(folder / CONFIG_FILE)
-    _refuse_unknown_kinds(config, folder)
+    config = PeftConfig.read(folder)
     pairs = _read_pairs(folder / WEIGHTS_FILE)
-    ranks = {name: pair.rank for name, pair in pairs.items()}
-    rank = int(config.get("r", max(ranks.values())))
-    scaling = _scaling(config, float(config.get("lora_alpha", rank)), rank)
-    layers = {}
+    scaling, layers = config.scaling(), {}
     for name, pair in pairs.items():
-        own = _scaling(config, float(_by_pattern(config, "alpha_pattern", name, "lora_alpha", rank)), pair.rank)
+        own = config.scaling(pair.rank, name)
         # One scaling for all: a layer with another keeps its effect in B.
         same = math.isclose(own, scaling, rel_tol=1e-12)
         layers[name] = pair if same else LoraPair(pair.a, pair.b.astype(np.float32) * np.float32(own / scaling))
@@ -182,9 +160,9 @@ def load_peft_folder(path: str | os.PathLike[str], *, base: BaseRef | None = Non
     return AdapterWeights(
         layers=layers,
         scaling=scaling,
-        rank=rank,
-        base=base or written_base or BaseRef(str(config.get("base_model_name_or_path") or "")),
-        target_modules=_targets(config, layers),
+        rank=max(config.r, *(pair.rank for pair in layers.values())),
+        base=base or written_base or BaseRef(config.base_model_name_or_path or ""),
+        target_modules=config.targets(tuple(layers)),
         init_seed=seed,
     )
 
@@ -222,39 +200,6 @@ def _tidy(value: float) -> float | int:
     return int(value) if value == int(value) else value
 
 
-def _refuse_unknown_kinds(config: dict[str, Any], folder: Path) -> None:
-    if config.get("peft_type") != "LORA":
-        raise DataError(f"{folder} holds a {config.get('peft_type')} adapter; only LORA can be compressed")
-    used = [name for name in _REFUSED if config.get(name)]
-    if config.get("bias", "none") != "none":
-        used.append("bias")
-    if used:
-        raise DataError(f"{folder} uses {', '.join(used)}; only plain LoRA on linear layers can be compressed")
-
-
-def _scaling(config: dict[str, Any], alpha: float, rank: int) -> float:
-    scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-    if not math.isfinite(scaling) or scaling == 0:
-        raise DataError(f"lora_alpha {alpha} with rank {rank} gives no usable scaling")
-    return scaling
-
-
-def _by_pattern(config: dict[str, Any], pattern: str, name: str, default: str, otherwise: float) -> Any:
-    """A setting of one layer, found as PEFT finds it: the first key that matches the end of the module's name."""
-    for key, value in (config.get(pattern) or {}).items():
-        if re.match(rf"(.*\.)?({key})$", name):
-            return value
-    return config.get(default, otherwise)
-
-
-def _targets(config: dict[str, Any], layers: Mapping[str, LoraPair]) -> tuple[str, ...]:
-    targets = config.get("target_modules")
-    narrowed = any(config.get(k) for k in ("layers_to_transform", "layers_pattern", "exclude_modules"))
-    if isinstance(targets, list) and targets and not narrowed:
-        return tuple(sorted(map(str, targets)))
-    return tuple(layers)  # full names are targets too, and say exactly which layers are meant
-
-
 def _read_pairs(path: Path) -> dict[str, LoraPair]:
     factors: dict[str, dict[str, NDArray[Any]]] = {}
     try:
@@ -264,6 +209,8 @@ def _read_pairs(path: Path) -> dict[str, LoraPair]:
                 if not match:
                     raise DataError(f"{path}: {key} is no LoRA factor of a linear layer")
                 tensor = file.get_tensor(key)
+                if not tensor.is_floating_point():
+                    raise DataError(f"{path}: {key} holds {tensor.dtype}, which are no numbers of a LoRA")
                 array = tensor.numpy() if str(tensor.dtype) == "torch.float16" else tensor.float().numpy()
                 factors.setdefault(match["layer"], {})[match["factor"]] = array
     except FileNotFoundError:
@@ -285,23 +232,11 @@ def _read_origin(folder: Path) -> tuple[int | None, BaseRef | None]:
     path = folder / CASCADE_FILE
     if not path.exists():
         return None, None
-    origin = _read_json(path)
+    origin = read_json(path)
     seed, base = origin.get("init_seed"), origin.get("base") or {}
     if not (seed is None or type(seed) is int) or not isinstance(base, dict):
         raise DataError(f'{path} must hold {{"init_seed": integer or null, "base": {{"name": …, "sha256": …}}}}')
     return seed, BaseRef(str(base.get("name", "")), str(base.get("sha256", "")))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{path} is missing: give the folder of a PEFT LoRA adapter") from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{path} must hold a JSON object")
-    return value
 
 
 def _write_json(path: Path, value: Any) -> None:

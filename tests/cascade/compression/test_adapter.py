@@ -21,6 +21,9 @@ from cascade.compression.adapter import (
     load_peft_folder,
     save_peft_folder,
 )
+from cascade.compression.format import decode_modifier, encode_modifier
+from cascade.compression.methods import Recipe
+from cascade.compression.packed import compress
 from cascade.errors import DataError
 
 
@@ -97,6 +100,32 @@ def test_any_plain_lora_of_stock_peft_means_the_same_after_a_round_trip(llama, t
     assert (expected - logits(llama, tokens)).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_starts_that_change_the_base_are_refused_unless_converted(llama, tokens, tmp_path: Path, start: str):
+    model = get_peft_model(copy.deepcopy(llama), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=start))
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(tmp_path / "initial")
+    model.peft_config["default"].init_lora_weights = start
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data += 0.05
+    expected = logits(model.eval(), tokens)
+    model.save_pretrained(tmp_path / "raw")
+    with pytest.raises(DataError, match=f"started as {start}.*path_initial_model_for_weight_conversion"):
+        load_peft_folder(tmp_path / "raw")
+    model.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
+    read = load_peft_folder(tmp_path / "converted")
+    ours = PeftModel.from_pretrained(copy.deepcopy(llama), save_peft_folder(read, tmp_path / "ours")).eval()
+    assert (logits(ours, tokens) - expected).abs().max() < 1e-4
+
+
+def test_a_layer_of_a_larger_rank_than_the_others_counts_as_the_adapters(llama, tmp_path: Path):
+    peft_model(llama, r=4, target_modules=["q_proj", "o_proj"], rank_pattern={"q_proj": 6}).save_pretrained(tmp_path)
+    read = load_peft_folder(tmp_path)
+    assert read.rank == 6
+    assert decode_modifier(encode_modifier(compress(read, Recipe())))[1].rank == 6
+
+
 def test_float16_files_stay_float16_and_bfloat16_becomes_float32(llama, tmp_path: Path):
     model = peft_model(llama, r=4, target_modules=["q_proj"])
     model.half().save_pretrained(tmp_path / "half")
@@ -139,6 +168,25 @@ BROKEN = {
     "other kind": _edit("adapter_config.json", peft_type="IA3"),
     "dora": _edit("adapter_config.json", use_dora=True),
     "bias": _edit("adapter_config.json", bias="all"),
+    **{
+        f"{key} is {value!r}": _edit("adapter_config.json", **{key: value})
+        for key, value in [
+            ("r", None),
+            ("r", "x"),
+            ("r", 0),
+            ("lora_alpha", None),
+            ("lora_alpha", True),
+            ("lora_alpha", 1e300),
+            ("alpha_pattern", [1]),
+            ("alpha_pattern", {"(": 3}),
+            ("alpha_pattern", {"q_proj": None}),
+            ("target_modules", 5),
+            ("use_rslora", "yes"),
+            ("init_lora_weights", "PiSSA_niter_4"),
+            ("init_lora_weights", "loftq"),
+        ]
+    },
+    "whole numbers": _weights(lambda t: {k: v.astype(np.int8) for k, v in t.items()}),
     "whole modules": _edit("adapter_config.json", modules_to_save=["lm_head"]),
     "no scaling": _edit("adapter_config.json", lora_alpha=0),
     "seed is text": _edit("cascade_adapter.json", init_seed="5"),
