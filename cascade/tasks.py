@@ -254,6 +254,8 @@ KEYS = {
     "DatasetRow": ("task_id", "tier"),
     "Answer": ("task_id", "attempt", "round"),
     "StepReport": ("step",),
+    "Attempt": ("number",),
+    "Refused": ("task_id",),
     "Look": ("step",),
     "Stage": ("params", "share"),
     "Trial": ("params",),

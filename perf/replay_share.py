@@ -49,8 +49,8 @@ def main() -> None:
     show("base", test, before, before)
     failed = [t for t in train if not passed[t.id]]
     taught = encoded(loaded, failed, [benchmarks.get(t.benchmark).reference_answer(t) for t in failed], options)
-    own = {c.task_id: c.text for c in answers}
-    kept = [t for t in train if passed[t.id] and own[t.id].strip()]
+    own = {c.task_id: c.text for c in answers if c.finish_reason == "stop"}  # one cut off would be learned with an end
+    kept = [t for t in train if passed[t.id] and own.get(t.id, "").strip()]
     random.Random(17).shuffle(kept)
     figures: dict[str, Any] = {}
     for share in map(float, options.shares.split(",")):

@@ -26,6 +26,8 @@ from ray_jobs._progress import Progress
 from ray_jobs._runs import JOBS, Runs
 
 Metrics = dict[str, Any]
+SCRATCH = ("train", "progress.json")
+"""What jobs have in their run's folder until they are done: Ray Train's state, and notes of how far they are."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ def run_job(name: str, work: Work, runs: Runs, progress: Progress | None = None)
     run = runs.run(name)
     progress = progress or Progress()
     if run.done:
+        clear_scratch(run)
         progress.reused(name)
         return run.metrics
     job = Job(runs.config, runs, run, progress)
@@ -66,8 +69,15 @@ def run_job(name: str, work: Work, runs: Runs, progress: Progress | None = None)
     finally:
         run.note(seconds=before + time.perf_counter() - began)
     run.finish(metrics)
+    clear_scratch(run)
     progress.finished(name, metrics)
     return metrics
+
+
+def clear_scratch(run: Run) -> None:
+    """Delete what a finished job needs no more; not before it is finished, or a kill between would lose its work."""
+    for name in SCRATCH:
+        run.store.delete(f"{run.folder}/{name}")
 
 
 def connect_ray(config: Config, progress: Progress | None = None) -> None:

@@ -4,6 +4,7 @@ test task."""
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 
 from cascade.benchmarks.protected import protected_tasks
 from cascade.clusters import cap
@@ -59,7 +60,7 @@ def _replayed(job: Job, count: int) -> list[Example]:
     run = job.runs.test_domain.require()
     tasks = by_id(run.read("tasks", Task))
     answers = {c.task_id: c for c in run.read("base_completions", Completion)}
-    passed = [v for v in run.read("base_verdicts", Verdict) if v.passed and tasks[v.task_id].form == "chat"]
+    passed = [v for v in run.read("base_verdicts", Verdict) if v.passed and _is_whole(tasks[v.task_id], answers)]
     passed.sort(key=lambda v: hashlib.sha256(f"{job.config.seed}:{v.task_id}".encode()).digest())
     return [
         Example.from_answer(
@@ -72,5 +73,10 @@ def _replayed(job: Job, count: int) -> list[Example]:
             prompt_hash=message_hash(tasks[v.task_id].messages),
         )
         for v in passed[:count]
-        if answers[v.task_id].text.strip()
     ]
+
+
+def _is_whole(task: Task, answers: Mapping[str, Completion]) -> bool:
+    """Whether the answer can be learned: one that was cut off passes too, but would be learned with an end."""
+    answer = answers[task.id]
+    return task.form == "chat" and answer.finish_reason == "stop" and bool(answer.text.strip())

@@ -95,6 +95,8 @@ def _probe_fold(
     encoded = encode_examples(
         seen, loaded.tokenizer, max_length=settings.max_length, system=style.system, end_ids=end_token_ids(loaded)
     )
+    if len(encoded.by_template) == len(seen) > 0:
+        encoded.check(f"probe.lora.max_length = {settings.max_length}")
     mine = [t for t in tasks if folds[t.id] == fold]
     module = TargetLoss(add_lora(loaded, settings, config.seed + fold))
     row_tokens = config.execution.row_tokens or most_tokens(module.inputs)
@@ -106,6 +108,7 @@ def _probe_fold(
         loaded,
         modifier=f"probe{fold}",
         tokens=config.execution.student_tokens,
+        temperature=config.student.temperature,
         max_tokens=config.student.max_tokens,
         seed=config.seed,
     )

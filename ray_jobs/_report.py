@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 
-from cascade import benchmarks, modifiers
+from cascade import modifiers
 from cascade.artifacts import Run
 from cascade.compression.account import LayerShare, StageCost
 from cascade.compression.methods import Recipe
@@ -27,6 +27,7 @@ from cascade.teachers.economics import CascadeReport, tier_report
 from cascade.teachers.ledger import Ledger
 from cascade.training.looks import Look
 from cascade.training.loop import StepReport
+from ray_jobs._held_out import reference_answer
 from ray_jobs._kinds import kinds_of_failures, probe_seconds, with_provenance
 from ray_jobs._runs import Runs
 from ray_jobs._shortcut import shortcuts
@@ -184,7 +185,7 @@ def _samples(runs: Runs, tasks: dict[str, Task], verdicts: dict[str, list[Verdic
             prompt=tasks[i].prompt,
             base_answer=answers["base"][i],
             modifier_answer=answers["compressed"][i],
-            reference=benchmarks.get(tasks[i].benchmark).reference_answer(tasks[i]),
+            reference=reference_answer(tasks[i]) or "",
             base_outcome=outcome["base"][i],
             modifier_outcome=outcome["compressed"][i],
         )

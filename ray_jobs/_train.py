@@ -2,33 +2,45 @@
 
 The plan of steps depends on examples, settings and seed alone, so a checkpoint's data position is a step number.
 A killed worker restarts from the last checkpoint; so does a killed driver, since Ray Train finds its state again
-under the same name in the same storage. With a least number of workers training is elastic: it goes on with fewer
-while there are no more, and takes more when they come.
+under the same name in the same storage, where it stays until the job is done. With a least number of workers training
+is elastic: it goes on with fewer while there are no more, and takes more when they come.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ray.exceptions import RayError
 from ray.train import CheckpointConfig, FailureConfig, RunConfig
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.exceptions import CheckpointManagerInitializationError
+from ray.train.v2.api.callback import UserCallback
 from ray.train.v2.api.config import ScalingConfig
+from ray.train.v2.api.exceptions import TrainingFailedError
+from transformers import AutoTokenizer
 
-from cascade import benchmarks
+from cascade.artifacts import Run
 from cascade.config import Execution, PromptStyle
-from cascade.errors import DataError
+from cascade.errors import CascadeError, DataError
+from cascade.models import bits
+from cascade.models.base import base_folder
 from cascade.scoring.statistics import Score
-from cascade.tasks import Example, Message, Task
+from cascade.tasks import Example
+from cascade.training import trackers
 from cascade.training.card import adapter_card
-from cascade.training.looks import Look
+from cascade.training.examples import encode_examples
+from cascade.training.looks import Look, needs_loss
 from cascade.training.loop import StepReport
 from ray_jobs._context import Job, Metrics
+from ray_jobs._held_out import held_out
 from ray_jobs._progress import polling
 from ray_jobs._runs import Runs
-from ray_jobs._train_worker import ADAPTER, LOOKS, PROGRESS, Assigned, train_worker
+from ray_jobs._train_ledger import CURVE, PROGRESS, check_ledger
+from ray_jobs._train_worker import ADAPTER, LOOKS, RAY_FOLDER, Assigned, begun_in, train_worker
 
 RESIZE_S = 30.0
 """Seconds between two looks at how many workers there could be."""
@@ -38,19 +50,17 @@ that there are; Ray would wait a minute for it before it looks again."""
 
 
 def train_modifier(job: Job, examples: list[Example], style: PromptStyle) -> Metrics:
-    """Train the modifier on the run's examples; leaves a PEFT folder and the curve in the run.
+    """Train the modifier on the run's examples; leaves a PEFT folder, the curve and the ledger in the run.
 
     Raises:
-        DataError: there is nothing to learn from.
+        DataError: there is nothing to learn from, or nothing that decides is measurable; or the ledger does not hold
+            what was planned.
     """
     if not examples:
         raise DataError("there is no verified example to train on: no teacher answered a failed task rightly")
     job.run.write_table("examples", Example, examples)
-    validation = job.config.training.validation
-    tasks = job.runs.validation_tasks
-    assigned = Assigned(
-        job.config, job.run, style, tuple(held_out(tasks)[: validation.tasks]), tuple(tasks[: validation.answered])
-    )
+    assigned = _assign(job, style)
+    check_before(assigned, examples)
     if job.config.execution.train_workers_min is not None:
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(ELASTIC_START_S))
     trainer = TorchTrainer(
@@ -58,27 +68,100 @@ def train_modifier(job: Job, examples: list[Example], style: PromptStyle) -> Met
         train_loop_config={"assigned": assigned},
         scaling_config=scaling(job.config.execution),
         run_config=RunConfig(
-            name="train",
+            name=RAY_FOLDER,
             **job.ray_storage(),
             failure_config=FailureConfig(max_failures=3),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
+            callbacks=[GiveUpOnUserErrors()],  # type: ignore[list-item]
         ),
     )
     with polling(lambda: _show_progress(job)):
-        result = trainer.fit()
+        result = _fit(trainer, job.run)
     if result.checkpoint is None:
-        raise DataError(f"training in {job.run.folder} ended without a checkpoint; remove the folder and run again")
+        raise DataError(f"training ended without a checkpoint; remove {begun_in(job.run)} and run again")
     with result.checkpoint.as_directory() as folder:
         job.run.store.upload_folder(Path(folder) / ADAPTER, f"{job.run.folder}/{ADAPTER}")
     metrics = dict(result.metrics or {})
     write_card(job.runs, metrics)
-    points = {p.step: p for p in job.run.read("curve", StepReport)}
-    job.run.write_table("curve", StepReport, [points[step] for step in sorted(points)])
-    looks = {look.step: look for look in job.run.read(LOOKS, Look)}
-    job.run.write_table(LOOKS, Look, [looks[step] for step in sorted(looks)])
-    for leftover in ("train", PROGRESS):
-        job.run.store.delete(f"{job.run.folder}/{leftover}")
-    return metrics
+    job.run.write_table(CURVE, StepReport, sorted(job.run.read(CURVE, StepReport), key=lambda p: p.step))
+    job.run.write_table(LOOKS, Look, sorted(job.run.read(LOOKS, Look), key=lambda look: look.step))
+    asked = job.runs.validation_tasks
+    return (
+        metrics
+        | check_ledger(job.run, metrics["steps"], metrics["planned_steps"], job.config.training.lora.epochs)
+        | {"validation_without_reference": sum(t.form == "chat" for t in asked) - len(held_out(asked))}
+    )
+
+
+def _assign(job: Job, style: PromptStyle) -> Assigned:
+    validation, tasks = job.config.training.validation, job.runs.validation_tasks
+    measured = held_out(tasks, validation.tasks)
+    if not measured and needs_loss(job.config.training):
+        raise DataError(
+            f"none of the {len(tasks)} validation tasks has a reference answer, but training.validation.keep or "
+            "patience goes by the loss on them: give the tasks solutions, or set keep: last and patience: null (or "
+            "answered above 0 and keep: best_accuracy)"
+        )
+    return Assigned(job.config, job.run, style, tuple(measured), tuple(tasks[: validation.answered]))
+
+
+def check_before(assigned: Assigned, examples: Sequence[Example]) -> None:
+    """Find here what the workers would find, as far as that takes no time.
+
+    Raises:
+        ConfigError: a package is missing.
+        DataError: none of the examples can be trained on.
+    """
+    config = assigned.config
+    trackers.check_installed(config)
+    bits.check_installed(config.training.base_bits)
+    tokenizer = AutoTokenizer.from_pretrained(base_folder(config.base))
+    longest = config.training.lora.max_length
+    encode = functools.partial(encode_examples, max_length=longest, system=assigned.style.system)
+    if not any(encode([example], tokenizer).examples for example in examples):  # the first is found at once, if any
+        encode(examples, tokenizer).check(f"training.lora.max_length = {longest}")
+
+
+class GiveUpOnUserErrors(UserCallback):
+    """Ends training at an error that the user must mend, which the next three attempts would meet again.
+
+    Ray takes an error of a callback for one that is not to be tried again.
+    """
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Raise what a worker raised, if that is for the user."""
+        for error in worker_exceptions.values():
+            if (own := user_error(error)) is not None:
+                raise own
+
+
+def user_error(error: BaseException | None) -> CascadeError | None:
+    """The error for the user within what Ray wrapped around it."""
+    if error is None or isinstance(error, CascadeError):
+        return error
+    inner = [getattr(error, name, None) for name in ("_base_exc", "controller_failure", "cause", "__cause__")]
+    inner += getattr(error, "worker_failures", {}).values()
+    return next((own for e in inner if isinstance(e, BaseException) and (own := user_error(e))), None)
+
+
+def _fit(trainer: TorchTrainer, run: Run) -> Any:
+    """Train to the end.
+
+    Raises:
+        CascadeError: what a worker met that the user must mend.
+        DataError: what Ray left of an earlier start cannot be read.
+    """
+    try:
+        return trainer.fit()
+    except (TrainingFailedError, RayError) as error:
+        if (own := user_error(error)) is not None:
+            raise own from None
+        if CheckpointManagerInitializationError.__name__ in f"{type(error).__name__} {error}":
+            raise DataError(
+                f"what an earlier start of the training left cannot be read: remove {begun_in(run)} and run again, "
+                "which trains anew on the same examples"
+            ) from error
+        raise
 
 
 def write_card(runs: Runs, metrics: Mapping[str, Any], scores: Mapping[str, Score] | None = None) -> None:
@@ -98,15 +181,6 @@ def scaling(execution: Execution) -> ScalingConfig:
         resources_per_worker=resources,
         elastic_resize_monitor_interval_s=RESIZE_S,
     )
-
-
-def held_out(tasks: Sequence[Task]) -> list[tuple[str, tuple[Message, ...]]]:
-    """Chat tasks with their reference answers: what loss is measured on."""
-    return [
-        (t.id, (*t.messages, Message("assistant", benchmarks.get(t.benchmark).reference_answer(t))))
-        for t in tasks
-        if t.form == "chat"
-    ]
 
 
 def _show_progress(job: Job) -> None:

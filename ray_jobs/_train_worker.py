@@ -1,7 +1,8 @@
 """What each training worker runs: DeepSpeed steps, looks at held-out tasks, checkpoints that lose nothing.
 
-A checkpoint holds adapter and optimiser (DeepSpeed's files), the data position with what the looks found, and the best
-adapter so far. Whoever continues from it takes the same steps as if nothing had happened.
+A checkpoint holds adapter and optimiser whole, the data position with what the looks found, and the best adapter so
+far. Whoever continues from it, with however many workers and on whatever ZeRO stage, takes the same steps as if nothing
+had happened.
 """
 
 from __future__ import annotations
@@ -28,15 +29,17 @@ from cascade.models.base import LoadedBase, end_token_ids, load_base
 from cascade.models.student import Student
 from cascade.tasks import Example, Message, Task
 from cascade.training.deepspeed_engine import DeepSpeedEngine
-from cascade.training.examples import EncodedSet, encode_example, encode_examples
+from cascade.training.examples import EncodedSet, encode_conversations, encode_examples
 from cascade.training.fused import compile_layers
 from cascade.training.layout import most_tokens
-from cascade.training.looks import Look, is_better, is_enough, look_steps
-from cascade.training.loop import StepReport, TargetLoss, run_steps, summed_loss
+from cascade.training.looks import Look, is_better, is_enough, look_steps, needs_loss
+from cascade.training.loop import TargetLoss, run_steps, summed_loss
 from cascade.training.lora import add_lora, save_adapter
 from cascade.training.packing import Step, pack, plan_steps
+from cascade.training.recompute import recompute_activations
 from cascade.training.trackers import Trackers
 from ray_jobs._evaluate import limit_process
+from ray_jobs._train_ledger import Recorder
 
 ADAPTER = "adapter"
 """Folder of the finished PEFT adapter, in the last checkpoint and in the run."""
@@ -44,11 +47,11 @@ BEST = "best"
 """Folder of the best adapter so far, in every checkpoint."""
 POSITION = "position.json"
 """How far a checkpoint is, and what the looks found until then."""
-PROGRESS = "progress.json"
-"""What the workers note for people while they train, in the run."""
 LOOKS = "looks"
-PREEMPTION_STEPS = 10
-"""Steps between two questions whether this node is about to be taken away."""
+RAY_FOLDER = "train"
+"""Where Ray Train keeps its state and the checkpoints, in the run, until the job is done."""
+PREEMPTION_S = 5.0
+"""Seconds between two questions whether a node is about to be taken away: notice may be given half a minute before."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,8 +101,7 @@ class _Session:
         self.encoded = _encode(assigned, self.loaded)
         self.model = add_lora(self.loaded, config.training.lora, config.seed)
         if config.training.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            self.model.train()  # transformers checkpoints in training mode alone; the base has no dropout that matters
+            recompute_activations(self.model)
         # ZeRO 3 gathers weights in the hooks of the modules that fused layers go past.
         module = TargetLoss(self.model, fused=config.training.zero_stage < 3)
         if config.execution.compile:
@@ -112,9 +114,11 @@ class _Session:
         self.best = Path(stack.enter_context(tempfile.TemporaryDirectory())) / BEST
         self.looks: list[Look] = []
         self.start = self._restore(checkpoint)
-        self.recorder = _Recorder(assigned.run, len(self.plan), self.first)
-        self.trackers = Trackers.open(config, assigned.run) if self.first else Trackers([])
+        self.recorder = Recorder(assigned.run, len(self.plan), self.first)
+        self.recorder.start(self.start, self.world, self.encoded)
+        self.trackers = Trackers.open(config, assigned.run, self.start) if self.first else Trackers([])
         stack.callback(self.trackers.close)
+        self.asked, self.is_time = time.monotonic(), False
 
     def train(self) -> None:
         config = self.assigned.config
@@ -125,9 +129,10 @@ class _Session:
             start=self.start,
             rank=self.rank,
             world=self.world,
-            reduce_sum=_sum_over_workers,
+            reduce_sum=self._sum_and_agree,
         )
         due = look_steps(len(self.plan), config.training)
+        to_save = False
         for report in [] if self._has_enough() else steps:
             self.recorder.add(report)
             self.trackers.step(report)
@@ -136,15 +141,27 @@ class _Session:
                 self._look(done)
             if done == len(self.plan) or self._has_enough():
                 break
-            if done % config.training.checkpoint_steps == 0 or self._is_preempted(done):
+            to_save = to_save or done % config.training.checkpoint_steps == 0 or self._is_preempted()
+            if to_save and not report.skipped:  # the weights may be why it was: what is kept has computed a finite step
                 self._checkpoint(done)
+                to_save = False
         self._finish()
 
     def _has_enough(self) -> bool:
         return is_enough(self.looks, self.assigned.config.training)
 
-    def _is_preempted(self, done: int) -> bool:
-        return done % PREEMPTION_STEPS == 0 and ray.train.get_preemption_info() is not None
+    def _sum_and_agree(self, value: float) -> float:
+        """A sum over the workers, and by the way whether the first finds it time to ask for a notice: all must ask."""
+        mine = float(self.first and time.monotonic() - self.asked >= PREEMPTION_S)
+        total, asking = _sums_over_workers(value, mine)
+        self.is_time = asking > 0
+        return total
+
+    def _is_preempted(self) -> bool:
+        if not self.is_time:
+            return False
+        self.asked = time.monotonic()
+        return ray.train.get_preemption_info() is not None
 
     def _look(self, done: int) -> None:
         """Measure the held-out tasks; keep the adapter if it is the best so far."""
@@ -161,14 +178,22 @@ class _Session:
 
     def _held_out(self) -> list[Step]:
         """The validation tasks that fit, as steps of one row for each worker."""
-        config, tokenizer = self.assigned.config, self.loaded.tokenizer
-        ends, longest = end_token_ids(self.loaded), config.training.lora.max_length
-        system = self.assigned.style.system
-        encoded = [
-            encode_example(task_id, messages, tokenizer, system=system, end_ids=ends)
-            for task_id, messages in self.assigned.held_out
-        ]
-        kept = [e for e in encoded if e.targets and len(e) <= longest]
+        config, given = self.assigned.config, self.assigned.held_out
+        longest = config.training.lora.max_length
+        encoded = encode_conversations(
+            given,
+            self.loaded.tokenizer,
+            max_length=longest,
+            system=self.assigned.style.system,
+            end_ids=end_token_ids(self.loaded),
+        )
+        kept = encoded.examples
+        if not kept and needs_loss(config.training):
+            raise DataError(
+                f"none of {len(given)} validation tasks with a reference answer is at most training.lora.max_length = "
+                f"{longest} tokens long, but training.validation.keep or patience goes by the loss on them: raise "
+                "max_length, or set keep: last and patience: null"
+            )
         rows = pack(kept, max(self.row_tokens or 0, longest), self.world) if kept else []
         return [Step(tuple(rows[i : i + self.world])) for i in range(0, len(rows), self.world)]
 
@@ -186,6 +211,7 @@ class _Session:
             self.loaded,
             modifier="training",
             tokens=config.execution.student_tokens,
+            temperature=config.student.temperature,
             max_tokens=config.student.max_tokens,
             seed=config.seed,
         )
@@ -197,8 +223,18 @@ class _Session:
         return sum(verdict.passed for verdict in verdicts)
 
     def _save_adapter(self, folder: Path) -> None:
-        """Write the adapter as it is now. Every worker calls it, the first writes."""
+        """Write the adapter as it is now. Every worker calls it, the first writes.
+
+        Raises:
+            DataError: it holds what is no number, or none that a file in fp16 can hold.
+        """
         weights = self.engine.weights()
+        unsound = [name for name, weight in weights.items() if not weight.half().isfinite().all()]
+        if unsound:
+            raise DataError(
+                f"the adapter's weights are not finite ({unsound[0]} and {len(unsound) - 1} more): lower "
+                "training.lora.learning_rate or training.lora.alpha"
+            )
         if self.first:
             shutil.rmtree(folder, ignore_errors=True)
             save_adapter(self.model, self.loaded, self.assigned.config.seed, folder, weights)
@@ -211,7 +247,7 @@ class _Session:
                 if self.best.exists():
                     shutil.copytree(self.best, Path(folder) / BEST)
             self._flush()
-            ray.train.report({"step": done}, checkpoint=Checkpoint.from_directory(folder))
+            ray.train.report({"step": done}, checkpoint=Checkpoint.from_directory(folder) if self.first else None)
         # Until Ray's controller has noted it, a checkpoint is none: a loss then would cost more than an interval.
         ray.train.get_all_reported_checkpoints(ray.train.CheckpointConsistencyMode.COMMITTED)
 
@@ -238,15 +274,25 @@ class _Session:
             self.trackers.flush()
 
     def _restore(self, checkpoint: Checkpoint | None) -> int:
-        """The step to go on with: 0, or where the last checkpoint was taken."""
+        """The step to go on with: 0, or where the last checkpoint was taken.
+
+        Raises:
+            DataError: the checkpoint cannot be gone on from; says how to begin again.
+        """
         if checkpoint is None:
             return 0
         with checkpoint.as_directory() as folder:
-            position = json.loads((Path(folder) / POSITION).read_text())
-            self.looks = [Look(**look) for look in position["looks"]]
-            if self.first and (Path(folder) / BEST).exists():
-                shutil.copytree(Path(folder) / BEST, self.best)
-            return self.engine.load(folder)
+            try:
+                position = json.loads((Path(folder) / POSITION).read_text())
+                self.looks = [Look(**look) for look in position["looks"]]
+                if self.first and (Path(folder) / BEST).exists():
+                    shutil.copytree(Path(folder) / BEST, self.best)
+                return self.engine.load(folder)
+            except (OSError, ValueError, TypeError, DataError) as error:
+                raise DataError(
+                    f"training cannot go on from its checkpoint ({error}): remove {begun_in(self.assigned.run)} and "
+                    "run again, which trains anew on the same examples"
+                ) from error
 
     def _metrics(self) -> dict[str, Any]:
         """What the training was; the same on every worker."""
@@ -255,11 +301,13 @@ class _Session:
         done = self.plan[:steps]
         found: dict[str, Any] = {
             "steps": steps,
+            "planned_steps": len(self.plan),
             "examples": len(self.encoded.examples),
             "tokens": sum(s.tokens for s in done),
             "targets": sum(s.targets for s in done),
             "refused_too_long": len(self.encoded.too_long),
             "refused_without_target": len(self.encoded.without_target),
+            "refused_by_template": len(self.encoded.by_template),
         }
         if best is not None:
             kept_last = self.assigned.config.training.validation.keep == "last"
@@ -278,38 +326,22 @@ def _encode(assigned: Assigned, loaded: LoadedBase) -> EncodedSet:
         system=assigned.style.system,
         end_ids=end_token_ids(loaded),
     )
-    if not encoded.examples:
-        raise DataError(
-            f"none of the examples can be trained on: {len(encoded.too_long)} are longer than "
-            f"training.lora.max_length = {longest} tokens, {len(encoded.without_target)} have no assistant text"
-        )
+    encoded.check(f"training.lora.max_length = {longest}")
     return encoded
 
 
-class _Recorder:
-    """Keeps the curve: every step in memory, in the run at each checkpoint, and a note for people each second."""
-
-    def __init__(self, run: Run, steps: int, first: bool) -> None:
-        self.run, self.steps, self.first = run, steps, first
-        self.pending: list[StepReport] = []
-        self.noted = 0.0
-
-    def add(self, report: StepReport) -> None:
-        self.pending.append(report)
-        if self.first and time.monotonic() - self.noted > 1:
-            self.noted = time.monotonic()
-            note = {"step": report.step + 1, "steps": self.steps, "loss": report.loss}
-            self.run.store.write_json(f"{self.run.folder}/{PROGRESS}", note)
-
-    def flush(self) -> None:
-        if self.first:
-            self.run.write_part("curve", self.pending)
-        self.pending = []
+def begun_in(run: Run) -> str:
+    """Where Ray keeps a training that has begun, for people."""
+    return run.store.uri_of(f"{run.folder}/{RAY_FOLDER}")
 
 
 def _sum_over_workers(value: float) -> float:
+    return _sums_over_workers(value)[0]
+
+
+def _sums_over_workers(*values: float) -> list[float]:
     if ray.train.get_context().get_world_size() == 1:
-        return value
-    total = torch.tensor([value], dtype=torch.float64, device=get_device())
-    torch.distributed.all_reduce(total)
-    return float(total)
+        return list(values)
+    totals = torch.tensor(values, dtype=torch.float64, device=get_device())
+    torch.distributed.all_reduce(totals)
+    return totals.tolist()

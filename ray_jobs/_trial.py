@@ -30,12 +30,12 @@ from cascade.compression.recipe import Limits, Room, compress, recipe_from
 from cascade.compression.truncate import Calibration
 from cascade.config import Config, PromptStyle
 from cascade.models.base import LoadedBase, end_token_ids, load_base
-from cascade.tasks import Message
-from cascade.training.examples import encode_example
+from cascade.training.examples import encode_conversations
 from cascade.training.loop import TargetLoss, mean_loss
 from cascade.training.packing import Row, pack
 from ray_jobs._evaluate import limit_process
 from ray_jobs._follow import Follower
+from ray_jobs._held_out import Conversation
 
 TRIALS = "trials"
 """Table of the recipes that were tried; each trial adds its own row."""
@@ -46,8 +46,6 @@ FRONT = "front"
 SHARES = (0.25, 0.5)
 """Of the held-out rows, after which a trial may end."""
 _KEEP = 0.5
-Conversation = tuple[str, tuple[Message, ...]]
-"""Task id and messages up to the answer."""
 
 
 @dataclass(frozen=True)
@@ -273,9 +271,12 @@ def packed_rows(
     loaded: LoadedBase, config: Config, style: PromptStyle, conversations: Sequence[Conversation]
 ) -> list[Row]:
     """Packed rows of the conversations that have something to learn and are not too long."""
-    ends, longest = end_token_ids(loaded), config.training.lora.max_length
-    encoded = [
-        encode_example(task_id, messages, loaded.tokenizer, system=style.system, end_ids=ends)
-        for task_id, messages in conversations
-    ]
-    return pack([e for e in encoded if e.targets and len(e) <= longest], longest)
+    longest = config.training.lora.max_length
+    encoded = encode_conversations(
+        conversations,
+        loaded.tokenizer,
+        max_length=longest,
+        system=style.system,
+        end_ids=end_token_ids(loaded),
+    )
+    return pack(encoded.examples, longest)

@@ -22,8 +22,9 @@ from cascade.training.examples import encode_examples
 from cascade.training.layout import layout_for, most_tokens
 from cascade.training.packing import Step, plan_steps
 from ray_jobs._context import Job
+from ray_jobs._held_out import Conversation
 from ray_jobs._search import held_out_answers, resources
-from ray_jobs._trial import Bench, Conversation, Groundwork, Trial, load_bench
+from ray_jobs._trial import Bench, Groundwork, Trial, load_bench
 
 ACCOUNT = "account"
 """Table of what each stage of the chosen recipe saved and cost."""

@@ -15,16 +15,24 @@ _BLOCK = 64
 """Weights that share a scale in 4 bits."""
 
 
+def check_installed(bits: Literal[16, 8, 4]) -> None:
+    """
+    Raises:
+        ConfigError: bits below 16 need bitsandbytes, which is not there.
+    """
+    if bits != 16 and importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"training.base_bits: {bits} needs bitsandbytes: pip install 'cascade-modifiers[qlora]', or set it to 16"
+        )
+
+
 def quantization(bits: Literal[8, 4], dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """What `from_pretrained` takes for linear layers of 8 bits (LLM.int8) or 4 (QLoRA: NF4, scales packed too).
 
     Raises:
         ConfigError: bitsandbytes is not installed.
     """
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError(
-            f"training.base_bits: {bits} needs bitsandbytes: pip install 'cascade-modifiers[qlora]', or set it to 16"
-        )
+    check_installed(bits)
     if bits == 8:
         # It computes in float16 between, and would say so at every layer of every step.
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)

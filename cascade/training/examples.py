@@ -195,25 +195,38 @@ def encode_examples(
     end_ids: frozenset[int] = frozenset(),
 ) -> EncodedSet:
     """Encode a training set; what cannot be learned from, and what is longer than a row, is refused and listed."""
+    conversations = [(e.task_id, e.messages) for e in examples]
+    return encode_conversations(conversations, tokenizer, max_length=max_length, system=system, end_ids=end_ids)
+
+
+def encode_conversations(
+    conversations: Sequence[tuple[str, Sequence[Message]]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    system: str | None = None,
+    end_ids: frozenset[int] = frozenset(),
+) -> EncodedSet:
+    """As `encode_examples`, of sample ids and messages."""
     good: list[EncodedExample] = []
     without: list[str] = []
     long: list[str] = []
     by_template: dict[str, str] = {}
-    for example in examples:
+    for sample_id, messages in conversations:
         try:
-            encoded = encode_example(example.task_id, example.messages, tokenizer, system=system, end_ids=end_ids)
+            encoded = encode_example(sample_id, messages, tokenizer, system=system, end_ids=end_ids)
         except DataError as error:
-            by_template[example.task_id] = str(error)
+            by_template[sample_id] = str(error)
             continue
-        if encoded.targets == 0 and _answers_something(example.messages):
-            by_template[example.task_id] = (
+        if encoded.targets == 0 and _answers_something(messages):
+            by_template[sample_id] = (
                 f"the chat template of {tokenizer.name_or_path or 'the base'} does not show the answer as it was "
                 "given behind what it asks with: take another base, or give it another chat_template.jinja"
             )
         elif encoded.targets == 0:
-            without.append(example.task_id)
+            without.append(sample_id)
         elif len(encoded) > max_length:
-            long.append(example.task_id)
+            long.append(sample_id)
         else:
             good.append(encoded)
     refusal = next((f"{name}: {why}" for name, why in by_template.items()), "")

@@ -11,7 +11,7 @@ from cascade import benchmarks
 from cascade.config import load_config
 from cascade.tasks import Example, Message
 from ray_jobs import _train
-from ray_jobs._context import Job, connect_ray
+from ray_jobs._context import Job, Metrics, connect_ray, exit_with_message, run_job
 from ray_jobs._runs import Runs
 from ray_jobs._test import training_style
 
@@ -31,10 +31,12 @@ def main() -> None:
     runs = Runs(load_config(sys.argv[1]))
     _train.RESIZE_S = float(sys.argv[2]) if len(sys.argv) > 2 else _train.RESIZE_S
     connect_ray(runs.config)
-    run = runs.train_modifier
-    run.start(runs.config)
-    run.finish(_train.train_modifier(Job(runs.config, runs, run), examples_of(runs), training_style(runs)))
+
+    def work(job: Job) -> Metrics:
+        return _train.train_modifier(job, examples_of(runs), training_style(runs))
+
+    run_job("train_modifier", work, runs)
 
 
 if __name__ == "__main__":
-    main()
+    exit_with_message(main)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,14 +31,17 @@ from cascade.training.lora import add_lora
 from cascade.training.packing import plan_steps
 from ray_jobs._runs import Runs
 from ray_jobs._test import training_style
-from ray_jobs._train_worker import ADAPTER, PROGRESS
+from ray_jobs._train_ledger import PROGRESS, Attempt
+from ray_jobs._train_worker import ADAPTER, RAY_FOLDER
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tests" / "helpers" / "train_alone.py"
 
 
-def write_config(folder: Path, *, epochs: int, checkpoint_steps: int, execution: dict[str, object]) -> Path:
+def write_config(
+    folder: Path, *, epochs: int, checkpoint_steps: int, execution: dict[str, object], stage: int = 0
+) -> Path:
     """Sums for a tiny base, in float32 on the CPU."""
     base = folder / "base"
     if not base.exists():
@@ -57,6 +61,7 @@ def write_config(folder: Path, *, epochs: int, checkpoint_steps: int, execution:
         "training": {
             "lora": {"rank": 4, "epochs": epochs, "tokens_per_step": 400, "max_length": 256, "learning_rate": 3e-4},
             "checkpoint_steps": checkpoint_steps,
+            "zero_stage": stage,
             "validation": {"tasks": 8, "every_epochs": epochs / 4},
         },
         "execution": execution,
@@ -114,8 +119,8 @@ def unbroken(runs: Runs) -> tuple[list[StepReport], dict[str, torch.Tensor]]:
     return curve, {n.replace(".default", ""): p for n, p in model.named_parameters() if p.requires_grad}
 
 
-def check_is_the_unbroken(runs: Runs) -> list[StepReport]:
-    """Same losses, same examples in each step, and one adapter with the same weights."""
+def check_is_the_unbroken(runs: Runs, starts: int) -> list[StepReport]:
+    """Same losses, same examples in each step, one adapter with the same weights, and a ledger that knows of it all."""
     expected, weights = unbroken(runs)
     run = runs.train_modifier
     assert run.done
@@ -132,6 +137,12 @@ def check_is_the_unbroken(runs: Runs) -> list[StepReport]:
     looks = run.read("looks", Look)
     assert [look.step for look in looks] == [round(len(curve) * k / 4) for k in (1, 2, 3, 4)]
     assert runs.store.list(f"{run.folder}/tensorboard")
+    assert not {RAY_FOLDER, PROGRESS} & set(runs.store.list(run.folder))
+    seen = run.metrics["seen_least"], run.metrics["seen_most"]
+    assert seen == (runs.config.training.lora.epochs,) * 2
+    attempts = run.read("attempts", Attempt)
+    assert len(attempts) == run.metrics["attempts"] >= starts
+    assert run.metrics["steps_again"] == sum(a.again for a in attempts) > 0
     return curve
 
 
@@ -152,14 +163,42 @@ def test_three_killed_workers_and_a_killed_driver_change_nothing(tmp_path: Path)
     driver.wait()
     time.sleep(3)  # Ray's processes notice that their driver is gone
     assert not runs.train_modifier.done
+    # How it is computed may change meanwhile.
+    write_config(tmp_path, epochs=150, checkpoint_steps=50, execution={"train_workers": 2}, stage=2)
     assert start(config).wait(300) == 0, config.with_suffix(".log").read_text()[-3000:]
-    check_is_the_unbroken(runs)
+    curve = check_is_the_unbroken(runs, starts=5)
+    assert {point.workers for point in curve} == {1, 2}
+
+
+def test_what_cannot_be_gone_on_from_says_how_to_begin_again(tmp_path: Path) -> None:
+    config = write_config(tmp_path, epochs=150, checkpoint_steps=50, execution={"train_workers": 1})
+    runs = Runs(load_config(config))
+    folder = Path(runs.store.path(runs.train_modifier.folder)) / RAY_FOLDER
+    driver = start(config)
+    wait_until(lambda: steps_done(runs) > 120, driver, config)
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.wait()
+    time.sleep(3)
+    for file in folder.rglob("state.pt"):
+        file.unlink()
+    for said in ("training cannot go on from its checkpoint", "what an earlier start of the training left cannot be"):
+        began = time.monotonic()
+        assert start(config).wait(300) == 2
+        error = config.with_suffix(".log").read_text().rpartition("error: ")[2]
+        assert error.startswith(said), error
+        assert f"remove {folder} and run again" in error
+        print(said, f"{time.monotonic() - began:.0f} s")
+        for checkpoint in folder.glob("checkpoint*"):
+            shutil.rmtree(checkpoint)
+    shutil.rmtree(folder)
+    assert start(config).wait(300) == 0, config.with_suffix(".log").read_text()[-3000:]
+    assert runs.train_modifier.done
 
 
 def test_a_worker_that_goes_and_one_that_comes_change_nothing(tmp_path: Path, cluster: Cluster) -> None:
-    """Elastic: two workers, then the one whose node is left, then two again."""
+    """Elastic: two workers, then the one whose node is left, then two again; with what ZeRO 2 spreads over them."""
     elastic = {"train_workers": 2, "train_workers_min": 1}
-    config = write_config(tmp_path, epochs=240, checkpoint_steps=25, execution=elastic)
+    config = write_config(tmp_path, epochs=240, checkpoint_steps=25, execution=elastic, stage=2)
     runs = Runs(load_config(config))
     add_worker(cluster, num_cpus=1)
     taken = add_worker(cluster, num_cpus=1)
@@ -170,5 +209,5 @@ def test_a_worker_that_goes_and_one_that_comes_change_nothing(tmp_path: Path, cl
     wait_until(lambda: steps_done(runs) > before + 100, driver, config)
     add_worker(cluster, num_cpus=1)
     assert driver.wait(400) == 0, config.with_suffix(".log").read_text()[-3000:]
-    workers = [step.workers for step in check_is_the_unbroken(runs)]
+    workers = [step.workers for step in check_is_the_unbroken(runs, starts=3)]
     assert [count for count, _ in itertools.groupby(workers)] == [2, 1, 2]

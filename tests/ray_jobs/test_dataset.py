@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from cascade.config import check_config
-from cascade.tasks import Example, Message
+from cascade.tasks import Completion, Example, Message, Task, Verdict
 from ray_jobs import _dataset
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
@@ -61,3 +61,26 @@ def test_leaks_of_other_benchmarks_and_near_duplicates_are_left_out(job: Any, mo
     assert about["left_out_near_duplicates"] == 2
     assert about["checked_against_tests_of"] == {"domain": 1, "mbpp": 20}
     assert about["not_checked_against"] == {}
+
+
+def test_replayed_answers_are_whole_and_as_many_as_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = {
+        "cut": ("yes, and furth", "length"),
+        "empty": (" ", "stop"),
+        "a": ("yes", "stop"),
+        "b": ("no", "stop"),
+        "c": ("so", "stop"),
+    }
+    messages = (Message("user", "q"),)
+    tables = {
+        "tasks": [Task(name, "jsonl", "own", "train", messages, {}) for name in answers],
+        "base_completions": [Completion(name, "m", "", text, reason) for name, (text, reason) in answers.items()],
+        "base_verdicts": [Verdict(name, "m", "", "pass") for name in answers],
+    }
+    run = SimpleNamespace(read=lambda table, record: tables[table])
+    run.require = lambda: run
+    for seed in range(5):  # in whatever order they come
+        config = SimpleNamespace(seed=seed, base=SimpleNamespace(model="m"))
+        job: Any = SimpleNamespace(config=config, runs=SimpleNamespace(test_domain=run))
+        assert len(_dataset._replayed(job, 2)) == 2
+        assert {e.task_id for e in _dataset._replayed(job, 9)} == {"a", "b", "c"}
