@@ -12,21 +12,20 @@ import optuna
 import ray
 from ray import tune
 
-from cascade import benchmarks
 from cascade.compression.adapter import AdapterWeights
 from cascade.compression.calibrate import calibrate
 from cascade.compression.recipe import Limits, limits, search_space, seed_points
 from cascade.config import Config, PromptStyle
 from cascade.errors import CascadeError
-from cascade.tasks import Example, Message
+from cascade.tasks import Example
 from ray_jobs._context import Job
 from ray_jobs._follow import Follower
+from ray_jobs._held_out import Conversation, held_out
 from ray_jobs._progress import polling
 from ray_jobs._study import Distributions, FrontSampler, StudyFile, TrialSearch, distributions
 from ray_jobs._trial import (
     SHARES,
     TRIALS,
-    Conversation,
     Groundwork,
     Setting,
     Trial,
@@ -38,6 +37,8 @@ from ray_jobs._trial import (
 
 RETRIES = 3
 """Times that a trial is begun again whose node or process was lost."""
+IN_PLACE = 256
+"""Training examples that take the place of validation tasks where none of these has a reference answer."""
 
 
 def search(job: Job, adapter: AdapterWeights, style: PromptStyle, ground: Groundwork) -> list[Trial]:
@@ -169,9 +170,16 @@ def _check_lost(job: Job, results: tune.ResultGrid, measured: int) -> None:
 
 
 def held_out_answers(job: Job) -> tuple[Conversation, ...]:
-    """Validation tasks with their reference answers: what the search's loss is measured on."""
-    return tuple(
-        (t.id, (*t.messages, Message("assistant", benchmarks.get(t.benchmark).reference_answer(t))))
-        for t in job.runs.validation_tasks
-        if t.form == "chat"
-    )
+    """What the search's loss is measured on: validation tasks with their reference answers.
+
+    Where none has one (LiveCodeBench, code tasks without solutions), some of the examples that were trained on: less
+    telling of the adapter, but what compression changes shows there too.
+    """
+    found = held_out(job.runs.validation_tasks)
+    if not found:
+        examples = job.runs.train_modifier.read("examples", Example)
+        found = [(e.task_id, tuple(e.messages)) for e in examples[:: max(1, len(examples) // IN_PLACE)][:IN_PLACE]]
+        logging.getLogger(__name__).warning(
+            "no validation task has a reference answer: the search measures on %d training examples", len(found)
+        )
+    return tuple(found)
