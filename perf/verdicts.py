@@ -29,13 +29,15 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers"), str(Path(__file__).p
 import answer_forms  # noqa: E402
 import attacks  # noqa: E402
 import bfcl_parity  # noqa: E402
+import text_forms  # noqa: E402
 from own_environment import python_with  # noqa: E402
 
 from cascade import benchmarks  # noqa: E402
+from cascade.benchmarks.bbh import read_answer  # noqa: E402
 from cascade.benchmarks.questions import questions  # noqa: E402
 from cascade.reports.scoreboard import REASONING_GYM  # noqa: E402
 from cascade.scoring.decontaminate import NGRAM, WHOLE, find_overlaps, words  # noqa: E402
-from cascade.scoring.extraction import read_choice, read_list, read_number, read_word  # noqa: E402
+from cascade.scoring.extraction import read_choice, read_list, read_number, read_text, read_word  # noqa: E402
 from cascade.scoring.fences import read_code, read_json  # noqa: E402
 from cascade.scoring.sandbox import Limits, missing_walls  # noqa: E402
 from cascade.scoring.sandbox_programs import run_python  # noqa: E402
@@ -136,12 +138,17 @@ def forms(_: argparse.Namespace) -> Figures:
     def filled(corpus: str, answer: str) -> list[str]:
         return [form.format(a=answer) for form in answer_forms.forms(corpus)]
 
+    def bbh(text: str) -> bool:
+        return read_answer(text, "(B)", "Q?\nOptions:\n(A) ant\n(B) whale\n(C) dog\n(D) cat") == "(B)"
+
     kinds: dict[str, tuple[list[str], Callable[[str], bool]]] = {
         "number": (filled(answer_forms.NUMBERS, "-31"), lambda t: read_number(t).answer == "-31"),
         "choice": (filled(answer_forms.CHOICES, "B"), lambda t: read_choice(t, options).answer == "B"),
         "word": (filled(answer_forms.WORDS, "No"), lambda t: read_word(t, ("yes", "no")).answer == "no"),
         "list": (filled(answer_forms.LISTS, ""), lambda t: read_list(t, 3).answer == "c, b, a"),
         "code": (answer_forms.code_forms(), adds),
+        "text": (filled(text_forms.TEXTS, "New York"), lambda t: read_text(t).answer == "New York"),
+        "bbh": ([f.format(a="B") for f in text_forms.bbh_forms(answer_forms.CHOICES)], bbh),
         "json": (answer_forms.json_forms(), lambda t: read_json(t) == {"a": [1, 2]}),
     }
     figures: Figures = {}

@@ -5,13 +5,16 @@ hub's files. Split rule: all 6,511 questions are test tasks. Shots: the 3 publis
 task, taken from the pinned wheel `lm-eval==0.4.13` (MIT), so that prompts are the accepted harness's to the
 character. Metric: exact match of what follows "the answer is", mean over all questions (so weighted by task size).
 
-Reading differs from the harness's regex on purpose: a final full stop may be there or not, and "(B). " is read as
-"(B)"; everything the regex accepts is accepted here.
+With the reading `harness` scores are the accepted harness's own: its regex takes what follows the first "the answer is"
+up to the last character but one of the line, and that must equal the target to the letter. The reading `cascade` is
+milder on purpose: a final full stop may be there or not, "(B). " is read as "(B)", case and quotes do not count, and
+an answer may be put in other words. Everything the regex accepts is accepted; "not (B)" is no "(B)" in either.
 
 Options:
     path: folder; left out, the hub.
     tasks: list of task names; left out, all
     form: completion | chat
+    reading: cascade (default) | harness
     shots: 0 to 3; 0 needs no wheel, and in chat form asks the question alone: how to answer is the prompt's to say.
         (SmolLM2-135M-Instruct passed 51 of 220 so, and 31 when told to end with "So the answer is …", words that a
         modifier trained on other answers gave as they stand: 37 and 6.)
@@ -33,6 +36,7 @@ from cascade.benchmarks.ordering import only_split, shuffled
 from cascade.benchmarks.sources import HubSource, hub_rows, local_files, read_rows, require, wheel_folder
 from cascade.config_sections import Section
 from cascade.errors import ConfigError
+from cascade.scoring.denials import without_denials
 from cascade.scoring.extraction import marked_spans, read_choice, read_number, read_word
 from cascade.tasks import Completion, Message, Split, Task, Verdict
 
@@ -72,6 +76,8 @@ TASKS = [
     "web_of_lies",
     "word_sorting",
 ]
+HARNESS = re.compile(r"(?<=the answer is )(.*)(?=.)")
+"""The accepted harness's filter, to the letter (lm-eval 0.4.13, bbh/cot_fewshot)."""
 STOP = ("</s>", "Q", "\n\n")
 MAX_TOKENS = 1024
 
@@ -82,6 +88,7 @@ class Options(Section):
     path: str | None = None
     tasks: list[str] | None = None
     form: Literal["completion", "chat"] = "completion"
+    reading: Literal["cascade", "harness"] = "cascade"
     shots: int = Field(3, ge=0, le=3)
 
 
@@ -104,17 +111,20 @@ class Bbh:
             rows = _rows(chosen.path, name)
             require(rows, {"input", "target"}, f"bbh {name}")
             head = _head(name, chosen.shots)
-            tasks += [_task(name, i, row, head, domain, chosen.form) for i, row in enumerate(rows)]
+            tasks += [_task(name, i, row, head, domain, chosen) for i, row in enumerate(rows)]
         return shuffled(tasks, seed, count)
 
     def score(self, task: Task, completion: Completion) -> Verdict:
         """Exact match with the target, as text."""
         target: str = task.reference["target"]
-        answer = read_answer(completion.text, target, task.reference["input"])
+        strict = task.reference.get("reading") == "harness"
+        answer = read_as_harness(completion.text) if strict else None
+        if not strict:
+            answer = read_answer(completion.text, target, task.reference["input"])
         if answer is None:
             evidence = 'no answer after "the answer is"'
             return Verdict(task.id, completion.model, completion.modifier, "unparsed", "", evidence)
-        passed = _normal(answer) == _normal(target)
+        passed = answer == target if strict else _normal(answer) == _normal(target)
         evidence = "" if passed else f"answered {answer!r}; expected {target!r}"
         return Verdict(task.id, completion.model, completion.modifier, "pass" if passed else "fail", answer, evidence)
 
@@ -123,15 +133,24 @@ class Bbh:
         return f"So the answer is {task.reference['target']}."
 
 
+def read_as_harness(text: str) -> str | None:
+    """What lm-evaluation-harness's filter takes: the first match of its regex, blanks at the ends removed."""
+    found = HARNESS.search(text)
+    return found[0].strip() if found else None
+
+
 def read_answer(text: str, target: str, question: str) -> str | None:
     """What an answer gives after its (first) "the answer is"; else a lone choice, number or word of the target's kind.
 
     Returns None if nothing, or nothing unambiguous, can be read.
     """
     stated = re.search(r"the answer is:?\s+(.*)", text, re.IGNORECASE)
+    if stated and "the answer is" not in without_denials(text, r"\([A-R]\)").lower():
+        stated = None  # "I do not think that the answer is (B)."
     if stated:
         line = re.sub(r"\*\*|[`$]", "", stated[1]).strip()
-        letters = set(re.findall(r"\(([A-R])\)", line)) or set(re.findall(r"^([A-R])\)", line))
+        named = without_denials(line, r"\([A-R]\)")
+        letters = set(re.findall(r"\(([A-R])\)", named)) or set(re.findall(r"^([A-R])\)", named))
         if len(letters) == 1 and re.fullmatch(r"\([A-R]\)", target):
             return f"({letters.pop()})"
         return line.rstrip().removesuffix(".").strip() or None
@@ -152,9 +171,8 @@ def _normal(answer: str) -> str:
     return " ".join(answer.strip().strip("\"'").removesuffix(".").lower().split())
 
 
-def _task(
-    name: str, number: int, row: Mapping[str, Any], head: str, domain: str, form: Literal["completion", "chat"]
-) -> Task:
+def _task(name: str, number: int, row: Mapping[str, Any], head: str, domain: str, options: Options) -> Task:
+    form = options.form
     prompt = f"{head}Q: {row['input']}\nA: Let's think step by step.\n"
     if form == "chat":
         prompt = prompt.rstrip() if head else row["input"]
@@ -164,7 +182,7 @@ def _task(
         domain=domain,
         split="test",
         messages=(Message("user", prompt),),
-        reference={"target": row["target"], "input": row["input"]},
+        reference={"target": row["target"], "input": row["input"], "reading": options.reading},
         category=name,
         form=form,
         stop=STOP if form == "completion" else (),

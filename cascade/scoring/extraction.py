@@ -3,7 +3,9 @@ r"""Reading an answer out of free text, leniently but never so that listing cand
 Every reader looks for the answer where writers put it, strongest sign first: `\boxed{…}` or <answer> tags, "final
 answer: …", "the answer is …" / "Answer: …", bold, a conclusion ("So …"), a value that closes a sentence, the text as a
 whole. The first sign that is present decides. If it points at several different values the reading is ambiguous,
-and scorers count that as a wrong answer; if nothing is found the answer is unparsed.
+and scorers count that as a wrong answer; if nothing is found the answer is unparsed. What an answer rules out ("The
+answer is not 5") is no answer (see `cascade.scoring.denials`), and candidates that are merely listed ("A. ant B. dog")
+are several.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from cascade.scoring.denials import without_denials
 from cascade.scoring.fences import ANSWER_TAG, FENCE, fenced_blocks
 
 MAX_CHARS = 20_000
@@ -167,6 +170,7 @@ def _last_equation(text: str) -> list[str]:
 
 def read_number(text: str) -> Reading:
     """A number, from "5", "Mary has 5 sisters.", "The answer is **5**", "12 + 3 = 15", "$1,250.00"."""
+    text = without_denials(text[-MAX_CHARS:], _NUMBER.pattern)
     resorts = [("equation", _last_equation), ("whole text", _only_number), ("closing", _closing_numbers)]
     return _decide(text, _number_in, [*resorts, ("whole text", lambda t: numbers(_clean(t)))])
 
@@ -182,7 +186,9 @@ def _only_number(text: str) -> list[str]:
 def read_word(text: str, vocabulary: Sequence[str]) -> Reading:
     """One of a few known words (yes/no, a relation), lower-cased, e.g. from "Yes, because no dog is a cat."."""
     words = sorted((w.lower() for w in vocabulary), key=len, reverse=True)
-    pattern = re.compile(rf"(?<![\w-])({'|'.join(map(re.escape, words))})(?![\w-])", re.IGNORECASE)
+    known = "|".join(map(re.escape, words))
+    pattern = re.compile(rf"(?<![\w-])({known})(?![\w-])", re.IGNORECASE)
+    text = without_denials(text[-MAX_CHARS:], rf"(?<![\w-])(?:{known})(?![\w-])")
 
     def find(span: str) -> list[str]:
         return [m.lower() for m in pattern.findall(first_sentence(span))]
@@ -212,12 +218,13 @@ def read_choice(text: str, options: Mapping[str, str]) -> Reading:
     letter = re.compile(_LETTER.format(f"({labels})").replace(f"({labels})", f"(?:{labels})"))
     bracketed = re.compile(rf"\(\s*({labels})\s*\)")
     by_upper = {label.upper(): label for label in options}
+    text = without_denials(text[-MAX_CHARS:], _named_choice(options), options.values())
 
     def find(span: str) -> list[str]:
         opening = re.match(rf"\W*({labels})(?:\W|$)", span, re.IGNORECASE)
-        if opening and not re.match(r"\W*[aAiI]\s+[a-z]", span) and not _lists_labels(span, labels):
+        if opening and not re.match(r"\W*[aAiI]\s+[a-z]", span) and not _lists_labels(span, options):
             return [by_upper[opening[1].upper()]]
-        articles = set() if _lists_labels(span, labels) else {"A", "I"}
+        articles = set() if _lists_labels(span, options) else {"A", "I"}
         found = [m.strip("()[] ") for m in letter.findall(span) if m not in articles]
         found += [m for m in bracketed.findall(span) if m not in found]
         return found or _options_named(span, options)
@@ -227,16 +234,32 @@ def read_choice(text: str, options: Mapping[str, str]) -> Reading:
 
     def opening(whole: str) -> list[str]:
         lines = [m[1] or m[2] for m in line_opening.finditer(whole)]
-        return lines if line_opening.match(whole) and not _lists_labels(whole, labels) else []
+        return lines if line_opening.match(whole) and not _lists_labels(whole, options) else []
 
     resorts: list[tuple[str, Finder]] = [("declared", declared.findall), ("opening", opening)]
     resorts += [("bracketed", bracketed.findall), ("option text", lambda t: _options_named(t, options))]
     return _decide(text, find, [*resorts, ("label", find)])
 
 
-def _lists_labels(span: str, labels: str) -> bool:
-    """Whether a span opens with several labels: "A, B or C"."""
-    return bool(re.match(rf"\W*(?:{labels})\W*(?:,|/|\||&|or\b|and\b|\s)\W*(?:{labels})(?:\W|$)", span))
+def _named_choice(options: Mapping[str, str]) -> str:
+    """A pattern of everything that names an option: its label, or its text."""
+    labels, texts = ("|".join(map(re.escape, names)) for names in (options, filter(str.strip, options.values())))
+    return rf"(?<!\w)\(?(?-i:{labels})\)?" + (rf"|(?<!\w)(?:{texts})" if texts else "")
+
+
+def _lists_labels(span: str, options: Mapping[str, str]) -> bool:
+    """Whether a span opens with several labels: "A, B or C", "(A)(B)", or each before its option, "A. ant B. dog"."""
+    labels = "|".join(re.escape(label) for label in options)
+    first = re.match(rf"\W*(?P<label>{labels})(?P<mark>\W+)", span)
+    if first is None:
+        return False
+    own = options[first["label"]].strip()
+    rest, mark = span[first.end() :], first["mark"]
+    if own and rest.lower().startswith(own.lower()):
+        rest, mark = rest[len(own) :], ", "
+    second = re.match(rf"(?P<more>\W*(?:or\b|and\b)?\W*)(?P<label>{labels})(?:\W|$)", rest)
+    apart = second is not None and re.search(r"[,/|&)\]\s]|or|and", mark + second["more"])
+    return bool(second and apart and second["label"] != first["label"])
 
 
 def _options_named(span: str, options: Mapping[str, str]) -> list[str]:

@@ -216,10 +216,34 @@ def test_bbh_asks_the_question_alone_where_it_shows_no_examples(tmp_path: Path) 
         ("It is 7", "7", "7"),
         ("No, it is not.", "No", "no"),
         ("I do not know", "(B)", None),
+        ("So the answer is not (B).", "(B)", "not (B)"),
+        ("The answer is (A), not (B).", "(A)", "(A)"),
     ],
 )
 def test_bbh_reading(text: str, target: str, expected: str | None) -> None:
     assert read_answer(text, target, "Q?\nOptions:\n(A) red\n(B) blue") == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "target", "strict", "lenient"),
+    [
+        ("So the answer is (B).", "(B)", "pass", "pass"),
+        ("So the answer is (B)", "(B)", "fail", "pass"),  # the regex leaves the last character out
+        ("So the answer is (B). ", "(B)", "fail", "pass"),
+        ("So The answer is (B).", "(B)", "unparsed", "pass"),
+        ("It is (B).", "(B)", "unparsed", "pass"),
+        ("So the answer is no.", "No", "fail", "pass"),
+        ("So the answer is not (B).", "(B)", "fail", "fail"),
+        ("the answer is 5. Or the answer is 6.", "5. Or the answer is 6", "pass", "pass"),
+        ("the answer is Yes.\nthe answer is No.", "Yes", "pass", "pass"),
+    ],
+)
+def test_bbh_can_be_read_as_the_accepted_harness_reads_it(tmp_path, text, target, strict, lenient) -> None:
+    rows = {"examples": [{"input": "Q?\nOptions:\n(A) red\n(B) blue", "target": target}]}
+    (tmp_path / "navigate.json").write_text(json.dumps(rows))
+    options = {"path": str(tmp_path), "tasks": ["navigate"], "shots": 0}
+    assert outcome(load("bbh", reading="harness", **options)[0], text) == strict
+    assert outcome(load("bbh", **options)[0], text) == lenient
 
 
 # ------------------------------------------------------------------------------------------------- bfcl

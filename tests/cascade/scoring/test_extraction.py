@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 from answer_forms import CHOICES, LISTS, NUMBERS, WORDS, code_forms, forms, json_forms
+from text_forms import TEXTS, bbh_forms
 
+from cascade.benchmarks.bbh import read_answer
 from cascade.scoring.extraction import read_choice, read_list, read_number, read_text, read_word
 from cascade.scoring.fences import fenced_blocks, read_code, read_javascript, read_json
 
@@ -21,7 +23,8 @@ def wrong(forms: list[str], read: Callable[[str], object], expected: object) -> 
 
 
 def test_each_corpus_has_a_hundred_forms() -> None:
-    corpora = [forms(text) for text in (NUMBERS, CHOICES, WORDS, LISTS)]
+    corpora = [forms(text) for text in (NUMBERS, CHOICES, WORDS, LISTS, TEXTS)]
+    corpora += [bbh_forms(text) for text in (NUMBERS, CHOICES, WORDS)]
     assert min(map(len, [*corpora, code_forms(), json_forms()])) >= 100
 
 
@@ -50,6 +53,59 @@ def test_lists(items: str) -> None:
     assert wrong(filled, lambda text: read_list(text, 3).answer, ", ".join(items.split())) == []
 
 
+@pytest.mark.parametrize("given", ["New York", "42nd Street", "blue whale"])
+def test_texts(given: str) -> None:
+    filled = [form.format(a=given) for form in forms(TEXTS)]
+    assert wrong(filled, lambda text: read_text(text).answer, given) == []
+
+
+@pytest.mark.parametrize(
+    ("corpus", "given", "target"),
+    [(CHOICES, "B", "(B)"), (WORDS, "No", "No"), (WORDS, "yes", "yes"), (NUMBERS, "-31", "-31"), (NUMBERS, "24", "24")],
+)
+def test_bbh_answers(corpus: str, given: str, target: str) -> None:
+    question = "Q?\nOptions:\n(A) ant\n(B) whale\n(C) dog\n(D) cat"
+
+    def read(text: str) -> str:
+        return (read_answer(text, target, question) or "").strip("\"'").removesuffix(".").lower()
+
+    assert wrong([form.format(a=given) for form in bbh_forms(corpus)], read, target.lower()) == []
+
+
+DENIALS = """The answer is not {a}.|The answer is not {a}|the answer is definitely not {a}
+The answer is certainly not {a}.
+The answer isn't {a}.|The answer isn’t {a}|The answer cannot be {a}|The answer can't be {a}.|The answer is never {a}.
+It is not {a}.|It cannot be {a}.|Not {a}.|not {a}|{a} is not the answer.|{a} is wrong.
+{a} is incorrect|{a} isn't right.
+I don't think the answer is {a}.|I do not believe it is {a}.|I would not say {a}.|It is anything but {a}.
+The final answer is not {a}.|So the answer is not {a}.|So it is not {a}.|Therefore, not {a}.|**Not {a}**|Answer: not {a}
+The correct answer is not {a}, I am sure.|The answer would not be {a}.|The answer should not be {a}.
+The answer is other than {a}.|It is unlikely to be {a}.|By no means {a}.|The result is not equal to {a}.
+First I add.\nThe answer is not {a}.|{a} cannot be the answer.|It is not the case that the answer is {a}."""
+
+
+@pytest.mark.parametrize("form", re.split(r"[|\n]", DENIALS.replace("\\n", "\r")))
+def test_what_is_ruled_out_is_no_answer(form: str) -> None:
+    form = form.replace("\r", "\n")
+    assert read_number(form.format(a="5")).answer is None
+    for label in ("B", "(B)", "the whale"):
+        assert read_choice(form.format(a=label), OPTIONS).answer is None
+    assert read_word(form.format(a="yes"), ("yes", "no")).answer is None
+    assert read_answer(form.format(a="(B)"), "(B)", "Q?\nOptions:\n(A) ant\n(B) whale") != "(B)"
+
+
+def test_a_denial_hides_nothing_else() -> None:
+    assert read_number("It is not 5, so the answer is 6.").answer == "6"
+    assert read_number("It's not hard to see that the answer is 6.").answer == "6"
+    assert read_number("The answer is 6, not 5.").answer == "6"
+    assert read_choice("B cannot be right, so the answer is (C).", OPTIONS).answer == "C"
+    assert read_choice("A is wrong. B is wrong. So C.", OPTIONS).answer == "C"
+    assert read_choice("It does not change.", {"A": "It does not change.", "B": "It melts."}).answer == "A"
+    assert read_choice("The answer is not red", {"A": "red", "B": "not red"}).answer == "B"
+    assert read_word("It does not follow, so no.", ("yes", "no")).answer == "no"
+    assert read_word("The argument is not valid.", ("valid", "invalid")).answer is None
+
+
 @pytest.mark.parametrize(
     "text",
     ["3, 4, 5", "3 or 4", "The answer is 3 or 4.", "The answer is 3, 4 or 5", "Answer: 3\nAnswer: 4", "3\n4\n5",
@@ -64,7 +120,10 @@ def test_several_numbers_are_no_answer(text: str) -> None:
 @pytest.mark.parametrize(
     "text",
     ["A, B, C, D", "(A) or (B)", "A or B", "The answer is (A) or (B).", "A) ant\nB) whale", "(A) (B) (C)",
-     "Answer: A\nAnswer: B", "ant, whale", "A/B", "The answer is A, B or C."],
+     "Answer: A\nAnswer: B", "ant, whale", "A/B", "The answer is A, B or C.", "A. ant B. whale C. dog D. cat",
+     "(A)(B)(C)(D)", "(A) ant (B) whale (C) dog (D) cat", "A) ant, B) whale", "A: ant | B: whale",
+     "**A.** ant **B.** whale",
+     "The answer is A. ant B. whale", "Which? A. ant B. whale C. dog D. cat"],
 )  # fmt: skip
 def test_several_choices_are_no_answer(text: str) -> None:
     reading = read_choice(text, OPTIONS)
