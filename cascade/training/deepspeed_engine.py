@@ -61,11 +61,16 @@ class DeepSpeedEngine:
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         named = module.model.named_parameters()
         # Kept as they are: DeepSpeed rounds them to bfloat16, and spreads them over the workers in stage 3.
-        self.frozen = {name: _on_cpu(p) for name, p in named if "lora_" in name and not p.requires_grad}
+        self.frozen = {name: _on_cpu(p).clone() for name, p in named if "lora_" in name and not p.requires_grad}
         self.norm: torch.Tensor | None = None
         optimizer = adamw(module, training.lora)
         if not self.stage:
             optimizer.register_step_pre_hook(lambda *_: self._clip(training.lora.gradient_clip))
+        for name, parameter in module.model.named_parameters():
+            if "lora_" not in name:
+                # DeepSpeed's mark of what it does not send from the first worker to the others. They have the base, and
+                # on a CPU as pages of its file, which all processes of a machine share until one is written to.
+                setattr(parameter, "ds_optim_param", True)  # noqa: B010 (a name that mypy does not know)
         deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=module,
@@ -97,10 +102,18 @@ class DeepSpeedEngine:
         LoRA's state is small enough to be gathered whole. Every worker calls it, the first writes.
         """
         updates = self._updates()
-        found = {name: self._whole(p) for name, p in self._trainable()}
-        moments = {key: {n: self._moment(p, key) for n, p in self._trainable()} for key in MOMENTS if updates}
-        if torch.distributed.get_rank() == 0:
-            state = {"next_step": step, "updates": updates, "weights": found, "moments": moments}
+        state: dict[str, Any] = {"next_step": step, "updates": updates, "weights": {}, "moments": {}}
+        if updates:
+            state["moments"] = {key: {} for key in MOMENTS}
+        first = torch.distributed.get_rank() == 0
+        for name, parameter in self._trainable() if self.stage or first else ():
+            weight, moments = self._whole(parameter), [self._moment(parameter, key) for key in state["moments"]]
+            if first:  # the others only take part in gathering
+                state["weights"][name] = weight
+                for values, moment in zip(state["moments"].values(), moments, strict=True):
+                    values[name] = moment
+        if first:
+            Path(folder).mkdir(parents=True, exist_ok=True)
             torch.save(state, Path(folder) / STATE)
 
     def load(self, folder: str | Path) -> int:
@@ -112,7 +125,7 @@ class DeepSpeedEngine:
         path = Path(folder) / STATE
         if not path.exists():
             raise DataError(f"{folder} holds no {STATE}: it is no checkpoint of this version")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         names = [name for name, _ in self._trainable()]
         if set(names) != set(state["weights"]):
             raise DataError(f"{path} is a checkpoint of another adapter or base than this one")
@@ -129,7 +142,7 @@ class DeepSpeedEngine:
 
         Every worker calls it.
         """
-        return self.frozen | {name: self._whole(p) for name, p in self._trainable()}
+        return self.frozen | {name: self._whole(p).clone() for name, p in self._trainable()}
 
     def _trainable(self) -> list[tuple[str, torch.nn.Parameter]]:
         return [(name, p) for name, p in self.module.model.named_parameters() if p.requires_grad]
@@ -204,4 +217,5 @@ class DeepSpeedEngine:
 
 
 def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().to("cpu", torch.float32, copy=True)
+    """In float32; itself if it is there already."""
+    return tensor.detach().to("cpu", torch.float32)

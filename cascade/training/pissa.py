@@ -35,7 +35,8 @@ def _start(layer: LoraLayer) -> None:
     for mine, start in zip(factors(layer), factors(layer, START), strict=True):
         found = mine.data
         mine.data = torch.zeros_like(start)
-        mine.data[: found.shape[0], : found.shape[1]] = found
+        # In numbers that bfloat16 holds: DeepSpeed rounds frozen parameters to it, and both must stay alike.
+        mine.data[: found.shape[0], : found.shape[1]] = found.bfloat16()
         start.data.copy_(mine.data)
         start.requires_grad_(False)
     layer.scaling[START] = -layer.scaling["default"]

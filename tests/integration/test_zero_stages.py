@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing
+from pages import mapped
 from stand_in import free_port, save_tiny_base
 
 from cascade.config import Base, Lora, Training
@@ -196,3 +197,23 @@ def test_a_gradient_that_is_not_finite_changes_nothing_in_any_stage(folder: str)
         assert updates == 1
         assert all(torch.equal(before[name], after[name]) for name in before)
         assert any(not torch.equal(after[name], later[name]) for name in before)
+
+
+def share(rank: int, folder: str, port: int, out: str) -> None:
+    """One of two workers: trains a step, then says how much of the base it holds for itself."""
+    join(rank, 2, port)
+    engine = make_engine(folder, 0)
+    run(engine, rank, 2, end=1)
+    torch.distributed.barrier()
+    torch.save(mapped("model.safetensors"), f"{out}{rank}")
+    torch.distributed.barrier()
+
+
+def test_two_workers_of_a_machine_hold_the_base_once(folder: str) -> None:
+    """On a CPU, in the numbers that its file is in: both compute from the same pages."""
+    out = str(Path(folder).parent / "pages")
+    torch.multiprocessing.spawn(share, (folder, free_port(), out), nprocs=2)
+    for rank in (0, 1):
+        pages = torch.load(f"{out}{rank}", weights_only=False)
+        assert pages["Anonymous"] == 0, "copied pages"
+        assert 0 < pages["Pss"] <= 0.6 * pages["Rss"], "half of each page is the other's"

@@ -9,12 +9,14 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 import torch
+from pages import mapped, pointers
 from safetensors.torch import load_file, save_file
 
-from cascade.config import Base
+from cascade.config import Base, Lora
 from cascade.errors import ConfigError, DataError
 from cascade.models import base as module
 from cascade.models.base import WHEEL_MODELS, base_folder, base_sha256, end_token_ids, load_base, resolve_dtype
+from cascade.training.lora import add_lora, remove_lora
 
 
 @pytest.fixture
@@ -174,3 +176,15 @@ def test_dtype_auto_is_bfloat16_only_where_the_device_computes_in_it(monkeypatch
         assert resolve_dtype("auto", gpu) == expected
     assert resolve_dtype("float32", gpu) == torch.float32
     assert resolve_dtype("bfloat16", cpu) == torch.bfloat16
+
+
+def test_weights_in_the_numbers_of_their_file_are_pages_of_it(tiny_folder):
+    """So all processes of a machine share them, as long as nobody writes to them."""
+    base = load_base(Base(model=str(tiny_folder), dtype="float32"), torch.device("cpu"))
+    areas = pointers("model.safetensors")
+    weights = [p for p in base.model.parameters() if p.numel() > 1]
+    assert [p for p in weights if not any(p.data_ptr() in area for area in areas)] == []
+    remove_lora(add_lora(base, Lora(rank=2), seed=1))
+    with torch.no_grad():
+        base.model(torch.arange(5, 25)[None])
+    assert mapped("model.safetensors")["Anonymous"] == 0, "copied pages"

@@ -55,7 +55,7 @@ def test_it_learns_and_what_is_saved_does_the_same_on_the_plain_base(variant, ti
     before = {k: v.clone() for k, v in base.model.state_dict().items()}
     plain = logits(base.model)
     model = add_lora(base, wanted, seed=3)
-    torch.testing.assert_close(logits(model), plain, atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits(model), plain, atol=5e-5, rtol=0)
     module, plan = TargetLoss(model), plan_steps(EXAMPLES, wanted, seed=1)
     rows = [row for step in plan[:3] for row in step.rows]
     first = mean_loss(module, rows, CPU)
@@ -87,7 +87,8 @@ def test_pissa_starts_at_the_first_singular_vectors_and_trains_no_more_than_its_
         u, s, v = torch.linalg.svd(layer.get_base_layer().weight)
         a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
         nearest = u[:, :4] @ torch.diag(s[:4]) @ v[:4]
-        torch.testing.assert_close(layer.scaling["default"] * b @ a, nearest, atol=1e-5, rtol=1e-4)
+        close = 0.01 * float(nearest.abs().max())  # they are numbers of bfloat16
+        torch.testing.assert_close(layer.scaling["default"] * b @ a, nearest, atol=close, rtol=0)
     assert all(".default." in name for name, p in model.named_parameters() if p.requires_grad)
     assert len(trainable(model)) == 2 * len(lora_layers(model))
 
