@@ -186,9 +186,10 @@ class Student:
 
 
 def _whole(rounds: Sequence[Completion], said: tuple[Message, ...]) -> Completion:
-    """The answers of one conversation as one completion."""
+    """The answers of one conversation as one completion, which is cut off where any of them was."""
     return replace(
         rounds[-1],
+        finish_reason=next((c.finish_reason for c in rounds if c.finish_reason != "stop"), "stop"),
         turns=said,
         prompt_tokens=sum(c.prompt_tokens for c in rounds),
         completion_tokens=sum(c.completion_tokens for c in rounds),

@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerFast
 from cascade import benchmarks
 from cascade.config import PromptStyle
 from cascade.errors import DataError
-from cascade.models.student import Student, WorkedExamples, _split_choices, styled_messages
-from cascade.tasks import Message, Task, Verdict
+from cascade.models.student import Student, WorkedExamples, _split_choices, _whole, styled_messages
+from cascade.tasks import Completion, Message, Task, Verdict
 
 PLAIN = PromptStyle(name="plain")
 
@@ -278,3 +278,9 @@ def test_conversations_go_on_until_the_benchmark_is_silent(loaded, monkeypatch):
     alone = student.answer([replace(talks[2], messages=(*talks[2].messages, *third.turns[:-1]), max_turns=1)], PLAIN)
     assert alone[0].text == third.text
     assert third.completion_tokens > alone[0].completion_tokens
+
+
+def test_a_conversation_is_cut_off_where_any_of_its_answers_was():
+    rounds = [Completion("t", "m", "", text, reason) for text, reason in (("a", "stop"), ("b", "length"), ("c", "stop"))]
+    assert _whole(rounds, ()).finish_reason == "length"
+    assert _whole(rounds[::2], ()).finish_reason == "stop"
