@@ -281,6 +281,8 @@ def test_conversations_go_on_until_the_benchmark_is_silent(loaded, monkeypatch):
 
 
 def test_a_conversation_is_cut_off_where_any_of_its_answers_was():
-    rounds = [Completion("t", "m", "", text, reason) for text, reason in (("a", "stop"), ("b", "length"), ("c", "stop"))]
+    rounds = [
+        Completion("t", "m", "", text, reason) for text, reason in (("a", "stop"), ("b", "length"), ("c", "stop"))
+    ]
     assert _whole(rounds, ()).finish_reason == "length"
     assert _whole(rounds[::2], ()).finish_reason == "stop"
