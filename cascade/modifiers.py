@@ -237,8 +237,11 @@ def end_canary(store: Store, domain: str) -> None:
     store.delete(f"{FOLDER}/{_checked(domain, _DOMAIN, 'domain')}/{CANARY}")
 
 
-def list_modifiers(store: Store, domain: str | None = None) -> list[Modifier]:
+def list_modifiers(store: Store, domain: str | None = None, *, skip_damaged: bool = False) -> list[Modifier]:
     """All versions of all domains, or of one, oldest first within a domain.
+
+    Args:
+        skip_damaged: leave out versions whose manifests are damaged.
 
     Raises:
         FormatError: a manifest is damaged.
@@ -250,8 +253,18 @@ def list_modifiers(store: Store, domain: str | None = None) -> list[Modifier]:
         versions = [v for v in store.list(folder) if v not in (CURRENT, CANARY) and _VERSION.fullmatch(v)]
         # A folder without a manifest is a version that is being written, or whose writing was cut off.
         finished = [v for v in versions if store.exists(f"{folder}/{v}/{MANIFEST}")]
-        found += sorted((get(store, name, v) for v in finished), key=lambda m: (m.created, m.version))
+        read = [m for v in finished if (m := _get_or_skip(store, name, v, skip_damaged)) is not None]
+        found += sorted(read, key=lambda m: (m.created, m.version))
     return found
+
+
+def _get_or_skip(store: Store, domain: str, version: str, skip_damaged: bool) -> Modifier | None:
+    try:
+        return get(store, domain, version)
+    except (DataError, FormatError):
+        if not skip_damaged:
+            raise
+        return None
 
 
 def list_domains(store: Store) -> list[str]:
@@ -270,16 +283,21 @@ def load(store: Store, modifier: Modifier, *, base_sha256: str | None = None, ve
         DataError: the file is missing.
         FormatError: it is damaged, swapped, or made for another base.
     """
-    try:
-        data = _read(store, modifier.path, modifier.disk_bytes)
-    except FileNotFoundError:
-        raise DataError(f"the file of the modifier {modifier.name} is missing in {store.uri}") from None
-    if hashlib.sha256(data).hexdigest() != modifier.sha256:
-        raise FormatError(f"the file of {modifier.name} is not the one that its manifest describes")
+    data = _content(store, modifier)
     try:
         return decode_modifier(data, base_sha256=base_sha256, verify=verify)[1]
     except FormatError as error:
         raise FormatError(f"modifier {modifier.name}: {error}") from None
+
+
+def check_file(store: Store, modifier: Modifier) -> None:
+    """See that a version's file is there and the one that its manifest describes; nothing of it is kept.
+
+    Raises:
+        DataError: it is missing.
+        FormatError: it is damaged or swapped.
+    """
+    _content(store, modifier)
 
 
 def load_current(
@@ -298,6 +316,17 @@ def load_current(
 
 
 # ------------------------------------------------------------------------------------------------- inside
+
+
+def _content(store: Store, modifier: Modifier) -> bytes:
+    """A version's file, compared with its hash; errors as in `check_file`."""
+    try:
+        data = _read(store, modifier.path, modifier.disk_bytes)
+    except FileNotFoundError:
+        raise DataError(f"the file of the modifier {modifier.name} is missing in {store.uri}") from None
+    if hashlib.sha256(data).hexdigest() != modifier.sha256:
+        raise FormatError(f"the file of {modifier.name} is not the one that its manifest describes")
+    return data
 
 
 def _checked(name: str, allowed: re.Pattern[str], what: str) -> str:

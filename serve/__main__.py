@@ -38,7 +38,7 @@ def main() -> int:
     options = command_line().parse_intermixed_args()
     try:
         values = {"config": options.config} | dict(value.split("=", 1) for value in options.values)
-        application, room = build(values), checked(values).room
+        application, room = build(values), checked(values).most_room
     except (CascadeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

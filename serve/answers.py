@@ -68,7 +68,7 @@ class Shape:
         if said.calls:
             message |= {"content": None, "tool_calls": [c.model_dump() for c in said.calls]}
         reason = "tool_calls" if said.calls else said.finish_reason
-        logprobs = None if said.logprobs is None else {"content": [_entry(t) for t in said.logprobs], "refusal": None}
+        logprobs = _chat_logprobs(said.logprobs)
         return {"index": said.index, "message": message, "logprobs": logprobs, "finish_reason": reason}
 
     def first(self, index: int) -> bytes:
@@ -77,15 +77,16 @@ class Shape:
 
     def part(self, index: int, text: str, tokens: Sequence[TokenLogprob] | None) -> bytes:
         """An event with more text."""
-        logprobs = None if tokens is None else {"content": [_entry(t) for t in tokens], "refusal": None}
-        return self._chunk(index, {"content": text}, None, logprobs)
+        return self._chunk(index, {"content": text}, None, _chat_logprobs(tokens))
 
     def last(self, said: Said) -> bytes:
-        """The event that closes an answer; calls come whole."""
+        """The event that closes an answer; calls come whole, with the log-probabilities of what they were read from."""
         if not said.calls:
             return self._chunk(said.index, {}, said.finish_reason)
         calls = [c.model_dump() | {"index": i} for i, c in enumerate(said.calls)]
-        return self._chunk(said.index, {"tool_calls": calls}, None) + self._chunk(said.index, {}, "tool_calls")
+        logprobs = _chat_logprobs(said.logprobs)
+        closing = self._chunk(said.index, {}, "tool_calls")
+        return self._chunk(said.index, {"tool_calls": calls}, None, logprobs) + closing
 
     def used(self, used: dict[str, int]) -> bytes:
         """The last event of a stream whose client asked for usage."""
@@ -144,6 +145,10 @@ def model_list(versions: dict[str, str], created: int) -> dict[str, Any]:
         for name, v in ids
     ]
     return {"object": "list", "data": data}
+
+
+def _chat_logprobs(tokens: Sequence[TokenLogprob] | None) -> dict[str, Any] | None:
+    return None if tokens is None else {"content": [_entry(t) for t in tokens], "refusal": None}
 
 
 def _entry(token: TokenLogprob) -> dict[str, Any]:

@@ -37,6 +37,9 @@ class Arguments(BaseModel):
         description="YAML file of a domain, or folder of `cascade bundle`; left out, what CASCADE_CONFIG names",
     )
     replicas: int = Field(1, ge=1, description="engines, each with a base and a slot for one modifier")
+    max_replicas: int | None = Field(
+        None, ge=1, description="engines are added under load, up to so many; left out, there are always `replicas`"
+    )
     threads: int | None = Field(
         None, ge=1, description="most of an engine's computing; null: execution.threads, else as many as help"
     )
@@ -51,8 +54,24 @@ class Arguments(BaseModel):
 
     @property
     def room(self) -> int:
-        """Requests for answers that all engines together take."""
-        return self.replicas * (self.rows + self.waiting)
+        """Requests for answers that an engine takes."""
+        return self.rows + self.waiting
+
+    @property
+    def most_room(self) -> int:
+        """Requests for answers that all engines together take, when there are as many as there may be."""
+        return max(self.replicas, self.max_replicas or 0) * self.room
+
+    @property
+    def scaling(self) -> dict[str, Any]:
+        """Ray Serve's options for the number of engines."""
+        if self.max_replicas is None:
+            return {"num_replicas": self.replicas}
+        if self.max_replicas < self.replicas:
+            raise ConfigError(f"serve argument max_replicas: it is {self.max_replicas}, below replicas={self.replicas}")
+        wanted = max(self.rows * 3 // 4, 1)  # so that an engine is added before the ones there are get full
+        bounds = {"min_replicas": self.replicas, "max_replicas": self.max_replicas, "target_ongoing_requests": wanted}
+        return {"num_replicas": "auto", "autoscaling_config": bounds}
 
 
 def build(args: Mapping[str, Any]) -> Application:
@@ -102,7 +121,7 @@ def _application(args: Arguments) -> Application:
     options: dict[str, Any] = {"num_cpus": config.execution.cpus_per_actor}
     if config.execution.use_gpu:
         options["num_gpus"] = config.execution.gpus
-    engine = EngineReplica.options(num_replicas=args.replicas, ray_actor_options=options)  # type: ignore[attr-defined]
+    engine = EngineReplica.options(ray_actor_options=options, **args.scaling)  # type: ignore[attr-defined]
     return Ingress.bind(served, engine.bind(served))  # type: ignore[attr-defined]
 
 

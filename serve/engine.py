@@ -33,11 +33,12 @@ from cascade.models.rows import Request, Row
 from cascade.routing.model import BASE
 from serve.events import Event, Failed, Finished, Started, Work
 from serve.forms import Forms
+from serve.grammars import Grammars
 from serve.jobs import BARE, Group, Job, Key, Lane, key_of
 from serve.kept import Kept
 from serve.live import Live, LiveModifiers
 from serve.schedule import Chunks, Limits, Schedule
-from serve.steering import Grammars, Steering
+from serve.steering import Steering
 from serve.text import TextStream
 from serve.threads import Threads, give_way
 
@@ -45,6 +46,8 @@ logger = logging.getLogger(__name__)
 
 _CHUNK = {"cpu": 256, "gpu": 2048}
 """Tokens of prompts that are computed at a time, to begin with."""
+_MOST_CHARACTERS = 64
+"""Of a token, on average over a whole prompt."""
 _SHUTTING_DOWN = Failed(503, "the server is shutting down", "shutting_down", retry_after_s=5)
 
 
@@ -112,7 +115,7 @@ class Engine:
             except RuntimeError:  # the loop is closed: nobody listens any more
                 job.cancelled = True  # type: ignore[union-attr]
 
-        job = await asyncio.to_thread(self._prepare, work, emit)
+        job = await loop.run_in_executor(self._grammars.pool_for(work.grammar), self._prepare, work, emit)
         if isinstance(job, Failed):
             yield job
             return
@@ -149,6 +152,7 @@ class Engine:
     def close(self) -> None:
         """End the thread; work that is not done fails."""
         self.modifiers.close()
+        self._grammars.close()
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -157,19 +161,16 @@ class Engine:
 
     def _prepare(self, work: Work, emit: Callable[[Event], None]) -> Job | Failed:
         """Tokens of the prompt within the model's context, and the version that shall answer."""
-        live = None if work.choice == BASE else self.modifiers.get(work.choice, work.variant)
+        live = None if work.choice == BASE else self.modifiers.get(work.choice, work.variant, work.version)
         if live is None and work.choice != BASE:
             return Failed(503, f"there is no modifier {work.choice!r} that can be used", "modifier_unavailable")
-        try:
-            with self._encoding:
-                text = prompt_text(self._encoder, work.messages) if work.prompt is None else work.prompt
-                # A chat template writes the special tokens itself.
-                prompt = list(self._encoder(text, add_special_tokens=work.prompt is not None).input_ids)
-        except Exception as error:  # a template may refuse anything, in any way
-            said = error.__cause__ or error
-            return Failed(400, f"the model's chat template refuses these messages: {said}", "invalid_value", "messages")
-        context = int(getattr(self._loaded.model.config, "max_position_embeddings", self._limits.tokens))
-        room = min(context, self._limits.tokens) - len(prompt)
+        context = min(
+            int(getattr(self._loaded.model.config, "max_position_embeddings", self._limits.tokens)), self._limits.tokens
+        )
+        prompt = self._tokens_of(work, live, context)
+        if isinstance(prompt, Failed):
+            return prompt
+        room = context - len(prompt)
         wanted = work.max_tokens or min(self._limits.answer_tokens, max(room, 1))
         if wanted > room:
             message = (
@@ -180,12 +181,34 @@ class Engine:
         if not prompt:
             return Failed(400, "the prompt is empty", "invalid_value", "prompt")
         try:
-            matcher = None if work.schema is None else self._grammars.matcher(work.schema)
+            matcher = None if work.grammar is None else self._grammars.matcher(work.grammar)
         except CascadeError as error:
-            return Failed(400, str(error), "invalid_value", "response_format")
+            return Failed(400, str(error), "invalid_value", work.grammar.param if work.grammar else None)
         steering = Steering(self._loaded.tokenizer, matcher, work.logprobs)
         request = Request(prompt, wanted, work.stop, work.temperature, work.top_p, work.seed)
         return Job(live, request, emit, TextStream(self._loaded.tokenizer, request.stop), steering, work.stream)
+
+    def _tokens_of(self, work: Work, live: Live | None, context: int) -> list[int] | Failed:
+        """The prompt's tokens, the conversation being introduced as the version that answers has learned it."""
+        if isinstance(work.prompt, tuple):
+            size = int(self._loaded.model.config.vocab_size)
+            if max(work.prompt) >= size:
+                return Failed(400, f"token ids of this model end at {size - 1}", "invalid_value", "prompt")
+            return list(work.prompt)
+        param = "messages" if work.prompt is None else "prompt"
+        messages = work.messages if live is None else live.introduce(work.messages)
+        characters = sum(len(m.content) for m in messages) if work.prompt is None else len(work.prompt)
+        if characters > context * _MOST_CHARACTERS:  # which would take seconds to find out by its tokens
+            message = f"This model's maximum context length is {context} tokens; {characters} characters are more."
+            return Failed(400, message, "context_length_exceeded", param)
+        try:
+            with self._encoding:
+                text = prompt_text(self._encoder, messages) if work.prompt is None else work.prompt
+                # A chat template writes the special tokens itself.
+                return list(self._encoder(text, add_special_tokens=work.prompt is not None).input_ids)
+        except Exception as error:  # a template may refuse anything, in any way
+            said = error.__cause__ or error
+            return Failed(400, f"the model's chat template refuses these messages: {said}", "invalid_value", param)
 
     def _submit(self, job: Job) -> Failed | None:
         with self._changed:

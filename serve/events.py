@@ -13,16 +13,32 @@ Variant = Literal["current", "canary"]
 
 
 @dataclass(frozen=True)
+class Grammar:
+    """What an answer is made to keep to.
+
+    Attributes:
+        kind: of the text: a JSON schema, or a grammar in llguidance's Lark.
+        param: the request's parameter that asks for it.
+    """
+
+    kind: Literal["json_schema", "lark"]
+    text: str
+    param: str
+
+
+@dataclass(frozen=True)
 class Work:
     """One conversation to continue.
 
     Attributes:
         choice: "base" or a modifier's domain.
-        variant: which of the domain's versions.
+        messages: the conversation; one without a system message gets that of the version that answers.
+        variant: which of the domain's versions, where the engine has not got `version`.
+        version: of the modifier, as the gateway knows it; what answers is said in `Started`.
         stream: whether text is wanted as it is made; else all of it comes at the end.
         max_tokens: None for the server's default.
-        prompt: raw text to continue, instead of messages.
-        schema: JSON schema that the answer keeps to.
+        prompt: raw text to continue, or its token ids, instead of messages.
+        grammar: that the answer keeps to.
         logprobs: how many of the likeliest tokens to report beside each chosen one; None reports nothing.
         seed: of the sampling.
     """
@@ -35,9 +51,10 @@ class Work:
     top_p: float = 1.0
     seed: int = 0
     variant: Variant = "current"
+    version: str = ""
     stream: bool = True
-    prompt: str | None = None
-    schema: str | None = None
+    prompt: str | tuple[int, ...] | None = None
+    grammar: Grammar | None = None
     logprobs: int | None = None
 
 

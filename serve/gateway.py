@@ -9,28 +9,33 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, TypeVar
 
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from cascade.routing.model import BASE
-from cascade.tasks import Message, Route
+from cascade.tasks import Route
 from serve.answers import DONE, CompletionShape, Said, Shape, model_list, route_headers, sse, usage
 from serve.errors import ApiError
 from serve.events import Backend, Delta, Event, Failed, Finished, Started, TokenLogprob, Variant, Work
 from serve.feedback import FeedbackLog
 from serve.live import LiveModifiers, LiveRouter
 from serve.meters import NO_METERS, Meters
-from serve.protocol import ROUTED, ChatRequest, CompletionRequest, Feedback, parse
-from serve.tools import read_calls
+from serve.protocol import ROUTED, Body, ChatRequest, CompletionRequest, Feedback, parse
 
 HEALTH_TIMEOUT_S = 5.0
+_SMALL = 16_384
+"""Bytes of a body that are read in no time; larger ones are read beside the event loop, two at a time."""
 
-
+T = TypeVar("T")
 AnyRequest = ChatRequest | CompletionRequest
+Asked = TypeVar("Asked", ChatRequest, CompletionRequest)
 
 
 @dataclass
@@ -47,9 +52,6 @@ class Answer:
 
 class Gateway:
     """Routes requests and shapes answers.
-
-    The system message that a modifier was trained under is put in front of requests that have none: without it the
-    modifier would see prompts unlike those it learned from.
 
     Attributes:
         temperature: for requests that name none.
@@ -69,35 +71,38 @@ class Gateway:
         self.backend, self.modifiers, self.router = backend, modifiers, router
         self.temperature, self.meters, self.feedback = temperature, meters, feedback
         self.started = int(time.time())
+        self._readers = ThreadPoolExecutor(2, "read")
         self._health = (float("-inf"), True)
         self._checking: asyncio.Task[bool] | None = None
 
-    async def chat(self, body: bytes, request_id: str) -> Response:
+    async def chat(self, body: bytes, request_id: str, owner: str = "") -> Response:
         """Answer a chat completion request.
+
+        Args:
+            owner: name of the API key that asks.
 
         Raises:
             ApiError: the request is refused, with the headers known by then.
         """
-        request = parse(ChatRequest, body)
-        route = await asyncio.to_thread(self._route, request, request.conversation)
-        return await self._answer(request, route, Shape.new(request_id, route.choice))
+        request, route = await self._read(ChatRequest, body)
+        return await self._answer(request, route, Shape.new(request_id, route.choice), owner)
 
-    async def complete(self, body: bytes, request_id: str) -> Response:
-        """Answer a (legacy) completion request; errors as in `chat`."""
-        request = parse(CompletionRequest, body)
-        route = await asyncio.to_thread(self._route, request, [Message("user", request.text)])
-        return await self._answer(request, route, CompletionShape.new(request_id, route.choice))
+    async def complete(self, body: bytes, request_id: str, owner: str = "") -> Response:
+        """Answer a (legacy) completion request; as `chat`."""
+        request, route = await self._read(CompletionRequest, body)
+        return await self._answer(request, route, CompletionShape.new(request_id, route.choice), owner)
 
-    async def judge(self, body: bytes) -> dict[str, object]:
-        """Take down what a user says of an answer.
+    async def judge(self, body: bytes, owner: str = "") -> dict[str, object]:
+        """Take down what a user says of an answer that the same key got.
 
         Raises:
             ApiError: the body is refused, or nothing is known of such a request.
         """
-        said = parse(Feedback, body)
+        said = await self._parsed(Feedback, body)
         if self.feedback is None:
             raise ApiError(404, "this server keeps no log of requests: start it with log=true", code="no_log")
-        if not await asyncio.to_thread(self.feedback.rate, said.request_id, said.rating, said.comment, said.answer):
+        rated = partial(self.feedback.rate, said.request_id, said.rating, said.comment, said.answer, owner=owner)
+        if not await asyncio.to_thread(rated):
             raise ApiError(404, "there is no such request in the log", code="unknown_request", param="request_id")
         self.meters.rated(said.rating)
         return {"object": "feedback", "request_id": said.request_id, "rating": said.rating}
@@ -125,9 +130,27 @@ class Gateway:
             self._checking = asyncio.create_task(self.ready())
         return healthy
 
-    def _route(self, request: AnyRequest, conversation: list[Message]) -> Route:
+    async def _parsed(self, kind: type[Body], body: bytes) -> Body:
+        if len(body) <= _SMALL:
+            return parse(kind, body)
+        return await asyncio.get_running_loop().run_in_executor(self._readers, parse, kind, body)
+
+    async def _read(self, kind: type[Asked], body: bytes) -> tuple[Asked, Route]:
+        """A request and its route: what takes time for large ones is done beside the event loop."""
+        request = await self._parsed(kind, body)
+        pool = None if len(body) <= _SMALL else self._readers
+        return request, await asyncio.get_running_loop().run_in_executor(pool, self._route, request)
+
+    def _route(self, request: AnyRequest) -> Route:
+        try:
+            conversation, _ = request.conversation, request.grammar  # made once, and kept with the request
+        except RecursionError:
+            raise ApiError(400, "a tool is nested too deeply", code="invalid_value", param="tools") from None
         available = self.modifiers.versions()
         if request.model == ROUTED:
+            if isinstance(request, CompletionRequest) and any(isinstance(p, tuple) for p in request.prompts):
+                message = "The router reads text, not token ids: name the model that is to answer."
+                raise ApiError(400, message, code="invalid_value", param="model")
             return self.router.route(
                 conversation, available, request.router_threshold, request.router_mode or "default"
             )
@@ -137,67 +160,53 @@ class Gateway:
         message = f"The model {request.model[:80]!r} does not exist; there are {names}."
         raise ApiError(404, message, code="model_not_found", param="model")
 
-    async def _answer(self, request: AnyRequest, route: Route, shape: Shape) -> Response:
+    async def _answer(self, request: AnyRequest, route: Route, shape: Shape, owner: str) -> Response:
         variant = self.modifiers.pick(route.choice, shape.request_id)
         chosen = self.modifiers.get(route.choice, variant)
-        headers = route_headers(route) | {"x-cascade-modifier-version": chosen.modifier.version if chosen else ""}
-        works = self._works(request, route, variant)
+        version = chosen.modifier.version if chosen else ""
+        headers = route_headers(route) | {"x-cascade-modifier-version": version}
+        works = _works(request, route, variant, version, self.temperature)
         answers = [Answer(i, self.backend.stream(work)) for i, work in enumerate(works)]
         self.meters.routed(route)
         try:
-            firsts = await asyncio.gather(*(anext(a.events) for a in answers))
-            for first in firsts:
-                if isinstance(first, Failed):
-                    self.meters.failed(first.status)
-                    raise _as_error(first, headers)
-            started = firsts[0]
-            assert isinstance(started, Started)
-            self.meters.started(started)
+            begun = await self._begun(answers, headers)
             headers |= {
-                "x-cascade-modifier-version": started.version,
-                "x-cascade-queue-ms": f"{started.queue_ms:.1f}",
-                "x-cascade-swap-ms": f"{started.swap_ms:.1f}",
+                "x-cascade-modifier-version": begun[0].version,
+                "x-cascade-queue-ms": f"{begun[0].queue_ms:.1f}",
+                "x-cascade-swap-ms": f"{begun[0].swap_ms:.1f}",
             }
+            prompt_tokens = sum(started.prompt_tokens for started in begun[:: request.n or 1])
             if not request.stream:
-                said = await asyncio.gather(*(_whole(a, request, headers) for a in answers))
-                used = usage(started.prompt_tokens, sum(a.count for a in answers))
-                self._done(request, route, shape, said, used)
+                said = await _together(_whole(a, request, headers) for a in answers)
+                used = usage(prompt_tokens, sum(a.count for a in answers))
+                self._done(request, route, shape, said, used, owner)
                 return JSONResponse(shape.whole(said, used), headers=headers)
         except BaseException:
-            await asyncio.gather(*(a.events.aclose() for a in answers), return_exceptions=True)
+            for answer in answers:
+                await answer.events.aclose()
             raise
-        stream = self._sse(answers, request, route, shape, started.prompt_tokens)
+        stream = self._sse(answers, request, route, shape, prompt_tokens, owner)
         headers |= {"cache-control": "no-cache", "x-accel-buffering": "no"}
         return _ClosingStream(stream, media_type="text/event-stream", headers=headers)
 
-    def _works(self, request: AnyRequest, route: Route, variant: Variant) -> list[Work]:
-        """A piece of work for each of the n answers; each samples with a seed of its own."""
-        messages: list[Message] = []
-        schema = None
-        if isinstance(request, ChatRequest):
-            messages = request.conversation
-            schema = request.response_format.schema_text if request.response_format else None
-            system = self.modifiers.system(route.choice, variant)
-            if system and all(m.role != "system" for m in messages):
-                messages = [Message("system", system), *messages]
-        seed = secrets.randbits(63) if request.seed is None else request.seed
-        work = Work(
-            choice=route.choice,
-            messages=tuple(messages),
-            max_tokens=request.limit,
-            stop=request.stops,
-            temperature=self.temperature if request.temperature is None else request.temperature,
-            top_p=1.0 if request.top_p is None else request.top_p,
-            variant=variant,
-            stream=bool(request.stream) and not _tools(request),
-            prompt=request.text if isinstance(request, CompletionRequest) else None,
-            schema=schema,
-            logprobs=request.rivals,
-        )
-        return [replace(work, seed=(seed + i) % 2**63) for i in range(request.n or 1)]
+    async def _begun(self, answers: Sequence[Answer], headers: Mapping[str, str]) -> list[Started]:
+        """How each of the answers begins.
+
+        Raises:
+            ApiError: one of them does not.
+        """
+        firsts = await _together(anext(a.events) for a in answers)
+        for first in firsts:
+            if isinstance(first, Failed):
+                self.meters.failed(first.status)
+                raise _as_error(first, headers)
+        begun = [first for first in firsts if isinstance(first, Started)]
+        assert len(begun) == len(answers)
+        self.meters.started(begun[0])
+        return begun
 
     async def _sse(
-        self, answers: list[Answer], request: AnyRequest, route: Route, shape: Shape, prompt_tokens: int
+        self, answers: list[Answer], request: AnyRequest, route: Route, shape: Shape, prompt_tokens: int, owner: str
     ) -> AsyncGenerator[bytes, None]:
         """The answers as server-sent events. Being closed (the client has gone) closes the work."""
         noted = request.rivals is not None
@@ -217,26 +226,68 @@ class Gateway:
                 elif isinstance(event, Finished):
                     said.append(_said(answer, event, request))
                     if _tools(request) and not said[-1].calls and said[-1].text:
-                        yield shape.part(answer.index, said[-1].text, None)
+                        yield shape.part(answer.index, said[-1].text, said[-1].logprobs)
                     yield shape.last(said[-1])
             used = usage(prompt_tokens, sum(a.count for a in answers))
-            self._done(request, route, shape, said, used)
+            self._done(request, route, shape, sorted(said, key=lambda s: s.index), used, owner)
             if request.wants_usage:
                 yield shape.used(used)
             yield DONE
 
     def _done(
-        self, request: AnyRequest, route: Route, shape: Shape, said: Sequence[Said], used: dict[str, int]
+        self,
+        request: AnyRequest,
+        route: Route,
+        shape: Shape,
+        said: Sequence[Said],
+        used: dict[str, int],
+        owner: str,
     ) -> None:
         self.meters.finished(route.choice, used["prompt_tokens"], used["completion_tokens"])
         if self.feedback is not None and isinstance(request, ChatRequest):
-            self.feedback.answered(shape.request_id, request.conversation, said[0].text, route)
+            self.feedback.answered(shape.request_id, request.conversation, said[0].text, route, owner=owner)
             if route.reason == "low-confidence":
-                asyncio.get_running_loop().run_in_executor(None, self.feedback.keep, shape.request_id)
+                keep = partial(self.feedback.keep, shape.request_id, owner=owner)
+                asyncio.get_running_loop().run_in_executor(None, keep)
+
+
+def _works(request: AnyRequest, route: Route, variant: Variant, version: str, temperature: float) -> list[Work]:
+    """A piece of work for each answer to each prompt; each samples with a seed of its own.
+
+    Args:
+        temperature: where the request names none.
+    """
+    seed = secrets.randbits(63) if request.seed is None else request.seed
+    work = Work(
+        choice=route.choice,
+        messages=tuple(request.conversation) if isinstance(request, ChatRequest) else (),
+        max_tokens=request.limit,
+        stop=request.stops,
+        temperature=temperature if request.temperature is None else request.temperature,
+        top_p=1.0 if request.top_p is None else request.top_p,
+        variant=variant,
+        version=version,
+        stream=bool(request.stream) and not _tools(request),
+        grammar=request.grammar,
+        logprobs=request.rivals,
+    )
+    prompts = request.prompts if isinstance(request, CompletionRequest) else [None]
+    return [replace(work, prompt=p, seed=(seed + i) % 2**63) for p in prompts for i in range(request.n or 1)]
+
+
+async def _together(parts: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """What all of them return. Where one fails the others are ended, and have ended when this raises."""
+    tasks = [asyncio.ensure_future(part) for part in parts]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _tools(request: AnyRequest) -> bool:
-    return isinstance(request, ChatRequest) and bool(request.usable_tools)
+    return isinstance(request, ChatRequest) and bool(request.box)
 
 
 def _note(answer: Answer, delta: Delta) -> None:
@@ -247,7 +298,7 @@ def _note(answer: Answer, delta: Delta) -> None:
 def _said(answer: Answer, event: Finished, request: AnyRequest) -> Said:
     answer.count = event.completion_tokens
     text = "".join(answer.text)
-    calls = read_calls(text, request.usable_tools) if isinstance(request, ChatRequest) and _tools(request) else []
+    calls = request.box.read(text) if isinstance(request, ChatRequest) and request.box else []
     logprobs = answer.tokens if request.rivals is not None else None
     return Said(answer.index, text, event.finish_reason, logprobs, calls)
 

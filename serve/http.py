@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from importlib import resources
 from typing import Any
@@ -14,7 +15,7 @@ from starlette.exceptions import HTTPException
 
 from serve.errors import ApiError
 from serve.gateway import Gateway
-from serve.keys import KeyRing, RequireKey
+from serve.keys import OWNER, KeyRing, RequireKey
 from serve.middleware import Admission, ResponseHeaders
 from serve.protocol import MAX_BODY_BYTES, ChatRequest, CompletionRequest, Feedback
 
@@ -29,14 +30,20 @@ async def _read_body(request: Request) -> bytes:
     return bytes(body)
 
 
+def _owner(request: Request) -> str:
+    """Name of the API key that asks, "" where none is asked for."""
+    return str(request.scope["state"].get(OWNER, ""))
+
+
 def build_api(
-    gateway: Gateway, *, keys: KeyRing | None = None, room: int | None = None, proxied: bool = False
+    gateway: Gateway, *, keys: KeyRing | None = None, room: Callable[[], int] | None = None, proxied: bool = False
 ) -> FastAPI:
     """The FastAPI application.
 
     Args:
         keys: who is let in; None lets everybody in.
-        room: requests for answers that may be in work or wait at one time, more get a 429 at once; None: any number.
+        room: says how many requests for answers may be in work or wait at one time, more get a 429 at once; None: any
+            number.
         proxied: whether it runs behind Ray Serve's proxy; see `ResponseHeaders`.
     """
     api = FastAPI(title="Cascade", description="OpenAI-compatible chat with routed modifiers", version="1")
@@ -91,15 +98,15 @@ def _answer_requests(api: FastAPI, gateway: Gateway) -> None:
 
     @api.post("/v1/chat/completions", openapi_extra=_body_of(ChatRequest))
     async def chat(request: Request) -> Response:
-        return await gateway.chat(await _read_body(request), request.scope["state"]["request_id"])
+        return await gateway.chat(await _read_body(request), request.scope["state"]["request_id"], _owner(request))
 
     @api.post("/v1/completions", openapi_extra=_body_of(CompletionRequest))
     async def complete(request: Request) -> Response:
-        return await gateway.complete(await _read_body(request), request.scope["state"]["request_id"])
+        return await gateway.complete(await _read_body(request), request.scope["state"]["request_id"], _owner(request))
 
     @api.post("/v1/feedback", openapi_extra=_body_of(Feedback))
     async def feedback(request: Request) -> JSONResponse:
-        return JSONResponse(await gateway.judge(await _read_body(request)))
+        return JSONResponse(await gateway.judge(await _read_body(request), _owner(request)))
 
 
 _BODIES = (ChatRequest, CompletionRequest, Feedback)

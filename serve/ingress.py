@@ -12,6 +12,7 @@ import os
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from ray.serve.config import BackpressureConfig, RequestRouterConfig
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
+from cascade import modifiers
 from cascade.artifacts import Store
 from cascade.benchmarks.sources import cache_dir
 from cascade.config import Base, Weights
@@ -35,7 +37,7 @@ from serve.keys import KeyRing
 from serve.live import LiveModifiers, LiveRouter
 from serve.meters import RayMeters
 from serve.middleware import RETRY_AFTER_S
-from serve.placement import HoldersFirst
+from serve.placement import HoldersFirst, count_engines
 from serve.schedule import Limits
 
 logger = logging.getLogger("ray.serve")
@@ -57,7 +59,7 @@ class Served:
     Attributes:
         storage: URI of the store.
         temperature: for requests that name none: the one that base and modifiers were measured with.
-        room: requests for answers that all replicas together take; more are refused before they reach any.
+        room: requests for answers that an engine takes; what is more than all together take is refused at the door.
         log: whether requests may be kept as new tasks; see `serve.feedback`.
         threads: of an engine's computing; None takes the machine's cores, as far as they still help.
         gpu_share: of a GPU's memory, for each engine, where there is one.
@@ -202,12 +204,14 @@ class Ingress:
         torch.set_num_threads(1)
         store = Store(served.storage)
         router = LiveRouter(store, cache_dir() / "router")
-        modifiers = LiveModifiers(store)
-        modifiers.watch()
+        # A version that no engine will take is not spoken of here either.
+        live = LiveModifiers(store, partial(modifiers.check_file, store))
         self._keys, self._room = KeyRing(store), served.room
+        for watched in (router, live, self._keys):
+            watched.watch()
         self._gateway = Gateway(
             RemoteEngine(engine),
-            modifiers,
+            live,
             router,
             temperature=served.temperature,
             meters=RayMeters(),
@@ -215,4 +219,6 @@ class Ingress:
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_api(self._gateway, keys=self._keys, room=self._room, proxied=True)
+        each = self._room
+        room = None if each is None else lambda: each * count_engines()
+        return build_api(self._gateway, keys=self._keys, room=room, proxied=True)

@@ -4,7 +4,8 @@
     python -m serve.keys STORAGE list
     python -m serve.keys STORAGE revoke NAME
 
-As long as a storage has no key, its server asks for none. A key is 32 random bytes, so that its SHA-256 tells nothing.
+As long as a storage has never had a key, its server asks for none. Once it has had one it stays closed: with the last
+key revoked nobody is let in. A key is 32 random bytes, so that its SHA-256 tells nothing.
 """
 
 from __future__ import annotations
@@ -13,26 +14,35 @@ import argparse
 import contextlib
 import hashlib
 import hmac
+import logging
+import os
 import re
 import secrets
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from starlette._utils import get_route_path
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cascade.artifacts import Store
 from cascade.errors import CascadeError, DataError, FormatError
 from serve.errors import ApiError
+from serve.watched import Watched
+
+logger = logging.getLogger(__name__)
 
 FILE = "keys.json"
+OWNER = "key_name"
+"""Where a request's state has the name of its key."""
 OPEN_PATHS = frozenset({"/", "/health", "/ready"})
 """Paths that need no key; everything else does."""
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_REFRESH_S = 2.0
 
 
 class Key(BaseModel):
@@ -48,15 +58,16 @@ class Key(BaseModel):
 _KEYS = TypeAdapter(list[Key])
 
 
-def read_keys(store: Store) -> list[Key]:
-    """
+def read_keys(store: Store) -> list[Key] | None:
+    """The keys of a storage; None if it has never had one, which is not the same as having none left.
+
     Raises:
         FormatError: the file is damaged.
     """
     try:
         return _KEYS.validate_json(store.read_bytes(FILE))
     except FileNotFoundError:
-        return []
+        return None
     except ValidationError as error:
         raise FormatError(f"{store.uri}/{FILE} is damaged: {error.errors()[0]['msg']}") from None
 
@@ -70,12 +81,12 @@ def add_key(store: Store, name: str, requests_per_minute: int = 600) -> str:
     Raises:
         DataError: the name is taken or not allowed.
     """
-    keys = read_keys(store)
-    if not _NAME.fullmatch(name) or any(k.name == name for k in keys):
-        raise DataError(f"{name[:80]!r} is taken, or no name for a key: allowed is {_NAME.pattern}")
     key = f"ck-{secrets.token_urlsafe(32)}"
-    made = Key(name=name, sha256=_digest(key), requests_per_minute=requests_per_minute, created=time.time())
-    store.write_bytes(FILE, _KEYS.dump_json([*keys, made], indent=2))
+    with _changing(store) as keys:
+        if not _NAME.fullmatch(name) or any(k.name == name for k in keys):
+            raise DataError(f"{name[:80]!r} is taken, or no name for a key: allowed is {_NAME.pattern}")
+        made = Key(name=name, sha256=_digest(key), requests_per_minute=requests_per_minute, created=time.time())
+        keys.append(made)
     return key
 
 
@@ -84,10 +95,31 @@ def revoke_key(store: Store, name: str) -> None:
     Raises:
         DataError: there is no such key.
     """
-    keys = read_keys(store)
-    if all(k.name != name for k in keys):
-        raise DataError(f"there is no key {name[:80]!r}; there are {', '.join(k.name for k in keys) or 'none'}")
-    store.write_bytes(FILE, _KEYS.dump_json([k for k in keys if k.name != name], indent=2))
+    with _changing(store) as keys:
+        if all(k.name != name for k in keys):
+            raise DataError(f"there is no key {name[:80]!r}; there are {', '.join(k.name for k in keys) or 'none'}")
+        keys[:] = [k for k in keys if k.name != name]
+
+
+@contextlib.contextmanager
+def _changing(store: Store) -> Iterator[list[Key]]:
+    """The keys, to be changed within and then written; one change at a time, as far as the storage can tell.
+
+    Raises:
+        DataError: somebody else changed them meanwhile, in an object store, which knows no locks.
+    """
+    lock = FileLock(f"{store.path(FILE)}.lock") if store.is_local else contextlib.nullcontext()
+    if store.is_local:
+        os.makedirs(store.path(), exist_ok=True)
+    with lock:
+        before = read_keys(store)
+        keys = list(before or ())
+        yield keys
+        if read_keys(store) != before:
+            raise DataError(f"{store.uri}/{FILE} was changed by somebody else just now: try again")
+        store.write_bytes(FILE, _KEYS.dump_json(keys, indent=2))
+        if not store.is_local and read_keys(store) != keys:
+            raise DataError(f"{store.uri}/{FILE} was changed by somebody else just now: see `list`, and try again")
 
 
 @dataclass
@@ -108,27 +140,50 @@ class _Bucket:
         return 0.0
 
 
-class KeyRing:
-    """The keys of a storage, read again every few seconds. Safe for threads."""
+class KeyRing(Watched):
+    """The keys of a storage. Safe for threads.
+
+    They are read when this is made, and after `watch` every few seconds in a thread of its own: letting requests in
+    reads memory alone. What cannot be read, or is not there any more, opens nothing: keys known before are asked for.
+    """
 
     def __init__(self, store: Store) -> None:
+        """
+        Raises:
+            FormatError: the file of the keys is damaged.
+        """
+        super().__init__()
         self._store, self._lock = store, threading.Lock()
         self._keys = read_keys(store)
-        self._read_at = time.monotonic()
         self._buckets: dict[str, _Bucket] = {}
 
-    def admit(self, authorization: str | None) -> None:
+    def refresh(self) -> None:
+        """Read the storage once.
+
+        Raises:
+            FormatError: the file of the keys is damaged.
+        """
+        found = read_keys(self._store)
+        if found is None and self._keys is not None:
+            logger.error("%s/%s is gone; the keys known before are asked for", self._store.uri, FILE)
+            return
+        self._keys = found
+
+    def admit(self, authorization: str | None) -> str:
         """Let a request in.
 
         Args:
             authorization: the header of that name.
 
+        Returns:
+            The name of its key; "" where the storage has never had one.
+
         Raises:
             ApiError: 401 without a key that is known, 429 beyond its limit.
         """
-        keys = self._current()
-        if not keys:
-            return
+        keys = self._keys
+        if keys is None:
+            return ""
         given = (authorization or "").removeprefix("Bearer ").strip()
         digest = _digest(given)
         key = next((k for k in keys if hmac.compare_digest(k.sha256, digest)), None)
@@ -141,30 +196,26 @@ class KeyRing:
         if wait:
             message = f"This key may ask {key.requests_per_minute} times a minute."
             raise ApiError(429, message, code="rate_limit_exceeded", retry_after_s=int(wait) + 1)
-
-    def _current(self) -> list[Key]:
-        with self._lock:
-            if time.monotonic() - self._read_at > _REFRESH_S:
-                self._read_at = time.monotonic()
-                # A file that cannot be read opens nothing: the keys known before go on being asked for.
-                with contextlib.suppress(CascadeError, OSError):
-                    self._keys = read_keys(self._store)
-            return self._keys
+        return key.name
 
 
 class RequireKey:
-    """ASGI middleware: lets in who has a key. Looks at the path as the application does, never at the Host header."""
+    """ASGI middleware: lets in who has a key, and notes whose it is (`OWNER`).
+
+    Looks at the path as the application does, never at the Host header.
+    """
 
     def __init__(self, app: ASGIApp, ring: KeyRing) -> None:
         self._app, self._ring = app, ring
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
+        if scope["type"] == "http" and get_route_path(scope) not in OPEN_PATHS:
             try:
-                self._ring.admit(Headers(scope=scope).get("authorization"))
+                owner = self._ring.admit(Headers(scope=scope).get("authorization"))
             except ApiError as error:
                 await error.response()(scope, receive, send)
                 return
+            scope.setdefault("state", {})[OWNER] = owner
         await self._app(scope, receive, send)
 
 
@@ -195,7 +246,7 @@ def main() -> int:
             print(add_key(store, options.name, options.requests_per_minute))
         elif options.command == "revoke":
             revoke_key(store, options.name)
-        for key in read_keys(store) if options.command == "list" else []:
+        for key in (read_keys(store) or []) if options.command == "list" else []:
             print(f"{key.name}  {key.requests_per_minute} requests a minute")
     except CascadeError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,6 +1,7 @@
 """What is current in the store, followed while serving: a new version goes live without a restart.
 
-A version that cannot be used is refused once, with a line in the log, and the last good one goes on serving.
+A version that cannot be used is refused, with a line in the log, and the last good one goes on serving; where there is
+none yet, the newest older one in the store. Now and then it is tried again: its file may have been mended.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import hashlib
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,8 +24,12 @@ from cascade.routing import model as routers
 from cascade.routing.model import BASE, Mode, RouterModel
 from cascade.tasks import Message, Route
 from serve.events import Variant
+from serve.watched import Watched
 
 logger = logging.getLogger(__name__)
+
+_RETRY_S = 30.0
+"""A version that was refused is tried again after so long."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,35 +39,46 @@ class Live:
     modifier: Modifier
     form: FlatAdapter | None = None
 
+    def introduce(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """A conversation as the modifier learned them: under its system message, where it brings none of its own."""
+        system = self.modifier.system
+        if not system or any(m.role == "system" for m in messages):
+            return messages
+        return [Message("system", system), *messages]
 
-class LiveModifiers:
+
+class LiveModifiers(Watched):
     """The modifiers of a store that are in use: of each domain the current version, and a canary beside it.
 
     The store is read when this is made, on `refresh`, and after `watch` every so often in a thread of its own, which
     also prepares new versions; asking what is in use reads memory alone. Safe for threads.
     """
 
-    def __init__(self, store: Store, open_form: Callable[[Modifier], FlatAdapter] | None = None) -> None:
+    def __init__(self, store: Store, open_form: Callable[[Modifier], FlatAdapter | None] | None = None) -> None:
         """Read the store.
 
         Args:
-            open_form: makes a version ready to be computed with, or raises a CascadeError; None on the HTTP side.
+            open_form: makes a version ready to be computed with, or only looks whether it is whole; raises a
+                CascadeError for one that is not to be used. None takes them all.
         """
+        super().__init__()
         self._store, self._open_form = store, open_form
         self._in_use: dict[tuple[str, Variant], Live] = {}
         self._shares: dict[str, float] = {}
-        self._refused: set[str] = set()
+        self._refused: dict[str, float] = {}  # sha256 of a version's file, and when to try it again
         self._refreshing = threading.Lock()
-        self._closed = threading.Event()
         self.refresh()
 
     def versions(self) -> dict[str, str]:
         """Version in use per domain, canaries left out."""
         return {d: live.modifier.version for (d, variant), live in self._in_use.items() if variant == "current"}
 
-    def get(self, domain: str, variant: Variant = "current") -> Live | None:
-        """What is in use of a domain; the current version where there is no canary; None if it has no modifier."""
-        return self._in_use.get((domain, variant)) or self._in_use.get((domain, "current"))
+    def get(self, domain: str, variant: Variant = "current", version: str = "") -> Live | None:
+        """What is in use of a domain: the version that is named; where it is not in use, or none is named, the variant,
+        and the current one where there is no canary. None if the domain has no modifier."""
+        in_use = self._in_use
+        found = [live for (name, _), live in in_use.items() if name == domain and live.modifier.version == version]
+        return found[0] if found else in_use.get((domain, variant)) or in_use.get((domain, "current"))
 
     def in_use(self) -> list[Live]:
         """All that is in use, canaries included."""
@@ -72,19 +88,6 @@ class LiveModifiers:
         """Which variant a request gets, by the canary's share; the same key always gets the same."""
         point = int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) / 2**32
         return "canary" if point < self._shares.get(domain, 0.0) else "current"
-
-    def system(self, domain: str, variant: Variant = "current") -> str | None:
-        """System message that a domain's modifier was trained under; None for none, or no such domain."""
-        live = self.get(domain, variant)
-        return None if live is None else live.modifier.system
-
-    def watch(self, every_s: float = 1.0) -> None:
-        """Keep following the store until `close`."""
-        threading.Thread(target=self._watch, args=(every_s,), name="registry", daemon=True).start()
-
-    def close(self) -> None:
-        """End watching."""
-        self._closed.set()
 
     def refresh(self) -> None:
         """Read the store once. A version that cannot be used is refused, and the one before it stays in use."""
@@ -109,46 +112,62 @@ class LiveModifiers:
             logger.error("the canary of %s cannot be read: %s", domain, error)
             return None
 
-    def _watch(self, every_s: float) -> None:
-        while not self._closed.wait(every_s):
-            try:
-                self.refresh()
-            except Exception:  # a store that cannot be reached now may be again
-                logger.exception("the registry cannot be read; what is in use stays")
-
     def _usable(self, domain: str, variant: Variant, read: Callable[[], Modifier | None]) -> Live | None:
         """What shall be in use now: as the store says, or what was before where that is bad."""
         before = self._in_use.get((domain, variant))
+        modifier = None
         try:
             modifier = read()
+            if modifier is None:
+                return None
         except CascadeError as error:
             logger.error("the %s modifier of %s cannot be read: %s", variant, domain, error)
-            return before
-        if modifier is None or (before is not None and before.modifier == modifier):
-            return before if modifier is not None else None
-        if modifier.sha256 in self._refused:
-            return before
+        if modifier is not None:
+            if before is not None and before.modifier == modifier:
+                return before
+            if (opened := self._opened(modifier)) is not None:
+                return opened
+        return before or (self._newest_older(domain, modifier) if variant == "current" else None)
+
+    def _newest_older(self, domain: str, bad: Modifier | None) -> Live | None:
+        """The newest version that can be used, of those made before the bad one if that can be told."""
+        for modifier in reversed(modifiers.list_modifiers(self._store, domain, skip_damaged=True)):
+            older = bad is None or modifier.created < bad.created
+            if older and (opened := self._opened(modifier)) is not None:
+                logger.error("the current modifier of %s cannot be used: %s answers instead", domain, modifier.name)
+                return opened
+        return None
+
+    def _opened(self, modifier: Modifier) -> Live | None:
+        """A version made ready; None if it is refused."""
+        if time.monotonic() < self._refused.get(modifier.sha256, 0.0):
+            return None
         try:
-            return Live(modifier, self._open_form(modifier) if self._open_form else None)
+            opened = Live(modifier, self._open_form(modifier) if self._open_form else None)
         except CascadeError as error:
             logger.error("modifier %s is refused: %s", modifier.name, error)
-            self._refused.add(modifier.sha256)
-            return before
+            self._refused[modifier.sha256] = time.monotonic() + _RETRY_S
+            return None
+        self._refused.pop(modifier.sha256, None)
+        return opened
 
 
 def _version(store: Store, domain: str, canary: Canary | None) -> Modifier | None:
     return None if canary is None else modifiers.get(store, domain, canary.version)
 
 
-class LiveRouter:
-    """The current router of a store. Safe for threads."""
+class LiveRouter(Watched):
+    """The current router of a store, read when this is made, on `refresh`, and after `watch` every so often in a thread
+    of its own: routing reads memory alone. Safe for threads.
+    """
 
-    def __init__(self, store: Store, cache: Path, *, refresh_s: float = 1.0) -> None:
-        self._store, self._cache, self._refresh_s = store, cache, refresh_s
-        self._lock = threading.Lock()
-        self._read_at = float("-inf")
+    def __init__(self, store: Store, cache: Path) -> None:
+        super().__init__()
+        self._store, self._cache = store, cache
+        self._refused: tuple[str | None, float] = None, 0.0
         self._version: str | None = None
         self._model: RouterModel | None = None
+        self.refresh()
 
     def route(
         self, messages: list[Message], available: dict[str, str], threshold: float | None, mode: Mode = "default"
@@ -159,7 +178,7 @@ class LiveRouter:
             available: the modifiers that can be had; a router trained when there were others may choose one that is
                 gone, and then the base answers ("unavailable").
         """
-        model = self._refreshed()
+        model = self._model
         if model is None:
             return Route(BASE, 0.0, "no-router")
         route = model.route(messages, threshold, mode)
@@ -169,25 +188,21 @@ class LiveRouter:
 
     def override(self, messages: list[Message], choice: str) -> Route:
         """The route to a candidate that the client named, with what the router thinks of it (0 if nothing)."""
-        model = self._refreshed()
+        model = self._model
         probabilities = model.route(messages).probabilities if model else {}
         return Route(choice, probabilities.get(choice, 0.0), "override", probabilities)
 
-    def _refreshed(self) -> RouterModel | None:
-        with self._lock:
-            if time.monotonic() - self._read_at >= self._refresh_s:
-                self._read_at = time.monotonic()
-                self._reload()
-            return self._model
-
-    def _reload(self) -> None:
-        version = routers.current_version(self._store)
-        if version == self._version:
-            return
-        self._version = version  # a bad one is not tried again and again
+    def refresh(self) -> None:
+        """Read the store once. Whatever goes wrong, the router that was in use stays."""
+        version: str | None = None
         try:
+            version = routers.current_version(self._store)
+            refused, until = self._refused
+            if version == self._version or (version == refused and time.monotonic() < until):
+                return
             found = routers.load_current(self._store, self._cache)
-        except CascadeError as error:
-            logger.error("the router %s is refused: %s", version, error)
+        except Exception as error:  # a store that is away, files of any content
+            logger.error("the router %s cannot be used: %r", version, error)
+            self._refused = version, time.monotonic() + _RETRY_S
             return
-        self._model = found[1] if found else None
+        self._version, self._model = found or (None, None)

@@ -27,8 +27,8 @@ NO_ROUTE = {
     "x-cascade-swap-ms": "0.0",
 }
 """What a response says that has no route, or as far as it has none: errors before routing, pages, lists."""
-GENERATING = frozenset({"/v1/chat/completions", "/v1/completions"})
-"""Paths whose requests take room in an engine."""
+GENERATING = ("/v1/chat/completions", "/v1/completions")
+"""How the paths end whose requests take room in an engine; the application may be served under a prefix."""
 RETRY_AFTER_S = 1
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
@@ -85,19 +85,19 @@ class Admission:
     """Refuses what there is no room for with a 429 at once: its body is not read, nor is it routed or handed on.
 
     Args:
-        most: requests for answers that may be here at one time, streams until their end.
+        most: says how many requests for answers may be here at one time, streams until their end.
         refused: told of every refusal.
     """
 
-    def __init__(self, app: ASGIApp, most: int, refused: Callable[[], None]) -> None:
+    def __init__(self, app: ASGIApp, most: Callable[[], int], refused: Callable[[], None]) -> None:
         self._app, self._most, self._refused = app, most, refused
         self._here = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] not in GENERATING:
+        if scope["type"] != "http" or not scope["path"].rstrip("/").endswith(GENERATING):
             await self._app(scope, receive, send)
             return
-        if self._here >= self._most:
+        if self._here >= self._most():
             self._refused()
             message = "the server is busy, try again shortly"
             error = ApiError(429, message, code="overloaded", retry_after_s=RETRY_AFTER_S)

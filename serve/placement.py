@@ -20,6 +20,14 @@ _SWAP, _TURNS = 4, 12
 """What a swap on an idle engine, and taking turns with others, are worth: so many more requests in the same batch."""
 
 
+_engines: set[ReplicaID] = set()
+
+
+def count_engines() -> int:
+    """Engines that requests of this process go to now; one where none is up, or none was asked for anything yet."""
+    return max(len(_engines), 1)
+
+
 @dataclass
 class Placement:
     """What engines were given to do, as far as one process gave it to them."""
@@ -62,6 +70,12 @@ class HoldersFirst(RequestRouter):
     def initialize_state(self, **options: Any) -> None:
         """Called once by Ray Serve."""
         self._placement = Placement()
+
+    def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        """Called by Ray Serve with all replicas whenever there are others than before."""
+        super().update_replicas(replicas)
+        _engines.clear()
+        _engines.update(replica.replica_id for replica in replicas)
 
     async def choose_replicas(
         self, candidate_replicas: Sequence[RunningReplica], pending_request: PendingRequest | None = None

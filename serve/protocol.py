@@ -7,17 +7,24 @@ the value that means "off" is fine, since clients send those by themselves.
 from __future__ import annotations
 
 import json
+from functools import cached_property
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from cascade.tasks import Message
 from serve.errors import ApiError
-from serve.tools import Tool, ToolCall, with_tools
+from serve.events import Grammar
+from serve.messages import ChatMessage
+from serve.tools import MAX_TOOLS, NamedTool, Tool, Toolbox
 
 MAX_BODY_BYTES = 4_000_000
+MAX_VALUES, MAX_NAMES = 200_000, 2_000
+"""Values in a body, and names in any one object of it: so many errors there can be at most."""
 MAX_STOPS = 4
 MAX_CHOICES = 8
+MAX_ANSWERS = 32
+"""Prompts of a request times answers to each."""
 MAX_SCHEMA = 100_000
 """Characters of a JSON schema."""
 ROUTED = "cascade"
@@ -30,7 +37,6 @@ _OFF: dict[str, tuple[Any, ...]] = {
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
     "logit_bias": ({},),
-    "parallel_tool_calls": (True, False),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
@@ -47,43 +53,6 @@ _OFF: dict[str, tuple[Any, ...]] = {
 
 _IGNORED = ("user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
 """Parameters that never change an answer."""
-
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "user"}
-
-
-class TextPart(BaseModel):
-    """A part of a message's content; text is the only kind."""
-
-    model_config = ConfigDict(extra="forbid")
-    type: Literal["text"]
-    text: str
-
-
-class ChatMessage(BaseModel):
-    """One message of a request. A final one of role `assistant` is continued."""
-
-    model_config = ConfigDict(extra="forbid")
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
-    name: str | None = None
-    tool_calls: list[ToolCall] | None = None
-    tool_call_id: str | None = None
-
-    @model_validator(mode="after")
-    def _says_something(self) -> ChatMessage:
-        if self.content is None and not (self.role == "assistant" and self.tool_calls):
-            raise ValueError("a message needs content, unless it is the assistant's and has tool_calls")
-        if (self.role == "tool") != (self.tool_call_id is not None):
-            raise ValueError("tool_call_id belongs to messages of the role tool")
-        return self
-
-    def plain(self) -> Message:
-        """As text alone; what tools answered is the user's turn to a model that knows no such role."""
-        parts = [] if self.content is None else self.content
-        text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
-        if self.tool_calls:
-            text += ToolCall.shown(self.tool_calls)
-        return Message(_ROLES[self.role], text)
 
 
 class StreamOptions(BaseModel):
@@ -119,7 +88,7 @@ class ResponseFormat(BaseModel):
             raise ValueError(f"a schema may have {MAX_SCHEMA} characters")
         return self
 
-    @property
+    @cached_property
     def schema_text(self) -> str | None:
         """The JSON schema, None where any text will do."""
         if self.type == "text":
@@ -146,7 +115,7 @@ class GenerationRequest(BaseModel):
     max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
-    stop: str | list[str] | None = None
+    stop: str | Annotated[list[str], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
     n: int | None = Field(1, ge=1, le=MAX_CHOICES)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     router_threshold: float | None = Field(None, ge=0, le=1)
@@ -154,9 +123,7 @@ class GenerationRequest(BaseModel):
 
     @field_validator("stop")
     @classmethod
-    def _few_stops(cls, value: str | list[str] | None) -> str | list[str] | None:
-        if isinstance(value, list) and len(value) > MAX_STOPS:
-            raise ValueError(f"at most {MAX_STOPS} stop sequences are allowed")
+    def _stops_say_something(cls, value: str | list[str] | None) -> str | list[str] | None:
         if value is not None and "" in ([value] if isinstance(value, str) else value):
             raise ValueError("a stop sequence may not be empty")
         return value
@@ -180,27 +147,52 @@ class ChatRequest(GenerationRequest):
             calling are trained on.
     """
 
-    messages: list[ChatMessage] = Field(min_length=1, max_length=1000)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=1000, fail_fast=True)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
     response_format: ResponseFormat | None = None
-    tools: list[Tool] | None = Field(None, max_length=128)
-    tool_choice: Literal["none", "auto"] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = True
+
+    @field_validator("tool_choice")
+    @classmethod
+    def _chooses_what_there_is(cls, value: str | NamedTool | None, info: ValidationInfo) -> str | NamedTool | None:
+        names = {t.function.name for t in info.data.get("tools") or ()}
+        if isinstance(value, NamedTool) and value.function.name not in names:
+            raise ValueError("it names a function that is not among the tools")
+        if value == "required" and not names:
+            raise ValueError("there are no tools of which one could be required")
+        return value
 
     @property
     def limit(self) -> int | None:
         """The most tokens to answer with, None for as many as the server allows."""
         return self.max_completion_tokens or self.max_tokens
 
-    @property
-    def usable_tools(self) -> list[Tool]:
-        return [] if self.tool_choice == "none" else self.tools or []
+    @cached_property
+    def box(self) -> Toolbox:
+        """The tools that may be used."""
+        choice = self.tool_choice
+        return Toolbox(
+            [] if choice == "none" else self.tools or [],
+            single=self.parallel_tool_calls is False,
+            forced=choice not in (None, "none", "auto"),
+            only=choice.function.name if isinstance(choice, NamedTool) else None,
+        )
 
-    @property
+    @cached_property
     def conversation(self) -> list[Message]:
         """The messages as text, tools described in front."""
-        return with_tools([m.plain() for m in self.messages], self.usable_tools)
+        return self.box.introduce([m.plain(self.box) for m in self.messages])
+
+    @cached_property
+    def grammar(self) -> Grammar | None:
+        """What the answer must keep to."""
+        if self.box.forced or self.response_format is None or self.response_format.schema_text is None:
+            return self.box.grammar
+        return Grammar("json_schema", self.response_format.schema_text, "response_format")
 
     @property
     def rivals(self) -> int | None:
@@ -208,16 +200,50 @@ class ChatRequest(GenerationRequest):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
-class CompletionRequest(GenerationRequest):
-    """The body of a (legacy) completion request: raw text to continue, without any chat template."""
+_Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=MAX_VALUES, fail_fast=True)]
 
-    prompt: str | Annotated[list[str], Field(min_length=1, max_length=1)]
+
+class CompletionRequest(GenerationRequest):
+    """The body of a (legacy) completion request: raw text to continue, without any chat template.
+
+    Attributes:
+        prompt: one or several, each as text or as token ids; each gets `n` answers, those to the first come first.
+    """
+
+    prompt: (
+        str
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_ANSWERS, fail_fast=True)]
+        | _Ids
+        | Annotated[list[_Ids], Field(min_length=1, max_length=MAX_ANSWERS, fail_fast=True)]
+    )
     max_tokens: int | None = Field(16, ge=1)
     logprobs: int | None = Field(None, ge=0, le=5)
 
+    @field_validator("prompt")
+    @classmethod
+    def _few_answers(cls, value: Any, info: ValidationInfo) -> Any:
+        several = isinstance(value, list) and not isinstance(value[0], int)
+        if (len(value) if several else 1) * (info.data.get("n") or 1) > MAX_ANSWERS:
+            raise ValueError(f"at most {MAX_ANSWERS} answers are given to a request: prompts times n")
+        return value
+
     @property
-    def text(self) -> str:
-        return self.prompt if isinstance(self.prompt, str) else self.prompt[0]
+    def prompts(self) -> list[str | tuple[int, ...]]:
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [tuple(self.prompt)]  # type: ignore[arg-type]
+        return [p if isinstance(p, str) else tuple(p) for p in self.prompt]  # type: ignore[arg-type]
+
+    @cached_property
+    def conversation(self) -> list[Message]:
+        """What the router reads: all texts, since a request has one route."""
+        return [Message("user", "\n\n".join(p for p in self.prompts if isinstance(p, str)))]
+
+    @property
+    def grammar(self) -> None:
+        """Raw text keeps to nothing."""
+        return
 
     @property
     def limit(self) -> int | None:
@@ -257,6 +283,7 @@ def parse(kind: type[Body], body: bytes) -> Body:
         raise ApiError(400, f"the request body is not valid JSON: {error}", code="invalid_json") from None
     if not isinstance(raw, dict):
         raise ApiError(400, "the request body must be a JSON object", code="invalid_json")
+    _check_size(raw)
     known = {k: v for k, v in raw.items() if k not in _IGNORED}
     for name in [k for k in known if k not in kind.model_fields]:
         _refuse_unless_off(name, known.pop(name))
@@ -266,6 +293,22 @@ def parse(kind: type[Body], body: bytes) -> Body:
         raise _as_api_error(error) from None
     except (ValueError, RecursionError):  # a lone surrogate, which no text can be made of; or nesting without end
         raise ApiError(400, "the request holds what cannot be read", code="invalid_json") from None
+
+
+def _check_size(raw: dict[str, Any]) -> None:
+    """Refuse what is large not by its texts but by the number of values: each costs far more than its few bytes."""
+    left, waiting = MAX_VALUES, [(name, value) for name, value in raw.items() if isinstance(value, list | dict)]
+    while waiting:
+        name, value = waiting.pop()
+        left -= len(value)
+        if left < 0 or (isinstance(value, dict) and len(value) > MAX_NAMES):
+            message = f"'{name}' has too many values: {MAX_VALUES} are allowed, and {MAX_NAMES} in one object."
+            raise ApiError(400, message, code="invalid_value", param=name)
+        inner = value.values() if isinstance(value, dict) else value
+        waiting += [(name, v) for v in inner if isinstance(v, list | dict)]
+
+
+_KINDS = frozenset({"str", "int", "NamedTool"})
 
 
 def _no_constant(name: str) -> NoReturn:
@@ -285,8 +328,11 @@ def _refuse_unless_off(name: str, value: Any) -> None:
 
 
 def _as_api_error(error: ValidationError) -> ApiError:
-    first = error.errors()[0]
-    place = [str(p) for p in first["loc"] if p not in ("str", "list[str]", "list[TextPart]")]
+    errors = error.errors(include_url=False, include_context=False, include_input=False)
+    # Of a union, what is wrong with the alternative of the right type.
+    first = next((e for e in errors if not e["type"].endswith("_type")), errors[0])
+    # What pydantic calls the alternatives of a union are no names in the body.
+    place = [str(p) for p in first["loc"] if not (isinstance(p, str) and (p in _KINDS or "[" in p))]
     param = place[0] if place else None
     for part in place[1:]:
         param = f"{param}[{part}]" if part.isdigit() else f"{param}.{part}"

@@ -47,7 +47,7 @@ def middlewares() -> list[Middleware]:
     """For Ray Serve, which puts each around those before it."""
     failures = Counter("cascade_failures", "requests refused or broken off", ("status",))
     room = int(os.environ[ROOM_VARIABLE])
-    admission = Middleware(Admission, most=room, refused=lambda: failures.inc(1, {"status": "429"}))
+    admission = Middleware(Admission, most=lambda: room, refused=lambda: failures.inc(1, {"status": "429"}))
     return [Middleware(ProxyErrors), admission, Middleware(ResponseHeaders)]
 
 

@@ -2,49 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import llguidance
-import llguidance.hf
 import torch
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from cascade.errors import DataError
 from serve.events import TokenLogprob
-
-
-class Grammars:
-    """Makes matchers of JSON schemas for one tokenizer (llguidance). Safe for threads."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int, ends: Iterable[int]) -> None:
-        """
-        Args:
-            vocabulary: width of the model's logits.
-            ends: token ids that end an answer.
-        """
-        self._tokenizer, self._vocabulary, self._ends = tokenizer, vocabulary, sorted(ends)
-        self._made: llguidance.LLTokenizer | None = None  # takes a second, and most requests need none
-
-    def matcher(self, schema: str) -> llguidance.LLMatcher:
-        """A matcher at its start.
-
-        Raises:
-            DataError: the schema is none, uses what is not supported, or exceeds the library's limits.
-        """
-        if self._made is None:
-            if not isinstance(self._tokenizer, PreTrainedTokenizerFast):
-                raise DataError("the base's tokenizer is of a kind that JSON schemas cannot be kept to with")
-            self._made = llguidance.hf.from_tokenizer(self._tokenizer, self._vocabulary, self._ends)
-        try:
-            # Without white space, which a small model may go on with for ever.
-            grammar = llguidance.LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_flexible": False})
-        except ValueError as error:
-            raise DataError(f"the JSON schema cannot be used: {error}") from None
-        matcher = llguidance.LLMatcher(self._made, grammar, log_level=0)
-        if matcher.is_error():
-            raise DataError(f"the JSON schema cannot be used: {matcher.get_error()[:500]}")
-        return matcher
 
 
 class Steering:
@@ -77,7 +42,7 @@ class Steering:
             return logits
         allowed = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8)
         if self._matcher.is_error():
-            raise DataError(f"the JSON schema is too complex: {self._matcher.get_error()[:200]}")
+            raise DataError(f"the grammar is too complex: {self._matcher.get_error()[:200]}")
         return logits.masked_fill(allowed[: len(logits)].to(logits.device) == 0, float("-inf"))
 
     def took(self, token: int) -> TokenLogprob | None:

@@ -40,10 +40,14 @@ class Reference:
 
     def __call__(self, work: Work) -> str:
         self._slot.clear()
+        messages = list(work.messages)
         if work.choice != "base":
-            self._slot.fill(modifiers.load_current(self._store, work.choice)[1])
+            modifier, content = modifiers.load_current(self._store, work.choice)
+            self._slot.fill(content)
+            if modifier.system and all(m.role != "system" for m in messages):
+                messages = [Message("system", modifier.system), *messages]
         text = self._loaded.tokenizer.apply_chat_template(
-            [m.as_dict() for m in work.messages], tokenize=False, add_generation_prompt=True
+            [m.as_dict() for m in messages], tokenize=False, add_generation_prompt=True
         )
         prompt = self._loaded.tokenizer(text, add_special_tokens=False).input_ids
         assert work.max_tokens is not None

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import pickle
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from urllib.parse import quote
 
 import httpx
+import psutil
 import pytest
 from stand_in import StandIn, build_stand_in, compressed_adapter
 
 from cascade import modifiers
 from cascade.artifacts import Store
+from cascade.errors import DataError
 from cascade.models.base import LoadedBase
 from serve.engine import Engine
+from serve.events import Grammar
 from serve.gateway import Gateway
+from serve.grammars import Grammars
 from serve.http import build_api
 from serve.keys import KeyRing, add_key
 from serve.live import LiveModifiers, LiveRouter
@@ -221,3 +227,67 @@ def test_a_damaged_canary_is_left_out(tmp_path: Path, content: bytes) -> None:
     live = LiveModifiers(mine.store)
     assert set(live.versions()) == {"letters", "sums"}
     assert live.pick("letters", "x") == "current"
+
+
+def pattern(text: str) -> dict[str, object]:
+    return {"type": "string", "pattern": text}
+
+
+EXPLODING = {
+    "patterns that must all match": {"allOf": [pattern(f".*a.{{{i}}}x.*") for i in range(20)]},
+    "in a property": {"properties": {"a": {"allOf": [pattern(f".*a.{{{i}}}x.*") for i in range(20)]}}},
+    "a large multiple": {"type": "integer", "multipleOf": 999_983},
+    "repeated repetitions": pattern("((a{1,999}b){1,999}c){1,999}"),
+    "references that fan out": {
+        "$ref": "#/$defs/d0",
+        "$defs": {f"d{i}": {"allOf": [{"$ref": f"#/$defs/d{i + 1}"}] * 2} for i in range(25)} | {"d25": {}},
+    },
+}
+
+
+@pytest.mark.parametrize("schema", EXPLODING.values(), ids=EXPLODING)
+async def test_schemas_that_would_never_end_are_ended(http, schema: dict[str, object]) -> None:
+    """They are compiled in a process that is ended after two seconds; the engine answers others meanwhile."""
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    body = {"model": "base", "messages": MESSAGES, "max_tokens": 2, "temperature": 0}
+    before = psutil.Process().memory_info().rss
+    async with asyncio.timeout(40):
+        bombs = [asyncio.create_task(http.post(CHAT, json=body | {"response_format": form})) for _ in range(3)]
+        plain = await http.post(CHAT, json=body)
+        assert plain.status_code == 200
+        answers = await asyncio.gather(*bombs)
+    assert {a.status_code for a in answers} <= {200, 400}
+    for answer in answers:
+        if answer.status_code == 400:
+            assert answer.json()["error"]["param"] == "response_format"
+    assert psutil.Process().memory_info().rss - before < 500e6
+
+
+def test_a_schema_that_was_refused_is_not_tried_again(loaded: LoadedBase) -> None:
+    grammars = Grammars(loaded.tokenizer, loaded.model.config.vocab_size, [0])
+    bomb = Grammar("json_schema", json.dumps(EXPLODING["patterns that must all match"]), "response_format")
+    with pytest.raises(DataError, match="make it simpler"):
+        grammars.matcher(bomb)
+    start = time.perf_counter()
+    with pytest.raises(DataError, match="make it simpler"):
+        grammars.matcher(bomb)
+    assert time.perf_counter() - start < 0.1
+    grammars.close()
+
+
+async def test_a_large_body_leaves_the_event_loop_free(http) -> None:
+    body = json.dumps({"model": "base", "messages": [{"role": "user", "content": "x" * 3_000_000}]}).encode()
+    late = []
+
+    async def ticks() -> None:
+        while True:
+            start = time.perf_counter()
+            await asyncio.sleep(0.01)
+            late.append(time.perf_counter() - start)
+
+    watching = asyncio.create_task(ticks())
+    answers = await asyncio.gather(*(http.post(CHAT, content=body) for _ in range(4)))
+    watching.cancel()
+    assert [a.status_code for a in answers] == [400] * 4
+    assert answers[0].json()["error"]["code"] == "context_length_exceeded"
+    assert max(late) < 1

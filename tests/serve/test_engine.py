@@ -292,7 +292,9 @@ async def test_an_engine_in_8_bits_answers_as_the_base_in_8_bits_does(stand_in, 
                 slot.fill(modifiers.load_current(stand_in.store, choice)[1])
                 assert engine.modifiers.get(choice).form.layout.int8
             piece = work(choice, "What is 4 plus 5?", 12)
-            prompt = alone.tokenizer(prompt_text(alone.tokenizer, piece.messages), add_special_tokens=False).input_ids
+            live = engine.modifiers.get(choice)
+            text = prompt_text(alone.tokenizer, live.introduce(piece.messages) if live else piece.messages)
+            prompt = alone.tokenizer(text, add_special_tokens=False).input_ids
             assert text_of(await collect(engine, piece)) == generate(alone, [Request(prompt, 12)])[0].text
     finally:
         engine.close()

@@ -367,7 +367,7 @@ async def test_calls_come_out_as_tool_calls(gateway, client) -> None:
 
 
 async def test_modes_lean_to_the_base_or_to_modifiers(gateway) -> None:
-    model = gateway.router._refreshed()
+    model = gateway.router._model
     even = np.array([0.5, 0.5, 0.4])
     assert [model.decide(0.9, even, 0.5, h).choice for h in (0.0, 0.15, -0.15)] == ["base", "base", "letters"]
     ahead = np.array([0.5, 0.6, 0.1])

@@ -159,7 +159,7 @@ async def test_behind_the_proxy_its_request_id_is_taken_over_and_sent_once(gatew
 async def crowd(gateway: Gateway) -> AsyncIterator[tuple[httpx.AsyncClient, Told]]:
     """A server with room for two, and its backend, which lets nobody go yet."""
     gateway.backend = Told(*ANSWER)
-    async with client_of(build_api(gateway, room=2)) as http:
+    async with client_of(build_api(gateway, room=lambda: 2)) as http:
         yield http, gateway.backend
 
 
@@ -209,6 +209,30 @@ async def test_refusals_are_counted() -> None:
     async def nothing(*_: object) -> None:
         raise AssertionError("let in")
 
-    async with client_of(ResponseHeaders(Admission(nothing, 0, lambda: told.append(1)))) as http:
+    async with client_of(ResponseHeaders(Admission(nothing, lambda: 0, lambda: told.append(1)))) as http:
         assert [(await http.post(CHAT)).status_code for _ in range(3)] == [429] * 3
     assert len(told) == 3
+
+
+@pytest.mark.parametrize("path", ["/prefix/v1/chat/completions", "/v1/completions/", "/a/b/v1/completions"])
+async def test_the_door_stands_under_any_prefix(path: str) -> None:
+    async def nothing(*_: object) -> None:
+        raise AssertionError("let in")
+
+    async with client_of(ResponseHeaders(Admission(nothing, lambda: 0, lambda: None))) as http:
+        assert (await http.post(path)).status_code == 429
+
+
+async def test_room_grows_with_the_engines(gateway: Gateway) -> None:
+    gateway.backend = Told(*ANSWER)
+    engines = 1
+    async with client_of(build_api(gateway, room=lambda: engines)) as http:
+        inside = [asyncio.create_task(http.post(CHAT, json=ask()))]
+        await until_asked(gateway.backend, 1)
+        assert (await http.post(CHAT, json=ask())).status_code == 429
+        engines = 2
+        inside.append(asyncio.create_task(http.post(CHAT, json=ask())))
+        await until_asked(gateway.backend, 1)
+        assert (await http.post(CHAT, json=ask())).status_code == 429
+        gateway.backend.may.set()
+        assert [r.status_code for r in await asyncio.gather(*inside)] == [200, 200]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 
 from cascade.tasks import Message
 from serve.protocol import MAX_BODY_BYTES, MAX_CHOICES, MAX_SCHEMA, ApiError, ChatRequest, CompletionRequest, parse
-from serve.tools import read_calls
+from serve.tools import Function, Tool, Toolbox
 
 GOOD = {"model": "cascade", "messages": [{"role": "user", "content": "hi"}]}
 
@@ -145,13 +146,51 @@ def test_bodies_that_are_too_large() -> None:
     assert caught.value.status == 413
 
 
-def test_completions_take_one_text() -> None:
-    request = parse(CompletionRequest, b'{"model": "base", "prompt": ["Once upon"], "logprobs": 2}')
-    assert (request.text, request.limit, request.rivals) == ("Once upon", 16, 2)
-    for bad in (b'["a", "b"]', b"[]", b"[1, 2]", b"null"):
-        with pytest.raises(ApiError) as caught:
-            parse(CompletionRequest, b'{"model": "base", "prompt": ' + bad + b"}")
-        assert caught.value.param.startswith("prompt")
+@pytest.mark.parametrize(
+    ("prompt", "prompts"),
+    [
+        ("Once", ["Once"]),
+        (["Once", "Twice"], ["Once", "Twice"]),
+        ([5, 6], [(5, 6)]),
+        ([[5, 6], [7]], [(5, 6), (7,)]),
+    ],
+)
+def test_completions_take_texts_and_token_ids(prompt: object, prompts: list[object]) -> None:
+    body = json.dumps({"model": "base", "prompt": prompt, "logprobs": 2, "n": 2})
+    request = parse(CompletionRequest, body.encode())
+    assert (request.prompts, request.limit, request.rivals) == (prompts, 16, 2)
+
+
+@pytest.mark.parametrize("prompt", [[], None, [[]], ["a", 1], [-1], [1.5], ["a"] * 17, {"a": 1}])
+def test_prompts_that_are_none_are_refused(prompt: object) -> None:
+    with pytest.raises(ApiError) as caught:
+        parse(CompletionRequest, json.dumps({"model": "base", "n": 2, "prompt": prompt}).encode())
+    assert caught.value.param.startswith("prompt")
+
+
+MANY = 600_000
+HEAD = b'{"model": "base", "messages": [{"role": "user", "content": '
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        HEAD + b"[" + b"{}," * MANY + b"{}]}]}",
+        HEAD + b"[" + b"{}," * 150_000 + b"{}]}]}",
+        b'{"model": "base", "messages": [], "stop": [' + b"1," * MANY + b"1]}",
+        b'{"model": "base", "messages": [{' + b",".join(b'"%x": 0' % i for i in range(200_000)) + b"}]}",
+        b'{"model": "base", "messages": [' + b"{}," * 150_000 + b"{}]}",
+        b'{"model": "base", "tools": [' + b"{}," * 150_000 + b"{}]}",
+        b'{"model": "base", "messages": [{"role": "assistant", "tool_calls": [' + b"{}," * 150_000 + b"{}]}]}",
+    ],
+    ids=range(7),
+)
+def test_bodies_of_very_many_values_are_refused_at_once(body: bytes) -> None:
+    start = time.process_time()
+    with pytest.raises(ApiError) as caught:
+        parse(ChatRequest, body)
+    assert caught.value.status == 400
+    assert time.process_time() - start < 1.5
 
 
 def test_tools_are_described_in_front_and_calls_read_back() -> None:
@@ -175,10 +214,76 @@ def test_tools_are_described_in_front_and_calls_read_back() -> None:
         Message("assistant", "[get_weather(city='Oslo')]"),
         Message("user", "Rain."),
     ]
-    (made,) = read_calls("[get_weather(city='Oslo', days=2)]", request.usable_tools)
+    (made,) = request.box.read("[get_weather(city='Oslo', days=2)]")
     assert json.loads(made.function.arguments) == {"city": "Oslo", "days": 2}
     for text in ("It rains.", "[get_time()]", "[get_weather(city=__import__('os'))]", "[]", "["):
-        calls = read_calls(text, request.usable_tools)
+        calls = request.box.read(text)
         assert all(json.loads(c.function.arguments) == {"city": "__import__('os')"} for c in calls)
     off = parse(ChatRequest, json.dumps(body | {"tool_choice": "none"}).encode())
     assert off.conversation[0] == Message("system", "Be kind.")
+
+
+def tool(name: str, *properties: str, **more: object) -> Tool:
+    parameters = {"type": "object", "properties": {p: {"type": "string"} for p in properties}, **more}
+    return Tool(type="function", function=Function(name=name, parameters=parameters if properties else None))
+
+
+@pytest.mark.parametrize("name", ["get-weather", "3d", "class", "a.b-c", "None", "-", "get_weather"])
+def test_every_name_can_be_called(name: str) -> None:
+    """The model writes calls as Python: a name that Python cannot read goes by another one there."""
+    box = Toolbox([tool(name, "user-id", "from", "plain", required=["user-id"])])
+    (system,) = box.introduce([])
+    (described,) = json.loads(system.content[system.content.index("[\n") :])
+    assert described["parameters"]["required"] == ["user_id"]
+    written = ", ".join(f"{p}='{i}'" for i, p in enumerate(described["parameters"]["properties"]))
+    (call,) = box.read(f"[{described['name']}({written})]")
+    assert call.function.name == name
+    assert json.loads(call.function.arguments) == {"user-id": "0", "from": "1", "plain": "2"}
+    assert box.shown([call]) == f"[{described['name']}({written})]"
+
+
+def test_names_stay_apart_and_names_that_can_be_written_stay() -> None:
+    box = Toolbox([tool("get-weather"), tool("get_weather"), tool("get.weather")])
+    calls = box.read("[get_weather(), get_weather_2(), get.weather()]")
+    assert [c.function.name for c in calls] == ["get_weather", "get-weather", "get.weather"]
+
+
+@pytest.mark.parametrize("value", ["1e999", "-1e999", "1e308*10", "b'x'", "2j", "{(1, 2): 3}"])
+def test_what_json_has_not_got_is_no_argument(value: str) -> None:
+    assert Toolbox([tool("f", "x")]).read(f"[f(x={value})]") == []
+
+
+def test_one_call_where_one_is_wanted() -> None:
+    text = "[f(x='a'), f(x='b')]"
+    assert len(Toolbox([tool("f", "x")]).read(text)) == 2
+    body = GOOD | {"tools": [tool("f", "x").model_dump()], "parallel_tool_calls": False}
+    (call,) = parse(ChatRequest, json.dumps(body).encode()).box.read(text)
+    assert json.loads(call.function.arguments) == {"x": "a"}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"refusal": None, "annotations": [], "audio": None, "function_call": None},
+        {"tool_calls": [{"id": "c", "type": "function", "index": 0, "function": {"name": "3d-x", "arguments": "{}"}}]},
+        {"tool_calls": None},
+    ],
+)
+def test_what_clients_send_back_of_an_answer_is_taken(more: dict[str, object]) -> None:
+    said = {"role": "assistant", "content": "Hello."} | more
+    tools = [{"type": "function", "function": {"name": "3d-x", "description": None, "parameters": None}}]
+    request = parse(ChatRequest, json.dumps(GOOD | {"messages": [said], "tools": tools}).encode())
+    assert request.conversation[-1].content.startswith("Hello.")
+
+
+@pytest.mark.parametrize(
+    ("choice", "param"),
+    [
+        ({"type": "function", "function": {"name": "g"}}, "tool_choice"),
+        ({"type": "function"}, "tool_choice"),
+        ("any", "tool_choice"),
+    ],
+)
+def test_a_choice_of_no_tool_is_refused(choice: object, param: str) -> None:
+    error = refused(tools=[tool("f", "x").model_dump()], tool_choice=choice)
+    assert (error.status, error.param) == (400, param)
