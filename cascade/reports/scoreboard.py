@@ -1,6 +1,6 @@
 """The table of benchmarks: which load here and from where, and what the bare base scores on each.
 
-    cascade benchmarks [--base NAME] [--data FOLDER] [--limit N] [--only bbh,mmlu] [--out FOLDER]
+    cascade benchmarks [--base NAME] [--data FOLDER] [--limit N] [--only bbh,mmlu] [--out FOLDER] [--markdown]
     python -m cascade.reports.scoreboard …       the same where Ray is not installed
 
 Writes `benchmarks.md` (the table), `benchmarks.json` (its figures, also by category and difficulty) and the tasks,
@@ -15,7 +15,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from statistics import mean
 from typing import Annotated, Any
 
 import pyarrow.parquet as pq
@@ -28,13 +27,27 @@ from cascade.config import Base, PromptStyle
 from cascade.errors import CascadeError
 from cascade.models.base import default_device, load_base
 from cascade.models.student import Student
-from cascade.scoring.statistics import Score, breakdown, pass_at_k, passes_by_task
+from cascade.scoring.sandbox import require_walls
+from cascade.scoring.statistics import (
+    Interval,
+    Score,
+    breakdown,
+    mean_interval,
+    mean_of_scores,
+    pass_at_k,
+    passes_by_task,
+    wilson,
+)
 from cascade.tasks import Completion, Task, Verdict, to_table
 
 REASONING_GYM = ["aiw", "chain_sum", "coin_flip", "family_relationships", "gcd", "knights_knaves", "leg_counting"]
 REASONING_GYM += ["letter_counting", "number_sorting", "syllogism", "word_sequence_reversal", "zebra_puzzles"]
-_BFCL = ["simple_python", "simple_java", "simple_javascript", "multiple", "parallel", "parallel_multiple"]
-_BFCL += ["irrelevance", "live_simple", "live_multiple", "live_irrelevance"]
+LOGIC = ["aiw", "circuit_logic", "knights_knaves", "self_reference", "syllogism", "zebra_puzzles"]
+"""reasoning-gym's own group of that name, but propositional_logic, whose entries come without a right answer."""
+_SIMPLE = ["simple_python", "simple_java", "simple_javascript"]
+_AST = ["multiple", "parallel", "parallel_multiple"]
+_LIVE = ["live_simple", "live_multiple", "live_parallel", "live_parallel_multiple"]
+_BFCL = [*_SIMPLE, *_AST, "irrelevance", *_LIVE, "live_irrelevance", "live_relevance", "multi_turn_base"]
 
 
 @dataclass(frozen=True)
@@ -76,10 +89,14 @@ ENTRIES = [
         {"generators": [{"name": name} for name in REASONING_GYM]},
         sampled=600,
     ),
-    *(
-        Entry(f"BFCL {name}", "bfcl", "wheel bfcl-eval", {"categories": [name], "split_rule": "none"})
-        for name in [*_BFCL, "multi_turn_base"]
+    Entry(
+        "reasoning-gym, logic families",
+        "reasoning_gym",
+        "package reasoning-gym",
+        {"generators": [{"name": name} for name in LOGIC]},
+        sampled=600,
     ),
+    *(Entry(f"BFCL {name}", "bfcl", "wheel bfcl-eval", {"categories": [name], "split_rule": "none"}) for name in _BFCL),
 ]
 
 
@@ -88,7 +105,7 @@ class Result:
     """One measured row; without a score if the data could not be had.
 
     Attributes:
-        pass_at: k -> pass@k by the unbiased estimator, where tasks have several answers.
+        pass_at: k -> pass@k by the unbiased estimator and its interval over tasks, where tasks have several answers.
         seconds: wall time of answering and judging, without loading model and data.
     """
 
@@ -98,7 +115,7 @@ class Result:
     score: Score | None = None
     by_category: Mapping[str | int, Score] = field(default_factory=dict)
     by_difficulty: Mapping[str | int, Score] = field(default_factory=dict)
-    pass_at: Mapping[int, float] = field(default_factory=dict)
+    pass_at: Mapping[int, tuple[float, Interval]] = field(default_factory=dict)
     seconds: float = 0.0
 
     def cells(self) -> list[str]:
@@ -107,11 +124,11 @@ class Result:
         if self.entry.answers > 1:
             name += f", mean of {self.entry.answers} answers (temperature {TEMPERATURE})"
         if self.score is None:
-            return [name, f"no: {self.problem}", self.source, "", "", "", ""]
+            return [name, f"no: {self.problem}", self.source, "", "", "", "", ""]
         s = self.score
-        share = f"{s.accuracy:.1%} [{s.low:.1%}, {s.high:.1%}]"
-        share += "".join(f"; pass@{k} {value:.1%}" for k, value in self.pass_at.items() if k > 1)
-        return [name, "yes", self.source, str(s.n), share, str(s.unparsed), f"{self.seconds:.0f}"]
+        share = _share(s.accuracy, Interval(s.low, s.high))
+        share += "".join(f"; pass@{k} {_share(*found)}" for k, found in self.pass_at.items() if k > 1)
+        return [name, "yes", self.source, str(s.n), share, str(s.unparsed), str(s.errors), f"{self.seconds:.0f}"]
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -122,7 +139,10 @@ class Result:
             "problem": self.problem,
             "seconds": round(self.seconds, 2),
             "answers_per_task": self.entry.answers,
-            "pass_at": {str(k): round(value, 6) for k, value in self.pass_at.items()},
+            "pass_at": {
+                str(k): {"value": round(value, 6), "low": i.low, "high": i.high}
+                for k, (value, i) in self.pass_at.items()
+            },
             "score": _plain(self.score) if self.score else None,
         }
         for name, groups in (("by_category", self.by_category), ("by_difficulty", self.by_difficulty)):
@@ -130,7 +150,12 @@ class Result:
         return plain
 
 
-HEADINGS = ["benchmark", "loads here", "source", "n", "score of the base [95 %]", "unparsed", "seconds"]
+def _share(value: float, interval: Interval) -> str:
+    return f"{value:.1%} [{interval.low:.1%}, {interval.high:.1%}]"
+
+
+HEADINGS = ["benchmark", "loads here", "source", "n", "score of the base [95 %]", "unparsed", "errors", "seconds"]
+RULE = "|---|---|---|---:|---|---:|---:|---:|"
 
 
 def measure(student: Student, entry: Entry, data: Path | None, limit: int | None, out: Path | None) -> Result:
@@ -150,6 +175,8 @@ def measure(student: Student, entry: Entry, data: Path | None, limit: int | None
         tasks = benchmarks.get(entry.benchmark).load(
             "test", domain="benchmarks", options=options, seed=17, count=None if count == 10**9 else count
         )
+        if _runs_code(tasks):
+            require_walls()  # before hours of answers that nobody could judge
     except CascadeError as error:
         return Result(entry, source, problem=str(error).splitlines()[0])
     began = time.perf_counter()
@@ -161,6 +188,11 @@ def measure(student: Student, entry: Entry, data: Path | None, limit: int | None
     return Result(
         entry, source, "", Score.of(verdicts), by_category, by_difficulty, _pass_at(verdicts, entry.answers), seconds
     )
+
+
+def _runs_code(tasks: Sequence[Task]) -> bool:
+    """Whether judging them takes the sandbox."""
+    return any(task.benchmark in CODE or task.max_turns > 1 for task in tasks)
 
 
 def _answered(student: Student, tasks: Sequence[Task], answers: int) -> tuple[list[Completion], list[Verdict]]:
@@ -177,11 +209,48 @@ def _answered(student: Student, tasks: Sequence[Task], answers: int) -> tuple[li
     return completions, verdicts
 
 
-def _pass_at(verdicts: Sequence[Verdict], answers: int) -> dict[int, float]:
+def _pass_at(verdicts: Sequence[Verdict], answers: int) -> dict[int, tuple[float, Interval]]:
     """Mean over tasks of pass@1, 5, 10 …, as far as there are answers; {} for one answer."""
     counts = passes_by_task(verdicts).values()
-    wanted = [k for k in (1, 5, 10, 100) if k <= answers > 1]
-    return {k: mean(pass_at_k(samples, passes, k) for passes, samples in counts) for k in wanted}
+    found = {}
+    for k in (k for k in (1, 5, 10, 100) if k <= answers > 1):
+        values = [pass_at_k(samples, passes, k) for passes, samples in counts]
+        found[k] = (sum(values) / len(values), mean_interval(values))
+    return found
+
+
+def bfcl_summaries(results: Sequence[Result]) -> dict[str, tuple[int, float, Interval]]:
+    """The leaderboard's own means over categories, of which all were measured: name -> tasks, score and interval.
+
+    Its "simple" is the plain mean over languages, its "non-live AST" the plain mean of that and the other three, its
+    "live" the share of all tasks of four categories, so that the large ones count more.
+    """
+    scores = {r.entry.title.removeprefix("BFCL "): r.score for r in results if r.score and r.entry.benchmark == "bfcl"}
+
+    def of(names: Sequence[str]) -> list[Score]:
+        return [scores[name] for name in names if name in scores]
+
+    simple, other, live = of(_SIMPLE), of(_AST), of(_LIVE)
+    found: dict[str, tuple[int, float, Interval]] = {}
+    if len(simple) == len(_SIMPLE):
+        mean, interval = mean_of_scores(simple)
+        n = sum(s.n for s in simple)
+        found["BFCL simple, mean over languages"] = (n, mean, interval)
+        if len(other) == len(_AST):
+            together = Score(n, mean * n, 0, mean, interval.low, interval.high)
+            total = n + sum(s.n for s in other)
+            found["BFCL non-live AST, mean of simple and three"] = (total, *mean_of_scores([together, *other]))
+    if len(live) == len(_LIVE):
+        n, passed = sum(s.n for s in live), sum(s.passed for s in live)
+        found["BFCL live, weighted by size"] = (n, passed / n, wilson(passed, n))
+    return found
+
+
+def rows(results: Sequence[Result]) -> list[list[str]]:
+    """All cells of the table: what was measured, then the means over BFCL's categories."""
+    means = bfcl_summaries(results).items()
+    summed = [[name, "", "rows above", str(n), _share(mean, i), "", "", ""] for name, (n, mean, i) in means]
+    return [*(r.cells() for r in results), *summed]
 
 
 def run(
@@ -197,6 +266,7 @@ def run(
     answers: Annotated[
         int, typer.Option(min=0, help="to each task of unit tests, for pass@k; 0: as the benchmark's own harness")
     ] = 0,
+    markdown: Annotated[bool, typer.Option(help="print the table as Markdown, as the README shows it")] = False,
 ) -> None:
     """Print and write the table of benchmarks with what the bare base scores on each."""
     names = [name for name in only.split(",") if name]
@@ -211,7 +281,10 @@ def run(
         results.append(measure(student, entry, data, limit, out))
         console.print("  ".join(results[-1].cells()))
         write(results, out, title(base, str(loaded.model.dtype), limit))
-    console.print(_table(results))
+    if markdown:
+        typer.echo(as_markdown(results))
+    else:
+        console.print(_table(results))
     console.print(f"written to {out}/benchmarks.md and benchmarks.json")
 
 
@@ -225,17 +298,26 @@ def title(base: str, dtype: str, limit: int | None) -> str:
 
 def write(results: Sequence[Result], out: Path, what: str) -> None:
     """`benchmarks.md` and `benchmarks.json`."""
-    lines = [f"{what}:", "", f"| {' | '.join(HEADINGS)} |", "|---|---|---|---:|---|---:|---:|"]
-    lines += [f"| {' | '.join(r.cells())} |" for r in results]
-    (out / "benchmarks.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    figures = {"what": what, "rows": {r.entry.title: r.as_dict() for r in results}}
+    (out / "benchmarks.md").write_text(f"{what}:\n\n{as_markdown(results)}\n", encoding="utf-8")
+    means = {
+        name: {"n": n, "accuracy": m, "low": i.low, "high": i.high}
+        for name, (n, m, i) in bfcl_summaries(results).items()
+    }
+    figures = {"what": what, "rows": {r.entry.title: r.as_dict() for r in results}, "means": means}
     (out / "benchmarks.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+def as_markdown(results: Sequence[Result]) -> str:
+    """The table for a README."""
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in [HEADINGS, *rows(results)]]
+    lines = [f"| {' | '.join(row)} |" for row in cells]
+    return "\n".join([lines[0], RULE, *lines[1:]])
 
 
 def _write(folder: Path, tasks: Sequence[Task], completions: Sequence[Completion], verdicts: Sequence[Verdict]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    rows: list[tuple[str, type, Sequence[Any]]] = [("tasks", Task, tasks), ("completions", Completion, completions)]
-    for name, record, values in [*rows, ("verdicts", Verdict, verdicts)]:
+    tables: list[tuple[str, type, Sequence[Any]]] = [("tasks", Task, tasks), ("completions", Completion, completions)]
+    for name, record, values in [*tables, ("verdicts", Verdict, verdicts)]:
         pq.write_table(to_table(record, values), folder / f"{name}.parquet", compression="zstd")
 
 
@@ -243,8 +325,8 @@ def _table(results: Sequence[Result]) -> Table:
     table = Table(title="Benchmarks", title_justify="left")
     for heading in HEADINGS:
         table.add_column(heading)
-    for result in results:
-        table.add_row(*result.cells())
+    for cells in rows(results):
+        table.add_row(*cells)
     return table
 
 

@@ -161,6 +161,20 @@ def mean_interval(values: Sequence[float], seed: int = 0, level: float = 0.95) -
     return paired_bootstrap([0.0] * len(values), values, seed=seed, level=level)
 
 
+def mean_of_scores(scores: Sequence[Score]) -> tuple[float, Interval]:
+    """The unweighted mean of accuracies on different tasks, with an interval from theirs (MOVER, Zou and Donner 2008).
+
+    Raises:
+        ValueError: no scores.
+    """
+    if not scores:
+        raise ValueError("no scores to take the mean of")
+    n, mean = len(scores), fsum(s.accuracy for s in scores) / len(scores)
+    below = sqrt(fsum((s.accuracy - s.low) ** 2 for s in scores)) / n
+    above = sqrt(fsum((s.high - s.accuracy) ** 2 for s in scores)) / n
+    return mean, Interval(max(0.0, mean - below), min(1.0, mean + above))
+
+
 def passes_by_task(verdicts: Iterable[Verdict]) -> dict[str, tuple[int, int]]:
     """Task id -> (answers that passed, answers), for `pass_at_k`."""
     found: dict[str, tuple[int, int]] = {}

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
+from cascade.benchmarks.bfcl import CATEGORIES
 from cascade.models.student import Student
 from cascade.reports import scoreboard
-from cascade.reports.scoreboard import ENTRIES, Entry, measure
+from cascade.reports.scoreboard import ENTRIES, Entry, Result, _pass_at, measure
+from cascade.scoring.sandbox import SandboxError
 from cascade.scoring.statistics import Score, wilson
 from cascade.tasks import Completion, Verdict, from_table
 
@@ -79,6 +82,63 @@ def test_every_entry_names_a_benchmark_and_a_title_of_its_own():
     assert all(scoreboard.benchmarks.get(e.benchmark).name == e.benchmark for e in ENTRIES)
 
 
+def test_pass_at_k_and_errors_are_shown_with_what_they_are_uncertain_by() -> None:
+    verdicts = [Verdict(f"t{i}", "m", "", "pass" if n < i else "fail") for i in range(10) for n in range(10)]
+    verdicts[0] = Verdict("t0", "m", "", "error")
+    result = Result(ENTRIES[0], "wheel", "", Score.of(verdicts), pass_at=_pass_at(verdicts, 10))
+    cells = dict(zip(scoreboard.HEADINGS, result.cells(), strict=True))
+    assert cells["errors"] == "1"
+    assert re.search(
+        r"pass@5 [\d.]+% \[[\d.]+%, [\d.]+%\]; pass@10 90.0% \[[\d.]+%, 100.0%\]", cells["score of the base [95 %]"]
+    )
+
+
+def test_where_code_cannot_be_confined_its_rows_say_so_before_anything_is_answered(loaded, data, monkeypatch) -> None:
+    def no_walls():
+        raise SandboxError("code of a model cannot be confined here: no seccomp")
+
+    monkeypatch.setattr(scoreboard, "require_walls", no_walls)
+    monkeypatch.setattr(Student, "judged", lambda *_: pytest.fail("asked the model"))
+    file = data / "mbpp.jsonl"
+    file.write_text(json.dumps({"task_id": 11, "text": "t", "code": "def f(): pass", "test_list": ["assert f()"] * 3}))
+    mbpp = next(e for e in ENTRIES if e.benchmark == "mbpp")
+    assert (
+        measure(Student(loaded), mbpp, data, 3, None).cells()[1]
+        == "no: code of a model cannot be confined here: no seccomp"
+    )
+    monkeypatch.undo()
+    assert measure(Student(loaded), ARC, data, 3, None).score is not None
+
+
+def test_rows_and_means_of_bfcl() -> None:
+    names = [e.title.removeprefix("BFCL ") for e in ENTRIES if e.benchmark == "bfcl"]
+    assert set(names) == set(CATEGORIES)
+    passed = {
+        "simple_python": (400, 400),
+        "simple_java": (0, 100),
+        "simple_javascript": (25, 50),
+        "live_simple": (0, 258),
+    }
+    passed |= {"live_multiple": (1053, 1053), "live_parallel": (0, 16), "live_parallel_multiple": (0, 24)}
+
+    def result(name: str) -> Result:
+        good, n = passed.get(name, (0, 10))
+        verdicts = [Verdict(str(i), "m", "", "pass" if i < good else "fail") for i in range(n)]
+        return Result(next(e for e in ENTRIES if e.title == f"BFCL {name}"), "wheel", "", Score.of(verdicts))
+
+    means = scoreboard.bfcl_summaries([result(name) for name in names])
+    assert means["BFCL simple, mean over languages"][:2] == (550, pytest.approx(0.5))
+    assert means["BFCL non-live AST, mean of simple and three"][1] == pytest.approx(0.125)
+    assert means["BFCL live, weighted by size"][:2] == (1351, pytest.approx(1053 / 1351))
+    assert all(i.low < mean < i.high for _, mean, i in means.values())
+    assert list(scoreboard.bfcl_summaries([result(n) for n in names if n != "simple_java"])) == [
+        "BFCL live, weighted by size"
+    ]
+    table = scoreboard.as_markdown([result(name) for name in names])
+    assert table.splitlines()[0].startswith("| benchmark | loads here | source | n |")
+    assert "| BFCL simple, mean over languages |  | rows above | 550 | 50.0% [" in table
+
+
 def test_several_answers_to_a_task_count_as_one_task(loaded, monkeypatch, tmp_path):
     """Draws differ by seed; tasks, not answers, are what the interval counts; pass@k is the unbiased estimate."""
     outcomes = iter(["pass", "fail", "fail", "pass", "fail", "fail"])  # task by task within each of three draws
@@ -97,6 +157,8 @@ def test_several_answers_to_a_task_count_as_one_task(loaded, monkeypatch, tmp_pa
     assert result.score.passed == pytest.approx(1 / 3 + 1 / 3)
     assert result.score.accuracy == pytest.approx(1 / 3)
     assert result.score.low == wilson(2 / 3, 2).low
-    assert result.pass_at == {1: pytest.approx(1 / 3)}
+    value, interval = result.pass_at[1]
+    assert (value, list(result.pass_at)) == (pytest.approx(1 / 3), [1])
+    assert (interval.low, interval.high) == pytest.approx((wilson(2 / 3, 2).low, wilson(2 / 3, 2).high)), "not certain"
     assert "mean of 3 answers" in result.cells()[0]
     assert pq.read_table(tmp_path / "sums" / "completions.parquet").num_rows == 6

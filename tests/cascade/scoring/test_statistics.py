@@ -9,10 +9,12 @@ import pytest
 
 from cascade.errors import DataError
 from cascade.scoring.statistics import (
+    Interval,
     Score,
     breakdown,
     mcnemar_exact,
     mean_interval,
+    mean_of_scores,
     paired_bootstrap,
     paired_loss,
     pass_at_k,
@@ -133,6 +135,28 @@ def test_score_counts_unparsed_and_errors_as_not_passed() -> None:
     halves = Score.of([verdict(task, outcome) for task in "ab" for outcome in ("pass", "fail")])
     assert (halves.n, halves.passed, halves.accuracy) == (2, 1.0, 0.5), "several answers to a task are one task"
     assert halves.low == wilson(1, 2).low
+
+
+def test_the_mean_of_scores_is_unweighted_and_covers_by_simulation() -> None:
+    def score(passed: int, n: int) -> Score:
+        interval = wilson(passed, n)
+        return Score(n, passed, 0, passed / n, interval.low, interval.high)
+
+    mean, interval = mean_of_scores([score(0, 400), score(50, 100), score(50, 50)])
+    assert mean == pytest.approx(0.5)
+    assert interval.low < 0.5 < interval.high
+    only = score(3, 10)
+    assert mean_of_scores([only]) == (0.3, Interval(pytest.approx(only.low), pytest.approx(only.high)))
+    rng = np.random.default_rng(4)
+    sizes, rates = (400, 100, 50), (0.05, 0.3, 0.8)
+    held = [
+        np.mean(rates)
+        in mean_of_scores([score(int(rng.binomial(n, r)), n) for n, r in zip(sizes, rates, strict=True)])[1]
+        for _ in range(800)
+    ]
+    assert 0.93 < np.mean(held) < 0.98
+    with pytest.raises(ValueError, match="no scores"):
+        mean_of_scores([])
 
 
 def test_breakdown_by_difficulty_sorts_and_refuses_strangers() -> None:
