@@ -14,7 +14,7 @@ from ray import tune
 
 from cascade.compression.adapter import AdapterWeights
 from cascade.compression.calibrate import calibrate
-from cascade.compression.recipe import Limits, limits, search_space, seed_points
+from cascade.compression.recipe import Limits, limits, matters, search_space, seed_points
 from cascade.config import Config, PromptStyle
 from cascade.errors import CascadeError
 from cascade.tasks import Example
@@ -133,7 +133,7 @@ def _tuner(job: Job, setting: Setting) -> tune.Tuner:
     space = distributions(search_space(compression))
     seeds = seed_points(compression)[: compression.trials]
     near_from = len(seeds) + compression.trials // 3
-    sampler = FrontSampler(space, seed=job.config.seed, near_from=near_from)
+    sampler = FrontSampler(space, matters, seed=job.config.seed, near_from=near_from)
     return tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(

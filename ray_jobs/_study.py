@@ -32,11 +32,12 @@ STUDY = "study.journal"
 Space = Mapping[str, tuple[Any, ...]]
 """As `cascade.compression.recipe.search_space` gives it."""
 Distributions = dict[str, BaseDistribution]
+Matters = Callable[[Mapping[str, Any]], set[str]]
 _OBJECTIVES = ["loss", "disk_bytes"]
 _AT_RANDOM = 4
 """Trials before the sampler models anything; the points known to be good are usually more."""
-_MOVED = 0.35
-"""Share of the parameters in which a neighbour differs from the point of the front that it is next to."""
+_MOVED = {FloatDistribution: 0.4, CategoricalDistribution: 0.15}
+"""Share of the parameters, by their kind, in which a neighbour differs from the point of the front beside it."""
 _FAR = 0.15
 """Standard deviation of a moved number, as a share of its range."""
 
@@ -58,12 +59,13 @@ class FrontSampler(TPESampler):
     and number format are; what is left to gain then lies beside what was found.
 
     Args:
+        matters: the names of the parameters that make a difference beside the values of the others.
         near_from: the number of the first trial that may be a neighbour; of those from there on every third is TPE's.
     """
 
-    def __init__(self, space: Distributions, *, seed: int, near_from: int) -> None:
+    def __init__(self, space: Distributions, matters: Matters, *, seed: int, near_from: int) -> None:
         super().__init__(seed=seed, n_startup_trials=_AT_RANDOM)
-        self._space, self._near_from = space, near_from
+        self._space, self._matters, self._near_from = space, matters, near_from
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> Distributions:
         late = trial.number - self._near_from
@@ -75,12 +77,11 @@ class FrontSampler(TPESampler):
             return {}
         rng = self._rng.rng
         params = dict(front[rng.randint(len(front))].params)
-        moved = rng.random_sample(len(search_space)) < _MOVED
-        moved[rng.randint(len(moved))] = True
-        for move, (name, distribution) in zip(moved, search_space.items(), strict=True):
-            if move:
-                params[name] = _beside(params[name], distribution, rng)
-        return params
+        names = sorted(self._matters(params))
+        moved = {n for n in names if rng.random_sample() < _MOVED[type(search_space[n])]} or {
+            names[rng.randint(len(names))]
+        }
+        return params | {name: _beside(params[name], search_space[name], rng) for name in sorted(moved)}
 
 
 def _beside(value: Any, distribution: BaseDistribution, rng: np.random.RandomState) -> Any:

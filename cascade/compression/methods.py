@@ -51,7 +51,8 @@ class Prune(Settings):
     rescale_a: Factor = Field(1.0, description="factor on what is kept of A's change")
     rescale_b: Factor = 1.0
     power_a: Power = Field(
-        0.0, description="what is kept of A's change is also divided, layer by layer, by its share of energy to this"
+        0.0,
+        description="what is kept of A's change is divided besides, layer by layer, by its kept energy to this",
     )
     power_b: Power = 0.0
 

@@ -114,9 +114,9 @@ def _moments(before: LoraPair, after: LoraPair, grams: Grams) -> tuple[NDArray[n
     return np.maximum(seen, 0), np.maximum(said, 0)
 
 
-def kept_energy(change: NDArray[np.float32], mask: NDArray[np.bool_]) -> float:
-    """The share of a layer's sum of squares that is kept; 1 where there is nothing to keep."""
-    whole, kept = (float(np.square(x, dtype=np.float64).sum()) for x in (change, change[mask]))
+def kept_energy(scores: NDArray[np.float32], mask: NDArray[np.bool_]) -> float:
+    """The share of a layer's sum of squares that is kept, by what numbers count; 1 where there is nothing to keep."""
+    whole, kept = (float(np.square(x, dtype=np.float64).sum()) for x in (scores, scores[mask]))
     return kept / whole if whole and kept else 1.0
 
 

@@ -308,7 +308,7 @@ def pareto(trials: Sequence[TrialRow], limit_bytes: float | None) -> str:
     for some, marker, face, label in groups:
         if some:
             x, y = [t.bytes / unit for t in some], [t.loss for t in some]
-            edge = {"edgecolors": MUTED, "facecolors": face} if marker == "o" else {"color": face}
+            edge: dict[str, Any] = {"edgecolors": MUTED, "facecolors": face} if marker == "o" else {"color": face}
             axes.scatter(x, y, s=26, marker=marker, label=label, **edge)
     best = front_of(trials)
     if best:

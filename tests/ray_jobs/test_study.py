@@ -14,7 +14,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from cascade.artifacts import Run, Store
-from cascade.compression.recipe import Limits, search_space
+from cascade.compression.recipe import Limits, matters, recipe_from, search_space
 from cascade.config import Compression
 from ray_jobs._study import STUDY, FrontSampler, StudyFile, TrialSearch, distributions
 from ray_jobs._trial import TRIALS, Trial, params_key
@@ -29,7 +29,7 @@ def run(tmp_path) -> Run:
 
 
 def a_search(run: Run, seeds: list[dict[str, Any]] | None = None) -> TrialSearch:
-    return TrialSearch(SPACE, seeds or [], FrontSampler(SPACE, seed=0, near_from=99), run, LIMITS)
+    return TrialSearch(SPACE, seeds or [], FrontSampler(SPACE, matters, seed=0, near_from=99), run, LIMITS)
 
 
 def ended(params: dict[str, Any], loss: float, size: int, *, share: float = 1.0, resident: int = 50) -> Trial:
@@ -106,20 +106,23 @@ def test_what_was_measured_after_tunes_last_note_is_claimed_first(run, tmp_path)
 
 
 def test_later_trials_are_neighbours_of_the_front():
-    sampler = FrontSampler(SPACE, seed=0, near_from=12)
+    sampler = FrontSampler(SPACE, matters, seed=0, near_from=12)
     study = optuna.create_study(directions=["minimize", "minimize"], sampler=sampler)
     for _ in range(12):
         trial = study.ask(SPACE)
         study.tell(trial, [trial.params["balance"], trial.params["mlp"]])
     parents = [t.params for t in study.best_trials]
+    recipes = {recipe_from(p).model_dump_json() for p in parents}
     near = []
     for _ in range(30):
         params = study.ask(SPACE).params
         near.append(min(sum(params[n] != parent[n] for n in SPACE) for parent in parents))
-    assert min(near) >= 1, "none is tried twice"
+        recipe = recipe_from(params).model_dump_json()
+        assert recipe not in recipes, "none is tried twice"
+        recipes.add(recipe)
     assert sum(n <= 8 for n in near) >= 18, "two thirds share parameters with a point of the front"
 
 
 def test_without_a_front_there_is_nothing_to_be_near():
-    study = optuna.create_study(directions=["minimize"] * 2, sampler=FrontSampler(SPACE, seed=0, near_from=0))
+    study = optuna.create_study(directions=["minimize"] * 2, sampler=FrontSampler(SPACE, matters, seed=0, near_from=0))
     assert study.ask(SPACE).params.keys() == SPACE.keys()
