@@ -47,6 +47,7 @@ def search(job: Job, adapter: AdapterWeights, style: PromptStyle, ground: Ground
     Returns:
         The trials by loss, also written to the run with the files of the Pareto front, and as an Optuna study.
     """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     bounds = limits(adapter, job.config.compression)
     watch = Watch(job, distributions(search_space(job.config.compression)), bounds)
     with polling(watch.look):
@@ -123,7 +124,6 @@ def resources(config: Config) -> dict[str, float]:
 
 
 def _tuner(job: Job, setting: Setting) -> tune.Tuner:
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
     trainable = tune.with_resources(tune.with_parameters(TrialRunner, setting=setting), resources(job.config))
     storage = job.ray_storage()
     path, filesystem = f"{storage['storage_path']}/search", storage["storage_filesystem"]
