@@ -28,6 +28,7 @@ class ChatMessage(BaseModel):
         refusal: what a model said instead of an answer; read as one.
         annotations, audio, function_call: clients send back whole what an assistant said; what we never say may be
             there, but empty.
+        parsed: what the official client has read out of the content; it is in the content still.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -40,6 +41,7 @@ class ChatMessage(BaseModel):
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
     audio: None = None
     function_call: None = None
+    parsed: Any = None
 
     @model_validator(mode="after")
     def _says_something(self) -> ChatMessage:

@@ -67,11 +67,12 @@ class NamedTool(BaseModel):
 
 
 class CalledFunction(BaseModel):
-    """A call: `arguments` is JSON as text."""
+    """A call: `arguments` is JSON as text, which the official client may have read already."""
 
     model_config = ConfigDict(extra="forbid")
     name: str = Field(pattern=_NAME)
     arguments: str
+    parsed_arguments: Any = Field(None, exclude=True)
 
 
 class ToolCall(BaseModel):

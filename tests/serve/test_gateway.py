@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import shutil
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from pathlib import Path
 
 import httpx
 import jsonschema
 import numpy as np
 import openai
 import pytest
-from stand_in import DOMAINS, LETTERS_QUESTION, SUMS_QUESTION, SYSTEM
+from stand_in import DOMAINS, LETTERS_QUESTION, SUMS_QUESTION, SYSTEM, compressed_adapter
 
+from cascade import modifiers
 from cascade.artifacts import Store
 from cascade.benchmarks import get
 from cascade.errors import DataError
@@ -22,6 +25,7 @@ from cascade.models.chat import prompt_text
 from cascade.models.generation import generate
 from cascade.models.rows import Request
 from cascade.tasks import Message
+from serve.engine import Engine
 from serve.events import Delta, Failed, Finished, Started, Work
 from serve.feedback import FeedbackLog
 from serve.gateway import Gateway
@@ -426,3 +430,87 @@ async def test_the_openapi_document_describes_the_bodies(http) -> None:
     assert {"ChatRequest", "CompletionRequest", "Feedback", "ChatMessage"} <= set(schemas)
     used = set(re.findall(r"#/components/schemas/(\w+)", json.dumps(document)))
     assert used <= set(schemas)
+
+
+class Several(Scripted):
+    """A backend whose answers differ: the second one fails, the others go on until they are closed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = self.running = 0
+
+    async def stream(self, work: Work):
+        self.asked += 1
+        fails, self.running = self.asked == 2, self.running + 1
+        try:
+            yield Started("", 3, 0.0, 0.0)
+            await asyncio.sleep(0.05)
+            if fails:
+                yield Failed(503, "lost", "engine_lost")
+            else:
+                yield Delta("x")
+                await asyncio.sleep(60)
+        finally:
+            self.running -= 1
+
+
+async def test_where_one_of_several_answers_fails_the_others_are_ended(gateway, http) -> None:
+    gateway.backend = Several()
+    response = await http.post("/v1/chat/completions", json=ask("base", "hi", n=4))
+    assert response.status_code == 503
+    assert (gateway.backend.asked, gateway.backend.running) == (4, 0)
+
+
+async def test_completions_of_several_prompts_and_of_token_ids(client, loaded) -> None:
+    texts = ["Once upon", "Two and two"]
+    ids = [loaded.tokenizer(t).input_ids for t in texts]
+    alone = [generate(loaded, [Request(i, 8)])[0].text for i in ids]
+    more = {"model": "base", "max_tokens": 8, "temperature": 0}
+    for prompt in (texts, ids):
+        answer = await client.completions.create(prompt=prompt, n=2, **more)
+        assert [c.text for c in answer.choices] == [alone[0], alone[0], alone[1], alone[1]]
+        assert [c.index for c in answer.choices] == [0, 1, 2, 3]
+        assert answer.usage.prompt_tokens == sum(map(len, ids))
+    assert (await client.completions.create(prompt=ids[0], **more)).choices[0].text == alone[0]
+    for prompt, model in (([10**6], "base"), (ids[0], "cascade")):
+        with pytest.raises(openai.BadRequestError) as caught:
+            await client.completions.create(**more | {"model": model}, prompt=prompt)
+        assert caught.value.param == ("prompt" if model == "base" else "model")
+
+
+async def test_gateway_and_engine_speak_of_the_same_version(loaded, stand_in, tmp_path) -> None:
+    """Whatever the gateway believes: what is said to have answered is what did, under its own system message."""
+    shutil.copytree(stand_in.store.path(), tmp_path / "store")
+    store = Store(str(tmp_path / "store"))
+    engine = Engine(loaded, store, tmp_path / "forms")
+    gateway = Gateway(engine, LiveModifiers(store), LiveRouter(store, tmp_path))
+    asked = ask("letters", "hello", temperature=0)
+    transport = httpx.ASGITransport(build_api(gateway))
+    try:
+        async with httpx.AsyncClient(transport=transport, base_url="http://cascade") as http:
+            before = await http.post("/v1/chat/completions", json=asked)
+            content = compressed_adapter(Path(stand_in.config.base.model), 77)
+            new = modifiers.publish(store, "letters", content, fp16_size=10_000, system="In verse.").version
+            gateway.modifiers.refresh()  # ahead of the engine, which is asked for what it has not got
+            behind = await http.post("/v1/chat/completions", json=asked)
+            engine.modifiers.refresh()
+            after = await http.post("/v1/chat/completions", json=asked)
+    finally:
+        engine.close()
+    old = before.headers["x-cascade-modifier-version"]
+    assert [r.headers["x-cascade-modifier-version"] for r in (behind, after)] == [old, new]
+    assert behind.json()["usage"] == before.json()["usage"]  # the old one's system message, not the new one's
+    assert behind.json()["choices"] == before.json()["choices"]
+    assert after.json()["usage"]["prompt_tokens"] != before.json()["usage"]["prompt_tokens"]
+
+
+async def test_feedback_is_taken_from_the_key_that_asked(gateway, tmp_path) -> None:
+    store = Store(str(tmp_path / "keys"))
+    gateway.feedback, gateway.backend = FeedbackLog(store), Scripted(Started("", 3, 0.0, 0.0), Finished("stop", 1))
+    keys = {name: {"authorization": f"Bearer {add_key(store, name)}", "x-request-id": "r1"} for name in ("me", "eve")}
+    transport = httpx.ASGITransport(build_api(gateway, keys=KeyRing(store)))
+    async with httpx.AsyncClient(transport=transport, base_url="http://cascade") as http:
+        await http.post("/v1/chat/completions", json=ask("base", "hi"), headers=keys["me"])
+        said = {"request_id": "r1", "rating": "bad"}
+        codes = [(await http.post("/v1/feedback", json=said, headers=keys[k])).status_code for k in ("eve", "me")]
+    assert codes == [404, 200]

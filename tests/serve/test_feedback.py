@@ -1,0 +1,49 @@
+"""The log of requests: what is remembered, for whom, and how much of it."""
+
+from __future__ import annotations
+
+import pytest
+
+from cascade.artifacts import Store
+from cascade.benchmarks import get
+from cascade.tasks import Message, Route
+from serve import feedback
+from serve.feedback import FeedbackLog
+
+ROUTE = Route("sums", 0.9, "router")
+
+
+@pytest.fixture
+def store(tmp_path) -> Store:
+    return Store(str(tmp_path))
+
+
+def test_what_one_key_has_asked_nobody_else_can_rate_or_overwrite(store) -> None:
+    log = FeedbackLog(store)
+    log.answered("r1", [Message("user", "mine")], "A", ROUTE, owner="alice")
+    log.answered("r1", [Message("user", "theirs")], "B", ROUTE, owner="bob")
+    assert not log.rate("r1", "bad", owner="eve")
+    assert not log.rate("r1", "bad")
+    assert log.rate("r1", "bad", owner="alice")
+    assert store.read_json("feedback/open/alice~r1.json")["answer"] == "A"
+    assert log.rate("r1", "bad", right="4", owner="bob")
+    assert store.list("feedback/open") == ["alice~r1.json"]
+    options = {"path": store.path("feedback/tasks")}
+    (task,) = get("jsonl").load("train", domain="sums", options=options, seed=1, count=None)
+    assert task.prompt == "theirs"
+
+
+def test_what_is_remembered_is_bounded_in_bytes(store, monkeypatch) -> None:
+    monkeypatch.setattr(feedback, "_REMEMBERED_BYTES", 100_000)
+    log = FeedbackLog(store)
+    for i in range(100):
+        log.answered(f"r{i}", [Message("user", "x" * 1000)], "y", ROUTE)
+    kept = [i for i in range(100) if log.rate(f"r{i}", "good")]
+    assert kept == list(range(100 - len(kept), 100))
+    assert 10 < len(kept) < 20
+    log.answered("huge", [Message("user", "x" * 1_000_000)], "y", ROUTE)
+    assert not log.rate("huge", "good")
+    assert [i for i in range(100) if log.rate(f"r{i}", "good")] == kept
+    for _ in range(1000):  # the same one again and again is remembered once
+        log.answered("r99", [Message("user", "x" * 1000)], "y", ROUTE)
+    assert [i for i in range(100) if log.rate(f"r{i}", "good")] == kept
