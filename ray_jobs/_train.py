@@ -8,6 +8,7 @@ is elastic: it goes on with fewer while there are no more, and takes more when t
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections.abc import Mapping, Sequence
@@ -186,6 +187,7 @@ def scaling(execution: Execution) -> ScalingConfig:
 def _show_progress(job: Job) -> None:
     """Show how far the workers are, as the first of them notes it in the run."""
     path = f"{job.run.folder}/{PROGRESS}"
-    if job.run.store.exists(path):
-        state = job.run.store.read_json(path)
-        job.progress.update(job.run.job, state["step"], state["steps"], f"steps, loss {state['loss']:.3f}")
+    with contextlib.suppress(OSError):  # of a store that does not answer just now: the next look will show it
+        if job.run.store.exists(path):
+            state = job.run.store.read_json(path)
+            job.progress.update(job.run.job, state["step"], state["steps"], f"steps, loss {state['loss']:.3f}")

@@ -65,7 +65,7 @@ class FakeRay:
     reports: list[dict[str, Any]] = field(default_factory=list)
     asked: int = 0
 
-    def report(self, metrics: dict[str, Any], checkpoint: Checkpoint | None = None) -> None:
+    def report(self, metrics: dict[str, Any], checkpoint: Checkpoint | None = None, **how: Any) -> None:
         self.reports.append(metrics)
         if checkpoint is not None:
             kept = self.folder / f"checkpoint{len(self.reports)}"
