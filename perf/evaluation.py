@@ -4,8 +4,9 @@
 
 FOLDER of the data holds bbh/*.json, mbpp.jsonl, mmlu/{dev,test}/*.csv and arc/*.jsonl as published. The harness gets
 them through its own task templates (prompts are compared, letter by letter), runs in an environment of its own that
-this script makes, and its clock runs inside the model's methods alone. Both answers are judged by our scorers; for
-likelihood tasks that is the harness's own rule (acc, acc_norm). Sides take turns; ratios are within one run.
+this script makes, and its clock runs inside the model's methods alone. Both answers are judged by our scorers. Beside
+that we judge the harness's answers as it reads them (BBH's reading `harness`, acc, acc_norm), and every task is named
+on which its own score is another; MBPP has none, see `_mbpp`. Sides take turns; ratios are within one run.
 """
 
 from __future__ import annotations
@@ -84,6 +85,13 @@ def _mmlu_file(data: Path, split: str, subject: str) -> list[Row]:
     return [{"question": x[0], "choices": x[1:5], "answer": int(x[5])} for x in lines]
 
 
+AS_THE_HARNESS: dict[str, dict[str, Row]] = {
+    "bbh": {"exact_match": {"reading": "harness"}},
+    "arc": {"acc": {"normalise": False}, "acc_norm": {"normalise": True}},
+    "mmlu": {"acc": {"normalise": False}},
+    "mbpp": {"pass_at_1": {}},
+}
+"""Benchmark -> the harness's metric -> what a task's reference says where we are to judge as it does."""
 SUBJECTS = ["high_school_psychology", "miscellaneous"]
 BBH = ["navigate", "date_understanding"]
 SETS = [
@@ -177,7 +185,7 @@ def _write_tasks(s: Set, tasks: list[Task], data: Path, installed: Path, folder:
             shots = [{**row, "cascade_id": ""} for row in _mmlu_file(data, "dev", category)]
             files["dev"] = _write_rows(folder / f"{name}_dev.jsonl", shots)
         template = s.template(category)
-        task: Row = {"include": str(installed / template)} if template else _mbpp(data)
+        task: Row = {"include": str(installed / template)} if template else _mbpp(data, installed)
         task |= {"task": name, "tag": None, "dataset_path": "json", "dataset_name": None}
         task |= {"dataset_kwargs": {"data_files": files}, "test_split": "test"}
         task |= {"training_split": None, "validation_split": None, "should_decontaminate": False}
@@ -196,20 +204,23 @@ def _write_rows(file: Path, rows: list[Row]) -> str:
     return str(file)
 
 
-def _mbpp(data: Path) -> Row:
-    """The harness's own MBPP task, less its metric: that loads code from the hub as soon as the task is read."""
+def _mbpp(data: Path, installed: Path) -> Row:
+    """The harness's own MBPP task out of its YAML, less its functions.
+
+    Its metric loads code from the hub as soon as the harness reads the file, so that the task cannot be included as it
+    stands offline. Prompt, target and sampler are taken from the file at run time; the worked examples, which a function
+    of its lists, are the published rows of the same ids. The metric is one that nobody looks at: there is no score of
+    the harness's to compare with, and the answers of both sides are judged by our scorer alone.
+    """
+
+    class Loader(yaml.SafeLoader):
+        """Reads a function's name as text instead of importing it."""
+
+    Loader.add_constructor("!function", lambda loader, node: loader.construct_scalar(node))
+    task: Row = yaml.load((installed / "mbpp" / "mbpp.yaml").read_text(encoding="utf-8"), Loader)
     rows = {r["task_id"]: r for r in local_rows(str(data / "mbpp.jsonl"))}
-    tests = "\n".join(f"{{{{test_list[{i}]}}}}" for i in range(3))
-    prompt = f"{{{{text}}}} Your code should pass these tests:\n\n{tests}\n[BEGIN]\n"
-    return {
-        "output_type": "generate_until",
-        "doc_to_text": f"You are an expert Python programmer, and here is your task: {prompt}",
-        "doc_to_target": "{% if is_fewshot is defined %}{{code}}\n[DONE]{% else %}{{test_list[0]}}{% endif %}",
-        "target_delimiter": "",
-        "num_fewshot": 3,
-        "fewshot_config": {"sampler": "first_n", "samples": [{**rows[i], "is_fewshot": True} for i in SHOT_IDS]},
-        "metric_list": [{"metric": "exact_match"}],
-    }
+    task["fewshot_config"]["samples"] = [{**rows[i], "is_fewshot": True} for i in SHOT_IDS]
+    return {**task, "metric_list": [{"metric": "exact_match"}], "unsafe_code": False}
 
 
 def _compare(s: Set, tasks: list[Task], ours: Any, theirs: dict[str, Any]) -> dict[str, Any]:
@@ -236,7 +247,7 @@ def _compare(s: Set, tasks: list[Task], ours: Any, theirs: dict[str, Any]) -> di
         print(f"    prompts alike {same_prompts}/{n}, texts alike {texts}/{n}")
     print(f"    judged differently: {', '.join(differing) or 'none'}")
     key = s.name.split(",")[0].lower()
-    return {
+    return _scored_otherwise(s, tasks, said, key) | {
         f"{key}: tasks per second, ratio": {"value": round(ratio, 2), "target": TARGET, "met": ratio >= TARGET},
         f"{key}: tasks per CPU second, ratio": {
             "value": round(cpu_ratio, 2),
@@ -246,6 +257,27 @@ def _compare(s: Set, tasks: list[Task], ours: Any, theirs: dict[str, Any]) -> di
         f"{key}: prompts alike": {"value": same_prompts, "target": n, "met": same_prompts == n},
         f"{key}: judged differently": {"value": len(differing), "target": 0, "met": not differing},
     }
+
+
+def _scored_otherwise(s: Set, tasks: list[Task], said: Mapping[str, Row], key: str) -> dict[str, Any]:
+    """Our verdicts on the harness's answers, read as it does, beside its own scores; prints the tasks that differ."""
+    figures: dict[str, Any] = {}
+    for metric, reading in AS_THE_HARNESS[s.benchmark].items():
+        scored = [t for t in tasks if metric in said[t.id]["scores"]]
+        if not scored or (s.benchmark == "mbpp" and metric != "pass_at_1"):
+            print(f"    no {metric} in the harness's results")
+            continue
+        score = benchmarks.get(s.benchmark).score
+        as_theirs = [replace(t, reference={**t.reference, **reading}) for t in scored]
+        ours = [score(t, _as_completion(t, said[t.id]["said"])).passed for t in as_theirs]
+        theirs = [said[t.id]["scores"][metric] == 1.0 for t in scored]
+        other = [t.id for t, one, two in zip(scored, ours, theirs, strict=True) if one != two]
+        print(
+            f"    {metric}: {sum(theirs)}/{len(scored)}, ours {sum(ours)}; "
+            f"scored differently: {', '.join(other) or 'none'}"
+        )
+        figures[f"{key}: {metric} scored differently"] = {"value": len(other), "target": 0, "met": not other}
+    return figures
 
 
 def _as_completion(task: Task, said: Any) -> Completion:

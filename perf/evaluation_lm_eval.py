@@ -17,6 +17,8 @@ from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+SCORES = ("exact_match", "acc", "acc_norm", "pass_at_1")
+
 
 class Timed(HFLM):
     """lm-eval's `hf` backend with a clock."""
@@ -55,12 +57,13 @@ def main() -> None:
 
 
 def _plain(sample: dict[str, Any]) -> dict[str, Any]:
-    """Id, prompt and what the model said: a text, or the log-likelihood of every choice."""
+    """Id, prompt, what the model said (a text, or the log-likelihood of every choice), and the harness's own scores."""
     first = sample["arguments"][0]
     prompt = first[0] if isinstance(first, (list, tuple)) else first
     answers = [r[0] for r in sample["resps"]]
     said = answers[0] if isinstance(answers[0], str) else [float(a[0]) for a in answers]
-    return {"id": sample["doc"]["cascade_id"], "prompt": prompt, "said": said}
+    scores = {name: float(sample[name]) for name in SCORES if name in sample}
+    return {"id": sample["doc"]["cascade_id"], "prompt": prompt, "said": said, "scores": scores}
 
 
 if __name__ == "__main__":

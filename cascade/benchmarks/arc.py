@@ -2,13 +2,13 @@
 
 Source: hub `allenai/ai2_arc` (CC-BY-SA-4.0), or local files in the hub's schema or the original JSON lines
 (`ARC-Challenge-Test.jsonl`). Split rule: the published one. Shots: 0. Metric: accuracy of the likeliest answer text,
-plain (`acc`) or per byte (`acc_norm`); or of the letter that a chat model names.
+plain (`acc`) or per character (`acc_norm`); or of the letter that a chat model names.
 
 Options:
     path: folder or file; left out, the hub.
     set: ARC-Challenge | ARC-Easy
     form: likelihood | chat
-    normalise: divide log-likelihoods by the answer's bytes (acc_norm); default true
+    normalise: divide log-likelihoods by the answer's characters (acc_norm); default true
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Arc:
 
     def score(self, task: Task, completion: Completion) -> Verdict:
         """By likelihood, or by the letter named."""
-        return judge_choice(task, completion, per_byte=bool(task.reference["normalise"]))
+        return judge_choice(task, completion, per_character=bool(task.reference["normalise"]))
 
     def reference_answer(self, task: Task) -> str:
         """The answer's text, or in chat form its letter."""

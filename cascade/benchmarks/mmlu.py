@@ -11,7 +11,7 @@ Options:
     form: letter | cloze | chat
     shots: 0 to 5, left out: 5 for letter, 0 for cloze and chat
     subjects: list of subjects; left out, all 57
-    normalise: cloze alone: divide log-likelihoods by the answer's bytes (acc_norm)
+    normalise: cloze alone: divide log-likelihoods by the answer's characters (acc_norm)
     topic: cloze alone: begin with "The following are questions about <subject>.", as the SmolLM2 models' published
         cloze figures do (with normalise, 0 shots); default false
 """
@@ -85,7 +85,7 @@ class Mmlu:
 
     def score(self, task: Task, completion: Completion) -> Verdict:
         """By likelihood, or by the letter named."""
-        return judge_choice(task, completion, per_byte=bool(task.reference["normalise"]))
+        return judge_choice(task, completion, per_character=bool(task.reference["normalise"]))
 
     def reference_answer(self, task: Task) -> str:
         """The letter, or in cloze form the answer's text."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -135,15 +136,18 @@ def test_mmlu_reads_the_hubs_schema_and_the_original_csv(tmp_path: Path) -> None
 
 
 @with_data
-def test_arc_normalises_by_bytes_and_reads_letters() -> None:
+def test_arc_normalises_by_characters_and_reads_letters() -> None:
     tasks = load("arc", path=str(DATA / "arc"))
     assert len(tasks) == 1150
     assert len(load("arc", "validation", path=str(DATA / "arc"))) == 294
     task = next(t for t in tasks if len({len(c) for c in t.choices}) == 4)
-    per_byte = tuple(
+    per_character = tuple(
         -2.0 * len(c) + (0.5 * len(c) if i == task.reference["answer"] else 0) for i, c in enumerate(task.choices)
     )
-    assert outcome(task, choice_logprobs=per_byte) == "pass"
+    assert outcome(task, choice_logprobs=per_character) == "pass"
+    accented = replace(task, choices=(" é", " bb", " c", " d"), reference={**task.reference, "answer": 0})
+    assert outcome(accented, choice_logprobs=(-2.0, -4.4, -3.0, -3.0)) == "pass"  # lm-eval's acc_norm; by bytes (c)
+    assert outcome(accented, choice_logprobs=(-2.0, -2.2, -3.0, -3.0)) == "fail"
     for diverged in ((float("nan"),) * 4, (-1.0, -2.0, float("nan"), -3.0), (float("inf"), -1.0, -1.0, -1.0)):
         assert {outcome(t, choice_logprobs=diverged) for t in tasks} == {"error"}
     chat = load("arc", path=str(DATA / "arc"), form="chat")[0]
