@@ -208,8 +208,8 @@ def _mbpp(data: Path, installed: Path) -> Row:
     """The harness's own MBPP task out of its YAML, less its functions.
 
     Its metric loads code from the hub as soon as the harness reads the file, so that the task cannot be included as it
-    stands offline. Prompt, target and sampler are taken from the file at run time; the worked examples, which a function
-    of its lists, are the published rows of the same ids. The metric is one that nobody looks at: there is no score of
+    stands offline. Prompt, target and sampler are taken from the file at run time; the worked examples, which one of
+    its functions lists, are the published rows of the same ids. The metric is one that nobody looks at: there is no score of
     the harness's to compare with, and the answers of both sides are judged by our scorer alone.
     """
 
