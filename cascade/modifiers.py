@@ -46,7 +46,7 @@ class Modifier(BaseModel):
         rank: that it was trained with.
         sha256: of the modifier file.
         disk_bytes: what the file weighs.
-        resident_bytes: what serving holds of it, at 2 bytes per number.
+        resident_bytes: what serving holds of it, as it was to be served when it was published.
         fp16_bytes: what the uncompressed adapter weighs in fp16.
         scores: by what was measured ("base", "modifier", "compressed"), each with n and a 95 % interval.
         teachers: whose answers it was trained on; one that only replays known answers starts with "answer-key".
@@ -93,6 +93,7 @@ def publish(
     compressed: CompressedAdapter,
     *,
     fp16_size: int | AdapterWeights,
+    resident_size: int | None = None,
     scores: Mapping[str, Score] | None = None,
     teachers: tuple[str, ...] = (),
     system: str | None = None,
@@ -105,6 +106,7 @@ def publish(
 
     Args:
         fp16_size: size of the uncompressed adapter in fp16, in bytes, or that adapter.
+        resident_size: what serving holds of it, in bytes; by default that of a base in 16 bits.
         system: the system message that it was trained under, which whoever asks it must use too.
         version: its name; by default the first 12 digits of the file's hash.
 
@@ -121,7 +123,7 @@ def publish(
         rank=compressed.rank,
         sha256=digest,
         disk_bytes=len(data),
-        resident_bytes=resident_bytes(compressed),
+        resident_bytes=resident_bytes(compressed) if resident_size is None else resident_size,
         fp16_bytes=fp16_bytes(fp16_size) if isinstance(fp16_size, AdapterWeights) else fp16_size,
         scores=dict(scores or {}),
         teachers=teachers,

@@ -162,7 +162,7 @@ class StudentActor:
         if adapter == self.filled:
             return
         if self.slot is None:
-            self.slot = LoraSlot(self.loaded.model)
+            self.slot = LoraSlot(self.loaded.model, int8=self.config.serving.weights == "int8")
         if adapter is None:
             self.slot.clear()
         else:

@@ -124,7 +124,10 @@ class Runs:
     @cached_property
     def compress_modifier(self) -> Run:
         return self._open(
-            "compress_modifier", modifier=self.train_modifier.fingerprint, compression=self.config.compression
+            "compress_modifier",
+            modifier=self.train_modifier.fingerprint,
+            compression=self.config.compression,
+            **({"weights": "int8"} if self.config.serving.weights == "int8" else {}),  # decides sizes and numbers
         )
 
     @cached_property

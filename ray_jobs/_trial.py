@@ -23,7 +23,7 @@ from ray.tune.result import DONE
 from cascade.artifacts import Run
 from cascade.compression.adapter import AdapterWeights
 from cascade.compression.apply import LoraSlot
-from cascade.compression.format import encode_modifier
+from cascade.compression.format import encode_modifier, publishing_bytes
 from cascade.compression.packed import CompressedAdapter
 from cascade.compression.pareto import front, leaders
 from cascade.compression.recipe import Limits, Room, compress, recipe_from
@@ -55,7 +55,7 @@ class Trial:
     Attributes:
         recipe: the recipe as JSON text; params: the point of the search space that it came from, the same.
         disk_bytes: exact size of its modifier file; resident_bytes: what serving holds of it.
-        fits: whether both keep their limit.
+        fits: whether both keep their limit, also once the file is published with its scores and teachers.
         loss: mean held-out loss per target token, nats; of a trial that ended early what it would come to over all
             rows (`Groundwork.estimate`).
         seconds: of compressing and measuring, without what Tune needs around it.
@@ -196,10 +196,12 @@ def params_key(params: Mapping[str, Any]) -> str:
 def _measure(params: dict[str, Any], setting: Setting, key: str, stages: StagesSoFar) -> Trial:
     bench = load_bench(setting.config.model_dump_json(), setting.style, setting.held_out)
     began = time.perf_counter()
-    recipe = recipe_from(params, Room.of(setting.adapter, setting.limits, bench.loaded.model.dtype.itemsize))
+    room = Room.of(setting.adapter, setting.limits, bench.slot.dtype.itemsize, int8=bench.slot.int8)
+    recipe = recipe_from(params, room)
     compressed = compress(setting.adapter, recipe, setting.ground.calibration)
     data, resident = encode_modifier(compressed), bench.slot.bytes_for(compressed)
-    fits = len(data) <= setting.limits.disk and resident <= setting.limits.resident
+    published = len(data) + publishing_bytes(tuple(t.name for t in setting.config.tiers))
+    fits = published <= setting.limits.disk and resident <= setting.limits.resident
     bench.slot.fill(compressed)
     share, loss = _loss(setting, key, bench, len(data), stages, hopeless=not fits)
     trial = Trial(recipe.model_dump_json(), key, len(data), resident, loss, fits, time.perf_counter() - began, share)
@@ -264,7 +266,8 @@ def load_bench(config_json: str, style: PromptStyle, held_out: tuple[Conversatio
     limit_process(config.execution, config.execution.cpus_per_actor)
     loaded = load_base(config.base)
     rows = packed_rows(loaded, config, style, held_out)
-    return Bench(loaded, LoraSlot(loaded.model), [*rows[::4], *rows[2::4], *rows[1::2]])
+    slot = LoraSlot(loaded.model, int8=config.serving.weights == "int8")
+    return Bench(loaded, slot, [*rows[::4], *rows[2::4], *rows[1::2]])
 
 
 def packed_rows(

@@ -11,7 +11,7 @@ import ray
 
 from cascade.compression.account import LayerShare, StageCost, layer_shares, stages_of
 from cascade.compression.adapter import AdapterWeights, fp16_bytes
-from cascade.compression.format import decode_modifier, encode_modifier
+from cascade.compression.format import decode_modifier, encode_modifier, publishing_bytes
 from cascade.compression.packed import CompressedAdapter, compress
 from cascade.compression.recipe import limits
 from cascade.compression.recover import recover
@@ -125,7 +125,8 @@ def _recover(assigned: Assigned, bench: Bench, compressed: CompressedAdapter) ->
     bench.slot.clear()
     trained, _ = recover(bench.loaded.model, compressed, plan, settings)
     loss = bench.loss(trained)
-    fits = len(encode_modifier(trained)) <= limits(assigned.adapter, wanted).disk
+    published = len(encode_modifier(trained)) + publishing_bytes(tuple(t.name for t in config.tiers))
+    fits = published <= limits(assigned.adapter, wanted).disk
     taken = fits and loss < assigned.winner.loss
     return trained, Recovery(len(plan), time.perf_counter() - began, loss, taken)
 

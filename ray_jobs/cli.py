@@ -327,17 +327,26 @@ def compress_adapter(
     file: Annotated[str, typer.Argument(metavar="FILE", help="modifier file to write, e.g. modifier.safetensors")],
     share: Annotated[float, typer.Option(help="largest size, on disk and in memory, as a share of fp16")] = 48 / 260,
     values: Annotated[str | None, typer.Option(help="fp16, int8, int4 or ternary; by default what suits")] = None,
+    base: Annotated[str, typer.Option(help="it is served with: in bfloat16, float16, float32 or int8")] = "bfloat16",
 ) -> None:
     """Compress a LoRA without a search and without data; `compress-modifier` is the job that measures."""
-    exit_with_message(lambda: _compress(folder, file, share, values))
+    exit_with_message(lambda: _compress(folder, file, share, values, base))
 
 
-def _compress(folder: str, file: str, share: float, values: str | None) -> None:
+def _compress(folder: str, file: str, share: float, values: str | None, base: str) -> None:
     if not 0 < share <= 1 or values not in (None, *get_args(Values)):
         raise ConfigError(f"--share must be in (0, 1] and --values one of {', '.join(get_args(Values))}")
-    wanted = Compression(max_ratio=share, max_resident_ratio=share)
-    adapter, compressed = compress_folder(folder, file, wanted=wanted, values=cast(Values | None, values))
-    full, disk, held = fp16_bytes(adapter), disk_bytes(compressed), resident_bytes(compressed)
+    if base not in ("bfloat16", "float16", "float32", "int8"):
+        raise ConfigError(f"--base is the type of the base, bfloat16, float16, float32 or int8, not {base}")
+    wanted, form = (
+        Compression(max_ratio=share, max_resident_ratio=share),
+        (4 if base == "float32" else 2, base == "int8"),
+    )
+    adapter, compressed = compress_folder(
+        folder, file, wanted=wanted, values=cast(Values | None, values), bytes_per_number=form[0], int8=form[1]
+    )
+    full, disk = fp16_bytes(adapter), disk_bytes(compressed)
+    held = resident_bytes(compressed, bytes_per_number=form[0], int8=form[1])
     print(f"{file}: {disk} bytes ({disk / full:.1%} of {full} in fp16), {held} in memory ({held / full:.1%})")
 
 

@@ -70,6 +70,7 @@ def _publish(job: Job, file: str, verdicts: dict[str, list[Verdict]]) -> str:
         job.config.domain,
         load_modifier(local),
         fp16_size=job.runs.compress_modifier.metrics["fp16_bytes"],
+        resident_size=job.runs.compress_modifier.metrics["resident_bytes"],
         scores=scores,
         teachers=teachers,
         system=training_style(job.runs).system,

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from cascade.compression.adapter import AdapterWeights, BaseRef
-from cascade.compression.flat import FlatAdapter, Held, Held8, Layout, layout_of, write_block
+from cascade.compression.flat import FlatAdapter, factors_of, layout_of, write_block
+from cascade.compression.layout import Held, Layout
 from cascade.compression.packed import CompressedAdapter
 from cascade.errors import DataError
 from cascade.models.int8 import Int8Linear
@@ -22,21 +23,16 @@ Adapter = AdapterWeights | CompressedAdapter | FlatAdapter
 
 
 class _Patch:
-    """What one layer adds; both factors are None while the slot is empty."""
+    """What one layer adds; None while the slot is empty."""
 
-    __slots__ = ("a", "bt")
+    __slots__ = ("factor", "held")
 
     def __init__(self) -> None:
-        self.a: Held | Held8 | None = None  # (rank, in)
-        self.bt: Held | Held8 | None = None  # (rank, out), scaled; not transposed where the base is in 8 bits
+        self.held: Held | None = None
+        self.factor = 1.0
 
     def hook(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
-        if self.a is None or self.bt is None:
-            return None
-        if isinstance(self.a, Held8) or isinstance(self.bt, Held8):
-            return output + self.bt.times(self.a.times(args[0]))  # type: ignore[union-attr]
-        low = nn.functional.linear(args[0], self.a.matrix()).view(-1, self.a.shape[0])
-        return torch.addmm(output.reshape(-1, output.shape[-1]), low, self.bt.matrix()).view_as(output)
+        return None if self.held is None else self.held.onto(output, args[0], self.factor)
 
 
 class LoraSlot:
@@ -47,7 +43,14 @@ class LoraSlot:
     The caller sees to it that nobody computes with the model while the slot is being filled or cleared.
     """
 
-    def __init__(self, model: nn.Module, capacity: int | None = None, *, base: BaseRef | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        capacity: int | None = None,
+        *,
+        base: BaseRef | None = None,
+        int8: bool | None = None,
+    ) -> None:
         """Install the hooks.
 
         Args:
@@ -55,18 +58,20 @@ class LoraSlot:
             capacity: bytes that fit: `bytes_for` the largest adapter, which keeps the memory promise; larger ones are
                 refused. None: the buffer grows to the largest adapter that ever came.
             base: what the model is; adapters that name another base are then refused.
+            int8: whether adapters are held in 8 bits; None: if the model is. A search says so beside a base in
+                bfloat16, which it needs for gradients, to measure the numbers that will be served.
         """
         self._layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | Int8Linear)}
         if not self._layers:
             raise DataError("the model has no linear layers that an adapter could change")
         weight = next(p for p in model.parameters() if p.is_floating_point())  # levels are not
         self._dtype: torch.dtype = weight.dtype
-        self._int8 = any(isinstance(m, Int8Linear) for m in self._layers.values())
+        self._int8 = any(isinstance(m, Int8Linear) for m in self._layers.values()) if int8 is None else int8
         self._base = base
         self._may_grow = capacity is None
         self._buffer = torch.zeros(capacity or 0, dtype=torch.uint8, device=weight.device)
         self._patches = {name: _Patch() for name in self._layers}
-        self._views: dict[str, tuple[Held, Held]] | dict[str, tuple[Held8, Held8]] = {}
+        self._views: dict[str, Held] = {}
         self._viewed: Layout | None = None  # what the views are of; most adapters have the same layout
         self._handles = [m.register_forward_hook(self._patches[n].hook) for n, m in self._layers.items()]
 
@@ -77,7 +82,7 @@ class LoraSlot:
 
     @property
     def int8(self) -> bool:
-        """Whether the model is held in 8 bits, and so are adapters."""
+        """Whether adapters are held in 8 bits."""
         return self._int8
 
     @property
@@ -87,7 +92,7 @@ class LoraSlot:
 
     @property
     def is_empty(self) -> bool:
-        return all(patch.a is None for patch in self._patches.values())
+        return all(patch.held is None for patch in self._patches.values())
 
     def bytes_for(self, adapter: Adapter) -> int:
         """What the slot holds of an adapter."""
@@ -113,7 +118,7 @@ class LoraSlot:
     def clear(self) -> None:
         """Take the adapter out: the model is the base again, bit for bit."""
         for patch in self._patches.values():
-            patch.a = patch.bt = None
+            patch.held = None
 
     def remove(self) -> None:
         """Take the hooks off the model for good."""
@@ -152,6 +157,7 @@ class LoraSlot:
     @torch.no_grad()
     def _copy(self, adapter: Adapter) -> None:
         layout = layout_of(adapter, self._dtype, self._int8)
+        factors = factors_of(adapter, layout)
         if layout.nbytes > self.resident_bytes:
             self._viewed = None
             self._buffer = self._buffer.new_zeros(layout.nbytes)
@@ -166,5 +172,5 @@ class LoraSlot:
             block.copy_(staged)
         if layout != self._viewed:
             self._views, self._viewed = layout.views(block), layout
-        for name, (a, bt) in self._views.items():
-            self._patches[name].a, self._patches[name].bt = a, bt
+        for (name, held), factor in zip(self._views.items(), factors, strict=True):
+            self._patches[name].held, self._patches[name].factor = held, factor

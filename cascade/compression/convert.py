@@ -10,7 +10,7 @@ from cascade.compression.adapter import AdapterWeights, fp16_bytes, load_peft_fo
 from cascade.compression.format import disk_bytes, load_modifier, save_modifier
 from cascade.compression.methods import Recipe
 from cascade.compression.packed import CompressedAdapter, compress, expand, resident_bytes
-from cascade.compression.recipe import Limits, Room, limits, recipe_from
+from cascade.compression.recipe import Room, limits, recipe_from
 from cascade.config import Compression
 from cascade.errors import DataError
 
@@ -26,6 +26,8 @@ def compress_folder(
     wanted: Compression | None = None,
     values: Values | None = None,
     recipe: Recipe | None = None,
+    bytes_per_number: int = 2,
+    int8: bool = False,
 ) -> tuple[AdapterWeights, CompressedAdapter]:
     """Compress a LoRA by rank truncation and quantisation to what disk and memory allow, and write the file.
 
@@ -37,6 +39,9 @@ def compress_folder(
         wanted: gives the limits of size.
         values: number format; by default int8, or int4 below a tenth of the fp16 size.
         recipe: what to do instead; its size is not limited.
+        bytes_per_number: of the type of the base that it will be served with: 4 for float32. Numbers of few bits take
+            the same room beside every type.
+        int8: whether that base will be held in 8 bits.
 
     Returns:
         The adapter as it was, and compressed.
@@ -46,21 +51,24 @@ def compress_folder(
     """
     wanted = wanted or Compression()
     adapter = load_peft_folder(folder)
-    compressed = compress(adapter, recipe) if recipe else _within(adapter, wanted, values)
+    compressed = compress(adapter, recipe) if recipe else _within(adapter, wanted, values, bytes_per_number, int8)
     save_modifier(file, compressed)
     return adapter, compressed
 
 
-def _within(adapter: AdapterWeights, wanted: Compression, values: Values | None) -> CompressedAdapter:
+def _within(
+    adapter: AdapterWeights, wanted: Compression, values: Values | None, bytes_per_number: int, int8: bool
+) -> CompressedAdapter:
     """The largest that keeps both limits, found from above: sizes are known exactly only afterwards."""
     bounds, full = limits(adapter, wanted), fp16_bytes(adapter)
     share = bounds.disk / full
     resident = bounds.resident / full
     for step in range(_STEPS):
         less = _STEP**step
-        room = Room(0.97 * share * less, resident * less, rank=adapter.rank)  # the header is not in it
+        room = Room(0.97 * share * less, resident * less, bytes_per_number, adapter.rank, int8)  # header apart
         compressed = compress(adapter, recipe_from({"method": "low-rank", "values": values or _format(share)}, room))
-        if _fits(compressed, bounds):
+        held = resident_bytes(compressed, bytes_per_number=bytes_per_number, int8=int8)
+        if disk_bytes(compressed) <= bounds.disk and held <= bounds.resident:
             return compressed
     raise DataError(
         f"{bounds.disk} bytes on disk and {bounds.resident} in memory are too few for this adapter "
@@ -70,10 +78,6 @@ def _within(adapter: AdapterWeights, wanted: Compression, values: Values | None)
 
 def _format(share: float) -> Values:
     return "int8" if share >= 0.1 else "int4"
-
-
-def _fits(compressed: CompressedAdapter, bounds: Limits) -> bool:
-    return disk_bytes(compressed) <= bounds.disk and resident_bytes(compressed) <= bounds.resident
 
 
 def export_modifier(

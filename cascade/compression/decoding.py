@@ -33,19 +33,16 @@ _PART = 1 << 18
 
 @dataclass(frozen=True, slots=True)
 class Levels:
-    """A factor in few bits: number i is `levels[i] * scales[i // group]`.
+    """A factor in few bits: number i is `levels[i] * scales[i // group] * 2**exponent`.
 
     Attributes:
         levels: int8, flat, row-major.
-        scales: float32, flat, one per group; the last group may be shorter.
-        group: numbers that share a scale.
-        shape: (rank, features).
+        scales: float16, flat, one per group; the last group may be shorter.
     """
 
     levels: NDArray[np.int8]
-    scales: NDArray[np.float32]
-    group: int
-    shape: tuple[int, int]
+    scales: NDArray[np.float16]
+    exponent: int
 
 
 def expanded_sha256(compressed: CompressedAdapter) -> str:
@@ -166,7 +163,7 @@ class _Reader:
             wide = np.ldexp(scales.astype(np.float32), layer.exponents[which])
             if not np.isfinite(wide * np.float32(128)).all():  # no level is larger
                 raise FormatError(f"layer {layer.name} holds numbers that are not finite")
-        return Levels(levels, wide, self._recipe.group, (layer.rank, size // layer.rank))
+        return Levels(levels, scales, layer.exponents[which])
 
     def finish(self) -> None:
         lengths = (0 if self._packed.mask is None else self._packed.mask.size, self._packed.values.size)

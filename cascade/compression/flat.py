@@ -1,9 +1,6 @@
 """The serving form of a modifier: what a slot computes with, in one block of memory or of one local file.
 
-A block holds all numbers in the model's own dtype or, where the modifier's numbers have few bits and nothing was
-pruned, a byte for each number and a scale per group in that dtype; then layers are brought into the dtype one by one,
-when they compute. So what saves bytes on disk saves them in memory too. For a base that is held in 8 bits the numbers
-of every modifier are rounded as the base's are, and computed with by the same kernel: see `cascade.models.int8`.
+How it lies there, and that what saves bytes on disk saves them in memory too: see `cascade.compression.layout`.
 
 A modifier file is small because it is packed; expanding it takes time. Serving brings each version into a block once,
 kept as a safetensors file with a single tensor, and from then on a swap is one read into the slot's fixed buffer. The
@@ -16,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import os
 import uuid
 from collections.abc import Iterator
@@ -26,163 +24,38 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from cascade.compression.adapter import AdapterWeights, BaseRef
 from cascade.compression.decoding import Expanded, iter_layers, iter_levels
+from cascade.compression.decoding import Levels as Few
+from cascade.compression.layout import Bytes, LayerShape, Layout, Levels, Plain, compressed_layout
 from cascade.compression.methods import Settings
-from cascade.compression.packed import CompressedAdapter, is_low_bit
+from cascade.compression.packed import CompressedAdapter
 from cascade.errors import FormatError
-from cascade.models.int8 import BLOCK, product, rounded
+from cascade.models.int8 import rounded
 
 _TENSOR, _METADATA = "block", "cascade-flat"
-_ALIGNED = 64
-"""Bytes that the levels of a block begin at a multiple of."""
 _PARTS = 2
 """Threads that read one file: one alone does not fill the memory's bandwidth."""
 _readers = ThreadPoolExecutor(_PARTS, thread_name_prefix="flat-reader")
-
-LayerShape = tuple[str, int, int, int]
-"""Name, rank, inputs, outputs."""
 
 
 class _Metadata(Settings):
     """The metadata of a flat file. `sha256` is over the rest of it and the block."""
 
     layers: tuple[LayerShape, ...]
+    factors: tuple[float, ...]
     dtype: Literal["float32", "bfloat16", "float16"]
     group: Annotated[int, Field(ge=1)] | None
+    bits: int
     int8: bool
     base_name: str
     base_sha256: str
     sha256: str
-
-
-@dataclass(frozen=True, slots=True)
-class Held:
-    """One factor of a layer, as views of a block.
-
-    Attributes:
-        numbers: shape (rank, features) in the model's dtype; or int8 levels, (groups, group), the last one filled up.
-        scales: of the levels, (groups, 1) in the model's dtype.
-        shape: (rank, features).
-    """
-
-    numbers: torch.Tensor
-    scales: torch.Tensor | None
-    shape: tuple[int, int]
-
-    def matrix(self) -> torch.Tensor:
-        """(rank, features) in the model's dtype."""
-        if self.scales is None:
-            return self.numbers
-        rank, features = self.shape
-        return (self.numbers * self.scales).view(-1)[: rank * features].view(rank, features)
-
-
-@dataclass(frozen=True, slots=True)
-class Held8:
-    """One factor of a layer as a weight in 8 bits, as views of a block; the rank is filled up to whole blocks.
-
-    Attributes:
-        levels: (rank, inputs) of A, (outputs, rank) of B.
-        scales: of each row.
-    """
-
-    levels: torch.Tensor
-    scales: torch.Tensor
-
-    def times(self, rows: torch.Tensor) -> torch.Tensor:
-        """Rows times the factor transposed."""
-        return product(rows, self.levels, self.scales)
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """How an adapter lies in a block.
-
-    Attributes:
-        layers: in the block's order; of each, A of shape (rank, inputs) and then B transposed, scaled, of shape
-            (rank, outputs).
-        dtype: that the model computes in.
-        group: levels that share a scale: first come the scales of all factors, then their levels, each factor
-            filled up to whole groups. None: plain numbers.
-        int8: for a base in 8 bits: first the scales of all factors, then their levels, as `Held8` has them.
-    """
-
-    layers: tuple[LayerShape, ...]
-    dtype: torch.dtype
-    group: int | None
-    int8: bool = False
-
-    @property
-    def parameters(self) -> int:
-        """Numbers that the adapter has."""
-        return sum(rank * (fan_in + fan_out) for _, rank, fan_in, fan_out in self.layers)
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the block."""
-        if self.int8:
-            return self.border + sum(rows * width for rows, width in self._weights())
-        if self.group is None:
-            return self.parameters * self.dtype.itemsize
-        return self._groups * (self.group + self.dtype.itemsize)
-
-    @property
-    def border(self) -> int:
-        """Byte at which the levels begin."""
-        if self.int8:
-            return -(-2 * sum(rows for rows, _ in self._weights()) // _ALIGNED) * _ALIGNED
-        return 0 if self.group is None else self._groups * self.dtype.itemsize
-
-    @property
-    def _groups(self) -> int:
-        assert self.group is not None
-        return sum(-(-rank * width // self.group) for _, rank, *widths in self.layers for width in widths)
-
-    def _weights(self) -> Iterator[tuple[int, int]]:
-        """Shapes of A and B of each layer, as a base in 8 bits takes them."""
-        for _, rank, fan_in, fan_out in self.layers:
-            filled = -(-rank // BLOCK) * BLOCK
-            yield filled, fan_in
-            yield fan_out, filled
-
-    def views(self, block: torch.Tensor) -> dict[str, tuple[Held, Held]] | dict[str, tuple[Held8, Held8]]:
-        """A and B (transposed, but where `int8`) of each layer in a block of `nbytes` bytes."""
-        if self.int8:
-            weights = self._weights_in(block)
-            return {name: (next(weights), next(weights)) for name, *_ in self.layers}
-        cut = self._plain if self.group is None else self._levels
-        factors = cut(block)
-        return {name: (next(factors), next(factors)) for name, *_ in self.layers}
-
-    def _weights_in(self, block: torch.Tensor) -> Iterator[Held8]:
-        scales, at = block[: self.border].view(torch.bfloat16), 0
-        levels, start = block[self.border :].view(torch.int8), 0
-        for rows, width in self._weights():
-            size = rows * width
-            yield Held8(levels[start : start + size].view(rows, width), scales[at : at + rows])
-            at, start = at + rows, start + size
-
-    def _plain(self, block: torch.Tensor) -> Iterator[Held]:
-        numbers, at = block.view(self.dtype), 0
-        for _, rank, *widths in self.layers:
-            for width in widths:
-                yield Held(numbers[at : at + rank * width].view(rank, width), None, (rank, width))
-                at += rank * width
-
-    def _levels(self, block: torch.Tensor) -> Iterator[Held]:
-        assert self.group is not None
-        scales = block[: self.border].view(self.dtype).view(-1, 1)
-        levels, at = block[self.border :].view(torch.int8).view(-1, self.group), 0
-        for _, rank, *widths in self.layers:
-            for width in widths:
-                groups = -(-rank * width // self.group)
-                yield Held(levels[at : at + groups], scales[at : at + groups], (rank, width))
-                at += groups
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,6 +64,7 @@ class FlatAdapter:
 
     Attributes:
         file: closed when nobody holds the adapter any more.
+        factors: see `factors_of`.
         pinned: the block in page-locked memory, on machines whose model is on a GPU.
     """
 
@@ -198,6 +72,7 @@ class FlatAdapter:
     base: BaseRef
     file: io.FileIO
     offset: int
+    factors: tuple[float, ...]
     pinned: torch.Tensor | None = None
 
     def read_into(self, block: torch.Tensor) -> None:
@@ -219,10 +94,28 @@ def layout_of(
     """How an adapter lies in the block of a model that computes in this dtype, and may be held in 8 bits."""
     if isinstance(adapter, FlatAdapter):
         return adapter.layout
-    if int8:
-        return Layout(tuple(_shapes(adapter)), dtype, None, int8=True)
-    few_bits = isinstance(adapter, CompressedAdapter) and is_low_bit(adapter)
-    return Layout(tuple(_shapes(adapter)), dtype, adapter.recipe.group if few_bits else None)  # type: ignore[union-attr]
+    if isinstance(adapter, CompressedAdapter):
+        return compressed_layout(adapter, dtype, int8)
+    shapes = ((name, pair.rank, pair.a.shape[1], pair.b.shape[0]) for name, pair in adapter.layers.items())
+    return Layout(tuple(shapes), dtype, int8=int8)
+
+
+def factors_of(adapter: AdapterWeights | CompressedAdapter | FlatAdapter, layout: Layout) -> tuple[float, ...]:
+    """What each layer's product is multiplied with.
+
+    Raises:
+        FormatError: it is no number that float32 holds.
+    """
+    if isinstance(adapter, FlatAdapter):
+        return adapter.factors
+    factors = (adapter.scaling,) * len(layout.layers)
+    if layout.group is not None:
+        assert isinstance(adapter, CompressedAdapter)
+        less = 8 if layout.bits == 4 else 0  # levels of 4 bits are taken from the upper half of a byte, in both factors
+        factors = tuple(math.ldexp(adapter.scaling, sum(layer.exponents) - less) for layer in adapter.layers)
+    if not all(2.0**-126 <= abs(factor) <= 2.0**127 for factor in factors):
+        raise FormatError("the adapter's numbers are too large or too small to compute with")
+    return factors
 
 
 def write_block(adapter: AdapterWeights | CompressedAdapter, layout: Layout, block: torch.Tensor) -> None:
@@ -231,52 +124,68 @@ def write_block(adapter: AdapterWeights | CompressedAdapter, layout: Layout, blo
     Raises:
         FormatError: its packed streams are inconsistent.
     """
+    views = layout.views(block)
     if layout.group is not None:
         assert isinstance(adapter, CompressedAdapter)
-        _write_levels(adapter, layout, block)
+        block[: layout.border].zero_()
+        for name, *factors in iter_levels(adapter):
+            held = views[name]
+            assert isinstance(held, Levels)
+            _write_levels(held, factors, layout.group)
         return
-    if layout.int8:
-        _write_weights(adapter, layout, block)
-        return
-    views: dict[str, Any] = layout.views(block)
     for name, a, bt in _expanded(adapter):
-        # Scaled before it is rounded to the dtype.
-        for held, array in zip(views[name], (a, bt * np.float32(adapter.scaling)), strict=True):
-            # Arrays from Ray's object store are read-only, which torch does not know.
-            held.numbers.copy_(torch.from_numpy(array if array.flags.writeable else array.copy()))
+        held = views[name]
+        if isinstance(held, Bytes):
+            _write_bytes(held, a, bt, adapter.scaling)
+        else:
+            assert isinstance(held, Plain)
+            held.a.copy_(_tensor(a))
+            held.bt.copy_(_tensor(bt))
 
 
-def _write_weights(adapter: AdapterWeights | CompressedAdapter, layout: Layout, block: torch.Tensor) -> None:
-    views: dict[str, Any] = layout.views(block)
-    block.zero_()
-    for name, a, bt in _expanded(adapter):
-        for held, array in zip(views[name], (a, bt.T * np.float32(adapter.scaling)), strict=True):
-            levels, scales = rounded(torch.from_numpy(np.array(array)))
-            held.levels[: len(levels), : levels.shape[1]].copy_(levels)
-            held.scales[: len(scales)].copy_(scales)
+def _write_levels(held: Levels, factors: list[Few], group: int) -> None:
+    """Levels and scales of A and B, each filled up to whole groups."""
+    scales, at = held.scales.numpy().ravel(), 0
+    whole = held.levels.numpy().reshape(-1)
+    levels = whole if whole.size == scales.size * group else np.empty(scales.size * group, np.int8)
+    for few in factors:
+        scales[at : at + few.scales.size] = few.scales
+        end = (at + few.scales.size) * group
+        levels[at * group : at * group + few.levels.size] = few.levels
+        levels[at * group + few.levels.size : end] = 0
+        at += few.scales.size
+    levels[at * group :] = 0
+    if levels is not whole:
+        half = levels.size // 2
+        np.bitwise_or(levels[:half] & 15, levels[half:] << 4, out=whole)
 
 
-def _write_levels(adapter: CompressedAdapter, layout: Layout, block: torch.Tensor) -> None:
-    factors = [f for _, a, bt in iter_levels(adapter) for f in (a, replace(bt, scales=bt.scales * adapter.scaling))]
-    scales = np.concatenate([f.scales for f in factors]).astype(np.float32, copy=False)
-    block[: layout.border].view(layout.dtype).copy_(torch.from_numpy(scales))
-    flat, at = block[layout.border :].view(torch.int8).numpy(), 0
-    for factor in factors:
-        end = at + factor.scales.size * factor.group
-        flat[at : at + factor.levels.size] = factor.levels
-        flat[at + factor.levels.size : end] = 0
-        at = end
+def _write_bytes(held: Bytes, a: NDArray[Any], bt: NDArray[Any], scaling: float) -> None:
+    levels_a, scales_a = rounded(_tensor(a))
+    levels_b, scales_b = rounded(_tensor(bt))
+    whole = held.b.shape[1]
+    held.a.copy_(levels_a)
+    held.b.copy_(levels_b[:whole].T)
+    held.rest.copy_(levels_b[whole:])
+    held.scales.copy_(scales_a.float() * scales_b.float() * scaling)
+
+
+def _tensor(array: NDArray[Any]) -> torch.Tensor:
+    """Arrays from Ray's object store are read-only, which torch does not know."""
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
 def save_flat(path: Path, adapter: AdapterWeights | CompressedAdapter, dtype: torch.dtype, int8: bool = False) -> None:
     """Write an adapter's flat file, whole or not at all."""
     layout = layout_of(adapter, dtype, int8)
-    block = torch.empty(layout.nbytes, dtype=torch.uint8)
+    block = torch.zeros(layout.nbytes, dtype=torch.uint8)
     write_block(adapter, layout, block)
     metadata = _Metadata(
         layers=layout.layers,
+        factors=factors_of(adapter, layout),
         dtype=str(dtype).removeprefix("torch."),  # type: ignore[arg-type]
         group=layout.group,
+        bits=layout.bits,
         int8=layout.int8,
         base_name=adapter.base.name,
         base_sha256=adapter.base.sha256,
@@ -305,23 +214,16 @@ def open_flat(path: Path, *, pin: bool = False) -> FlatAdapter:
         file = io.FileIO(path)
     except (OSError, SafetensorError, KeyError, ValidationError, json.JSONDecodeError) as error:
         raise FormatError(f"{path} is no flat modifier file: {error}") from error
-    layout = Layout(metadata.layers, getattr(torch, metadata.dtype), metadata.group, metadata.int8)
-    if size != [layout.nbytes]:
+    layout = Layout(metadata.layers, getattr(torch, metadata.dtype), metadata.group, metadata.bits, metadata.int8)
+    if size != [layout.nbytes] or len(metadata.factors) != len(layout.layers):
         raise FormatError(f"{path} is damaged: its block has not the size of its layers")
     offset = 8 + int.from_bytes(os.pread(file.fileno(), 8, 0), "little")
-    adapter = FlatAdapter(layout, BaseRef(metadata.base_name, metadata.base_sha256), file, offset)
+    adapter = FlatAdapter(layout, BaseRef(metadata.base_name, metadata.base_sha256), file, offset, metadata.factors)
     block = torch.empty(layout.nbytes, dtype=torch.uint8, pin_memory=pin)
     adapter.read_into(block)
     if _digest(metadata, block) != metadata.sha256:
         raise FormatError(f"{path} is damaged: its numbers are not those that were written")
     return replace(adapter, pinned=block) if pin else adapter
-
-
-def _shapes(adapter: AdapterWeights | CompressedAdapter) -> list[LayerShape]:
-    """Name, rank, inputs and outputs of each layer."""
-    if isinstance(adapter, CompressedAdapter):
-        return [(layer.name, layer.rank, layer.fan_in, layer.fan_out) for layer in adapter.layers]
-    return [(name, pair.rank, pair.a.shape[1], pair.b.shape[0]) for name, pair in adapter.layers.items()]
 
 
 def _expanded(adapter: AdapterWeights | CompressedAdapter) -> Iterator[Expanded]:

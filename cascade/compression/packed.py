@@ -157,7 +157,7 @@ def expand(compressed: CompressedAdapter, *, verify: bool = True) -> AdapterWeig
 
 
 def is_low_bit(compressed: CompressedAdapter) -> bool:
-    """Whether serving can hold it as 8-bit levels, one per number: nothing pruned, nothing to be added to A.
+    """Whether serving can hold it in few bits: nothing pruned, nothing to be added to A.
 
     The scales of a pruned factor go with the numbers that were kept, wherever they lie; and A0 is no small number.
     """
@@ -165,19 +165,37 @@ def is_low_bit(compressed: CompressedAdapter) -> bool:
     return recipe.values != "fp16" and recipe.prune is None and compressed.init_seed is None
 
 
-def resident_bytes(compressed: CompressedAdapter, *, bytes_per_number: int = 2) -> int:
+def level_bits(values: str) -> int:
+    """That serving holds of a number of few bits, by its format."""
+    return 8 if values == "int8" else 4
+
+
+def level_groups(rank: int, fan_in: int, fan_out: int, group: int, bits: int) -> int:
+    """Groups of levels that serving holds of a layer: each factor fills whole ones; of 4 bits their number is even."""
+    groups = -(-rank * fan_in // group) - (-rank * fan_out // group)
+    return groups + (groups % 2 if bits == 4 else 0)
+
+
+def resident_bytes(compressed: CompressedAdapter, *, bytes_per_number: int = 2, int8: bool = False) -> int:
     """What serving holds of it: both factors of every layer at the rank that truncation left.
 
-    A byte per number and the scales where `is_low_bit`, else every number in the model's type.
+    A byte or half of one per number, and the scales, where `is_low_bit`; else every number in the model's type.
 
     Args:
         bytes_per_number: of the type that the model computes in; 2 for bfloat16 and float16, 4 for float32.
+        int8: whether the base is held in 8 bits, and so is every modifier.
     """
+    if int8:
+        return _aligned(2 * sum(layer.rank for layer in compressed.layers)) + compressed.parameters
     if not is_low_bit(compressed):
         return compressed.parameters * bytes_per_number
-    group = compressed.recipe.group
-    scales = sum(-(-layer.size(f) // group) for layer in compressed.layers for f in FACTORS)
-    return scales * (group + bytes_per_number)  # the last group of a factor is filled up
+    group, bits = compressed.recipe.group, level_bits(compressed.recipe.values)
+    groups = sum(level_groups(x.rank, x.fan_in, x.fan_out, group, bits) for x in compressed.layers)
+    return _aligned(2 * groups) + groups * group * bits // 8
+
+
+def _aligned(size: int) -> int:
+    return -(-size // 64) * 64
 
 
 def stream_sizes(recipe: Recipe, layers: tuple[LayerSpec, ...], factor: FactorName) -> tuple[int | None, int, int]:
@@ -245,7 +263,7 @@ def _pack(adapter: AdapterWeights, factor: FactorName, recipe: Recipe, counts: M
             mask = keep_mask(score(name, values), cuts[name])
             rescale, power = ((prune.rescale_a, prune.power_a), (prune.rescale_b, prune.power_b))[which]
             if power:
-                rescale *= kept_energy(score(name, values), mask) ** -power
+                rescale *= kept_energy(values, mask) ** -power
             values = values[mask] * np.float32(rescale)
             parts.masks.append(np.packbits(mask))
         values = values.ravel()

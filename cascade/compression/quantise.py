@@ -19,6 +19,9 @@ CODECS: tuple[Codec, ...] = get_args(Codec)
 _TRITS = np.array([[i // 3**k % 3 - 1 for k in range(5)] for i in range(243)], dtype=np.int8)
 _NIBBLES = (np.stack([np.arange(256) & 15, np.arange(256) >> 4], axis=1) - 8).astype(np.int8).view(np.uint16).ravel()
 """Both levels of a byte of int4 as one 16-bit number: looking up is several times faster than taking bits apart."""
+_CLIPS = (1.0, 0.92, 0.84, 0.76)
+"""Shares of a group's largest magnitude that its largest level may stand for. At 4 bits the steps are so wide that
+cutting the largest number off is often worth the finer ones: a seventh of the error on normally distributed numbers."""
 _TRIT_POWERS = np.array([3**k for k in range(5)], dtype=np.uint8)
 
 
@@ -56,8 +59,8 @@ def encode(values: NDArray[np.float32], codec: Codec, group: int) -> tuple[NDArr
     sizes = np.minimum(group, values.size - group * np.arange(len(rows)))
     if codec in ("int8", "int4"):
         top = 127 if codec == "int8" else 7
-        scales = (np.abs(rows).max(axis=1, initial=0.0) / top).astype(np.float16)
-        levels = _divide(rows, scales).round().clip(-top, top).astype(np.int8).ravel()[: values.size]
+        whole, scales = _rounded(rows, top, _CLIPS if codec == "int4" else (1.0,))
+        levels = whole.astype(np.int8).ravel()[: values.size]
     else:
         levels_2d, scales = _ternary(rows, sizes, dense=codec == "ternary")
         levels = levels_2d.ravel()[: values.size]
@@ -122,6 +125,32 @@ def _grouped(values: NDArray[np.float32], group: int) -> NDArray[np.float32]:
 def _divide(rows: NDArray[np.float32], scales: NDArray[np.float16]) -> NDArray[np.float32]:
     wide = scales.astype(np.float32)[:, None]
     return np.divide(rows, wide, out=np.zeros_like(rows), where=wide > 0)
+
+
+def _rounded(
+    rows: NDArray[np.float32], top: int, clips: tuple[float, ...]
+) -> tuple[NDArray[np.float32], NDArray[np.float16]]:
+    """Whole numbers up to `top` and a scale per group: of some that let the largest numbers be cut, the least wrong."""
+    peak = np.abs(rows).max(axis=1, initial=0.0)
+    best: tuple[NDArray[np.float32], NDArray[np.float16]] | None = None
+    least = np.full(len(rows), np.inf, np.float32)
+    for clip in clips:
+        scales = (peak * np.float32(clip / top)).astype(np.float16)
+        levels = _divide(rows, scales)
+        np.rint(levels, out=levels).clip(-top, top, out=levels)
+        if len(clips) == 1:
+            return levels, scales
+        wrong = levels * scales.astype(np.float32)[:, None]
+        wrong -= rows
+        error = np.einsum("ij,ij->i", wrong, wrong)
+        better = error < least
+        least[better] = error[better]
+        if best is None:
+            best = levels, scales
+        else:
+            best[0][better], best[1][better] = levels[better], scales[better]
+    assert best is not None
+    return best
 
 
 def _ternary(

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from cascade.compression.adapter import AdapterWeights, fp16_bytes
 from cascade.compression.format import disk_bytes
 from cascade.compression.methods import Prune, Recipe, Truncate
-from cascade.compression.packed import CompressedAdapter, compress, expand, resident_bytes
+from cascade.compression.packed import CompressedAdapter, compress, expand, level_bits, resident_bytes
 from cascade.compression.prune import GROUPS, Group
 from cascade.config import Compression
 from cascade.errors import ConfigError
@@ -32,7 +32,6 @@ __all__ = [
     "disk_bytes",
     "expand",
     "limits",
-    "matters",
     "recipe_from",
     "resident_bytes",
     "search_space",
@@ -82,6 +81,7 @@ class Room:
         disk: the most that numbers and masks may take on disk, as a share of the fp16 adapter.
         resident: the most that serving may hold, likewise.
         bytes_per_number: of the type that the model computes in.
+        int8: whether serving holds the base in 8 bits, and so every modifier.
         rank: of the adapter; below one rank per layer nothing becomes smaller.
     """
 
@@ -89,12 +89,19 @@ class Room:
     resident: float = 1.0
     bytes_per_number: int = 2
     rank: int = 64
+    int8: bool = False
 
     @classmethod
-    def of(cls, adapter: AdapterWeights, bounds: Limits, bytes_per_number: int = 2) -> Room:
+    def of(cls, adapter: AdapterWeights, bounds: Limits, bytes_per_number: int = 2, *, int8: bool = False) -> Room:
         """Within the limits of an adapter."""
         full = fp16_bytes(adapter)
-        return cls(_HEADER_SHARE * bounds.disk / full, bounds.resident / full, bytes_per_number, adapter.rank)
+        return cls(_HEADER_SHARE * bounds.disk / full, bounds.resident / full, bytes_per_number, adapter.rank, int8)
+
+    def held(self, values: str, group: int) -> float:
+        """Bytes that serving holds of a number of which nothing was pruned, its share of the scales included."""
+        if self.int8:
+            return 1.0
+        return self.bytes_per_number if values == "fp16" else level_bits(values) / 8 + 2 / group
 
 
 def search_space(compression: Compression) -> dict[str, Uniform | Choice]:
@@ -108,8 +115,7 @@ def search_space(compression: Compression) -> dict[str, Uniform | Choice]:
             size: between the smallest (0) and the largest (1) that method and format reach within the limits, in
                 equal ratios.
             allocation: of ranks (low-rank and rotated).
-            metric: what counts in truncation. In pruning magnitude does: with one threshold per layer it was better
-                than measured pruning (`Prune.metric`) of an SVD's factors and of A - A0 and B, wherever tried.
+            metric: what counts in truncation and pruning.
             balance: share of the bits that A gets (sparse and rotated).
             rescale_a, rescale_b: what is kept is divided by its share of the layer's energy to this power, of A and
                 of B (sparse and rotated): at 1 so much of the original is left in its own direction.
@@ -121,7 +127,7 @@ def search_space(compression: Compression) -> dict[str, Uniform | Choice]:
     return {
         "method": ("choice", ["low-rank", "rotated", *(["sparse"] if sparse else [])]),
         "values": ("choice", ["fp16", "int8", "int4", "ternary"]),
-        "group": ("choice", [64, 128]),
+        "group": ("choice", [32, 64, 128]),
         "size": ("uniform", 0.0, 1.0),
         "allocation": ("choice", ["energy", "global"]),
         "metric": ("choice", ["weights", "activations", "gradients"]),
@@ -141,15 +147,15 @@ def seed_points(compression: Compression | None = None) -> list[dict[str, Any]]:
     Args:
         compression: the one whose space they shall lie in.
     """
-    neutral = {"balance": 0.5, "rescale_a": 1.0, "rescale_b": 1.0, "allocation": "global", "scope": "layer"}
-    neutral |= {"metric": "gradients", "group": 128, "mlp": 1.0, "early": 1.0, "late": 1.0}
+    neutral = {"balance": 0.5, "rescale_a": 1.0, "rescale_b": 1.0, "allocation": "global", "scope": "global"}
+    neutral |= {"metric": "gradients", "group": 64, "mlp": 1.0, "early": 1.0, "late": 1.0}
     points: list[dict[str, Any]] = [
         {"method": "low-rank", "values": "int8", "size": 1.0},
         {"method": "low-rank", "values": "int4", "size": 1.0},
-        {"method": "rotated", "values": "int4", "size": 0.8},
+        {"method": "rotated", "values": "int4", "size": 0.7},
         {"method": "low-rank", "values": "int4", "size": 0.75},
-        {"method": "rotated", "values": "int4", "size": 0.6},
-        {"method": "low-rank", "values": "int4", "size": 0.4, "metric": "activations"},
+        {"method": "rotated", "values": "int4", "size": 0.9},
+        {"method": "low-rank", "values": "int8", "size": 0.75, "metric": "weights"},
     ]
     if (compression or Compression()).max_resident_ratio >= 1:
         points[2:2] = [
@@ -157,18 +163,6 @@ def seed_points(compression: Compression | None = None) -> list[dict[str, Any]]:
             {"method": "sparse", "values": "int4", "size": 0.7, "rescale_a": 0.0, "rescale_b": 1.3},
         ]
     return [{**neutral, **point} for point in points]
-
-
-def matters(params: Mapping[str, Any]) -> set[str]:
-    """The names of `search_space` that make a difference to the recipe of a point."""
-    method = params["method"]
-    names = {"method", "values", "size"} | ({"group"} if params["values"] != "fp16" else set())
-    if method != "sparse":
-        names |= {"allocation", "metric"}
-    if method != "low-rank":
-        names |= {"balance", "rescale_a", "rescale_b", "scope"}
-        names |= {"mlp", "early", "late"} if params["scope"] == "global" else set()
-    return names
 
 
 def recipe_from(params: Mapping[str, Any], room: Room = Room()) -> Recipe:
@@ -180,8 +174,7 @@ def recipe_from(params: Mapping[str, Any], room: Room = Room()) -> Recipe:
     unknown = set(params) - set(search_space(Compression()))
     if unknown:
         raise ConfigError(f"unknown compression parameters {sorted(unknown)}")
-    method, values = params.get("method", "low-rank"), params.get("values", "int4")
-    group = params.get("group", _MEASURED_GROUP) if values != "fp16" else _MEASURED_GROUP
+    method, values, group = params.get("method", "low-rank"), params.get("values", "int4"), params.get("group", 64)
     low, high = _reach(method, values, group, room)
     bits = low * (high / low) ** params.get("size", 1.0)
     how = {"allocation": params.get("allocation", "global"), "metric": params.get("metric", "weights")}
@@ -194,6 +187,7 @@ def recipe_from(params: Mapping[str, Any], room: Room = Room()) -> Recipe:
     prune = Prune(
         density_a=density_for(bits_a, values, group),
         density_b=density_for(2 * bits - bits_a, values, group),
+        metric=how["metric"],
         scope=scope,
         weights={g: w for g in GROUPS if scope == "global" and (w := _weight(g, params)) != 1.0},
         power_a=params.get("rescale_a", 1.0),
@@ -211,8 +205,7 @@ def _reach(method: str, values: str, group: int, room: Room) -> tuple[float, flo
     wanted = room.disk * _FULL_BITS
     if method == "low-rank":
         dense = _dense_bits(values, group)
-        held = room.bytes_per_number if values == "fp16" else 1 + room.bytes_per_number / group
-        high = min(wanted, dense * min(1.0, 2 * room.resident / held))
+        high = min(wanted, dense * min(1.0, 2 * room.resident / room.held(values, group)))
         low = max(_SMALLEST * high, dense / room.rank)
     else:
         high = min(
@@ -223,8 +216,8 @@ def _reach(method: str, values: str, group: int, room: Room) -> tuple[float, flo
 
 
 def _rotated_rank(room: Room) -> float:
-    """The share of the rank that leaves as much as serving may hold, every number in the model's type."""
-    return min(1.0, 2 * room.resident / room.bytes_per_number)
+    """The share of the rank that leaves as much as serving may hold, where it cannot be held in few bits."""
+    return min(1.0, 2 * room.resident / room.held("fp16", 1))
 
 
 def density_for(bits: float, values: str, group: int = 64) -> float:

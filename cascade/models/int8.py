@@ -28,12 +28,12 @@ _PART = 2**20
 """Numbers of a weight that are brought to bfloat16 at a time: 2 MB, which stay in a core's caches."""
 
 
-def product(rows: torch.Tensor, levels: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+def product(rows: torch.Tensor, levels: torch.Tensor, scales: torch.Tensor | None = None) -> torch.Tensor:
     """Rows of shape (…, inputs), bfloat16, times a weight in 8 bits: (…, outputs).
 
     Args:
         levels: int8, (outputs, inputs).
-        scales: of each output, bfloat16.
+        scales: of each output, bfloat16; None: all are 1.
     """
     outputs, inputs = levels.shape
     flat = rows.reshape(-1, inputs)
@@ -43,7 +43,7 @@ def product(rows: torch.Tensor, levels: torch.Tensor, scales: torch.Tensor) -> t
         found = torch._weight_int8pack_mm(flat.contiguous(), levels, _ones(outputs))
     else:
         found = _in_parts(flat, levels)
-    return found.mul_(scales).view(*rows.shape[:-1], outputs)
+    return (found if scales is None else found.mul_(scales)).view(*rows.shape[:-1], outputs)
 
 
 def _in_parts(rows: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:

@@ -115,6 +115,16 @@ def test_a_thousand_fills_do_not_grow(model, adapter):
     assert (slot.resident_bytes, slot._buffer.data_ptr()) == (held, block)
 
 
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_a_slot_in_8_bits_holds_a_byte_for_each_number(model, adapter, recipe):
+    compressed = compress(adapter, recipe)
+    slot = LoraSlot(model.to(torch.bfloat16), int8=True)
+    slot.fill(compressed)
+    assert slot.resident_bytes == slot.bytes_for(compressed) == resident_bytes(compressed, int8=True)
+    ranks = sum(spec.rank for spec in compressed.layers)
+    assert compressed.parameters < slot.resident_bytes < compressed.parameters + 2 * ranks + 64
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def test_slot_holds_exactly_what_is_promised(model, adapter, recipe, dtype):
@@ -137,14 +147,54 @@ def test_few_bits_stay_few_in_memory_and_mean_the_same_numbers(model, foreign, v
     recipe = Recipe(truncate=Truncate(keep=0.5), values=values, group=group)
     compressed = compress(foreign, recipe)
     assert is_low_bit(compressed)
-    assert resident_bytes(compressed, bytes_per_number=4) < 4 * compressed.parameters or group == 4096
+    assert resident_bytes(compressed, bytes_per_number=4) < 2 * compressed.parameters or group == 4096
     slot = LoraSlot(model)
     slot.fill(compressed)
-    for name, pair in expand(compressed).layers.items():
-        patch = slot._patches[name]
-        assert patch.a.numbers.dtype == patch.bt.numbers.dtype == torch.int8
-        assert np.array_equal(patch.a.matrix().numpy(), pair.a)
-        assert np.array_equal(patch.bt.matrix().numpy(), pair.b.T * np.float32(compressed.scaling))
+    exact = expand(compressed).layers
+    for spec in compressed.layers:
+        patch, pair, sixteenth = slot._patches[spec.name], exact[spec.name], 0 if values == "int8" else 4
+        assert patch.held.levels.dtype == torch.int8
+        for held, wanted, exponent in zip(patch.held.matrices(), (pair.a, pair.b.T), spec.exponents, strict=True):
+            assert np.array_equal(np.ldexp(held.numpy(), exponent - sixteenth), wanted)
+        assert patch.factor == np.ldexp(compressed.scaling, sum(spec.exponents) - 2 * sixteenth)
+
+
+@pytest.mark.parametrize("scaling", [1.3, 16 / 7**0.5, -0.4])
+@pytest.mark.parametrize("values", ["fp16", "int8", "int4"])
+def test_any_scaling_leaves_the_numbers_as_they_are_in_the_file(model, foreign, tokens, tmp_path, values, scaling):
+    compressed = compress(replace(foreign, scaling=scaling), Recipe(truncate=Truncate(keep=0.5), values=values))
+    slot = LoraSlot(model)
+    slot.fill(compressed)
+    for spec, pair in zip(compressed.layers, expand(compressed).layers.values(), strict=True):
+        held = slot._patches[spec.name].held
+        a, bt = (held.a, held.bt) if values == "fp16" else held.matrices()
+        power = 0 if values == "fp16" else spec.exponents[1] - (4 if values == "int4" else 0)
+        assert np.array_equal(np.ldexp(bt.numpy(), power), pair.b.T)
+    filled = logits(model, tokens)
+    folder = save_peft_folder(expand(compressed), tmp_path / "peft")
+    slot.remove()
+    peft = logits(PeftModel.from_pretrained(model, folder).eval(), tokens)
+    assert (filled - peft).abs().max() < 1e-5
+
+
+def test_in_bfloat16_a_number_of_few_bits_is_rounded_once(model, foreign):
+    compressed = compress(foreign, Recipe(values="int8"))
+    slot = LoraSlot(model.to(torch.bfloat16))
+    slot.fill(compressed)
+    for spec, pair in zip(compressed.layers, expand(compressed).layers.values(), strict=True):
+        held = slot._patches[spec.name].held.matrices()
+        for found, wanted, exponent in zip(held, (pair.a, pair.b.T), spec.exponents, strict=True):
+            exact = torch.from_numpy(np.ldexp(wanted, -exponent).copy())
+            assert torch.equal(found, exact.bfloat16())
+
+
+def test_numbers_too_large_together_are_refused(model, foreign):
+    compressed = compress(foreign, Recipe(values="int8"))
+    huge = tuple(replace(spec, exponents=(100, 100)) for spec in compressed.layers)
+    slot = LoraSlot(model)
+    with pytest.raises(FormatError, match="too large"):
+        slot.fill(replace(compressed, layers=huge))
+    assert slot.is_empty
 
 
 def test_bfloat16_model(model, adapter, tokens, tmp_path: Path):

@@ -48,6 +48,15 @@ def test_a_foreign_lora_keeps_both_limits_and_means_the_same_exported(llama, tok
         assert (stock(tokens).logits - llama(tokens).logits).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize(("values", "number", "int8"), [(None, 4, False), ("fp16", 4, False), ("int8", 2, True)])
+def test_both_promises_are_kept_whatever_the_base_is_held_in(llama, foreign_folder, values, number, int8):
+    file, share = foreign_folder.with_name("m.safetensors"), 48 / 260
+    adapter, compressed = compress_folder(foreign_folder, file, values=values, bytes_per_number=number, int8=int8)
+    slot = LoraSlot(copy.deepcopy(llama).to(torch.bfloat16 if int8 else torch.float32), int8=int8)
+    assert slot.bytes_for(compressed) <= share * fp16_bytes(adapter)
+    assert slot.bytes_for(compressed) > 0.7 * share * fp16_bytes(adapter)
+
+
 def test_a_recipe_is_done_as_it_says(foreign_folder):
     recipe = Recipe(prune=Prune(density_a=0.3, density_b=0.3), values="int8")
     _, compressed = compress_folder(foreign_folder, foreign_folder.with_name("m.safetensors"), recipe=recipe)
