@@ -209,8 +209,8 @@ def _mbpp(data: Path, installed: Path) -> Row:
 
     Its metric loads code from the hub as soon as the harness reads the file, so that the task cannot be included as it
     stands offline. Prompt, target and sampler are taken from the file at run time; the worked examples, which one of
-    its functions lists, are the published rows of the same ids. The metric is one that nobody looks at: there is no score of
-    the harness's to compare with, and the answers of both sides are judged by our scorer alone.
+    its functions lists, are the published rows of the same ids. The metric is one that nobody looks at: there is no
+    score of the harness's to compare with, and the answers of both sides are judged by our scorer alone.
     """
 
     class Loader(yaml.SafeLoader):
