@@ -106,6 +106,7 @@ def workers_of(driver: subprocess.Popen[bytes]) -> list[psutil.Process]:
 
 def unbroken(runs: Runs) -> tuple[list[StepReport], dict[str, torch.Tensor]]:
     """The same training in this process, without Ray and DeepSpeed: its curve and its weights."""
+    torch.set_num_threads(1)  # others that compute beside it would slow down more threads tenfold
     config = runs.config
     loaded = load_base(config.base, torch.device("cpu"))
     lora = config.training.lora
