@@ -80,9 +80,9 @@ def worker(settings: dict[str, Any]) -> None:
     plan_steps, checkpoint = inner.plan_steps, inner._Session._checkpoint
     took: list[float] = []
 
-    def timed(session: Any, done: int) -> None:
+    def timed(session: Any, done: int, at_once: bool) -> None:
         began = time.perf_counter()
-        checkpoint(session, done)
+        checkpoint(session, done, at_once)
         took.append(time.perf_counter() - began)
 
     inner._encode = lambda assigned, loaded: EncodedSet(tuple(given), (), ())
