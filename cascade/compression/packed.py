@@ -263,7 +263,7 @@ def _pack(adapter: AdapterWeights, factor: FactorName, recipe: Recipe, counts: M
             mask = keep_mask(score(name, values), cuts[name])
             rescale, power = ((prune.rescale_a, prune.power_a), (prune.rescale_b, prune.power_b))[which]
             if power:
-                rescale *= kept_energy(values, mask) ** -power
+                rescale *= kept_energy(score(name, values), mask) ** -power
             values = values[mask] * np.float32(rescale)
             parts.masks.append(np.packbits(mask))
         values = values.ravel()

@@ -32,6 +32,7 @@ __all__ = [
     "disk_bytes",
     "expand",
     "limits",
+    "matters",
     "recipe_from",
     "resident_bytes",
     "search_space",
@@ -115,7 +116,8 @@ def search_space(compression: Compression) -> dict[str, Uniform | Choice]:
             size: between the smallest (0) and the largest (1) that method and format reach within the limits, in
                 equal ratios.
             allocation: of ranks (low-rank and rotated).
-            metric: what counts in truncation and pruning.
+            metric: what counts in truncation. In pruning magnitude does: with one threshold per layer it was better
+                than measured pruning (`Prune.metric`) of an SVD's factors and of A - A0 and B, wherever tried.
             balance: share of the bits that A gets (sparse and rotated).
             rescale_a, rescale_b: what is kept is divided by its share of the layer's energy to this power, of A and
                 of B (sparse and rotated): at 1 so much of the original is left in its own direction.
@@ -127,7 +129,7 @@ def search_space(compression: Compression) -> dict[str, Uniform | Choice]:
     return {
         "method": ("choice", ["low-rank", "rotated", *(["sparse"] if sparse else [])]),
         "values": ("choice", ["fp16", "int8", "int4", "ternary"]),
-        "group": ("choice", [32, 64, 128]),
+        "group": ("choice", [64, 128]),
         "size": ("uniform", 0.0, 1.0),
         "allocation": ("choice", ["energy", "global"]),
         "metric": ("choice", ["weights", "activations", "gradients"]),
@@ -147,15 +149,15 @@ def seed_points(compression: Compression | None = None) -> list[dict[str, Any]]:
     Args:
         compression: the one whose space they shall lie in.
     """
-    neutral = {"balance": 0.5, "rescale_a": 1.0, "rescale_b": 1.0, "allocation": "global", "scope": "global"}
-    neutral |= {"metric": "gradients", "group": 64, "mlp": 1.0, "early": 1.0, "late": 1.0}
+    neutral = {"balance": 0.5, "rescale_a": 1.0, "rescale_b": 1.0, "allocation": "global", "scope": "layer"}
+    neutral |= {"metric": "gradients", "group": 128, "mlp": 1.0, "early": 1.0, "late": 1.0}
     points: list[dict[str, Any]] = [
         {"method": "low-rank", "values": "int8", "size": 1.0},
         {"method": "low-rank", "values": "int4", "size": 1.0},
-        {"method": "rotated", "values": "int4", "size": 0.7},
+        {"method": "rotated", "values": "int4", "size": 0.8},
         {"method": "low-rank", "values": "int4", "size": 0.75},
-        {"method": "rotated", "values": "int4", "size": 0.9},
-        {"method": "low-rank", "values": "int8", "size": 0.75, "metric": "weights"},
+        {"method": "rotated", "values": "int4", "size": 0.6},
+        {"method": "low-rank", "values": "int4", "size": 0.4, "metric": "activations"},
     ]
     if (compression or Compression()).max_resident_ratio >= 1:
         points[2:2] = [
@@ -163,6 +165,18 @@ def seed_points(compression: Compression | None = None) -> list[dict[str, Any]]:
             {"method": "sparse", "values": "int4", "size": 0.7, "rescale_a": 0.0, "rescale_b": 1.3},
         ]
     return [{**neutral, **point} for point in points]
+
+
+def matters(params: Mapping[str, Any]) -> set[str]:
+    """The names of `search_space` that make a difference to the recipe of a point."""
+    method = params["method"]
+    names = {"method", "values", "size"} | ({"group"} if params["values"] != "fp16" else set())
+    if method != "sparse":
+        names |= {"allocation", "metric"}
+    if method != "low-rank":
+        names |= {"balance", "rescale_a", "rescale_b", "scope"}
+        names |= {"mlp", "early", "late"} if params["scope"] == "global" else set()
+    return names
 
 
 def recipe_from(params: Mapping[str, Any], room: Room = Room()) -> Recipe:
@@ -174,7 +188,8 @@ def recipe_from(params: Mapping[str, Any], room: Room = Room()) -> Recipe:
     unknown = set(params) - set(search_space(Compression()))
     if unknown:
         raise ConfigError(f"unknown compression parameters {sorted(unknown)}")
-    method, values, group = params.get("method", "low-rank"), params.get("values", "int4"), params.get("group", 64)
+    method, values = params.get("method", "low-rank"), params.get("values", "int4")
+    group = params.get("group", _MEASURED_GROUP) if values != "fp16" else _MEASURED_GROUP
     low, high = _reach(method, values, group, room)
     bits = low * (high / low) ** params.get("size", 1.0)
     how = {"allocation": params.get("allocation", "global"), "metric": params.get("metric", "weights")}
@@ -187,7 +202,6 @@ def recipe_from(params: Mapping[str, Any], room: Room = Room()) -> Recipe:
     prune = Prune(
         density_a=density_for(bits_a, values, group),
         density_b=density_for(2 * bits - bits_a, values, group),
-        metric=how["metric"],
         scope=scope,
         weights={g: w for g in GROUPS if scope == "global" and (w := _weight(g, params)) != 1.0},
         power_a=params.get("rescale_a", 1.0),

@@ -27,6 +27,7 @@ from cascade.compression.recipe import (
     disk_bytes,
     expand,
     limits,
+    matters,
     recipe_from,
     resident_bytes,
     search_space,
@@ -245,6 +246,21 @@ def test_no_two_sizes_are_the_same_recipe(data):
     room = Room(0.96 * data.draw(st.sampled_from([48 / 260, 1 / 16])), resident, bytes_per_number, rank=96)
     spent = [_spent(recipe_from(params | {"size": n / 8}, room)) for n in range(9)]
     assert all(more > 1.01 * less for less, more in pairwise(spent))
+
+
+@given(st.data())
+def test_what_matters_makes_another_recipe_and_what_does_not_makes_none(data):
+    params = draw(data)
+    space, other = search_space(Compression(max_resident_ratio=1.0)), draw(data)
+    recipe, names = recipe_from(params), matters(params)
+    idle = {n: other[n] for n in space.keys() - names}
+    assert recipe_from(params | idle) == recipe
+    # At its ends `size` leaves nothing to balance; the weights of groups are three more ways to say the same.
+    for name in names - {"method", "balance", "mlp", "early", "late"}:
+        low, high = space[name][1:] if space[name][0] == "uniform" else (None, None)
+        middle = (low + high) / 2 if high is not None else None
+        values = [v for v in space[name][1] if v != params[name]] if high is None else [low, high, middle]
+        assert any(recipe_from(params | {name: value}) != recipe for value in values), name
 
 
 def _spent(recipe: Recipe) -> float:
