@@ -241,6 +241,11 @@ class RowCache(Cache):
             layer.rows = len(order)
         return placed
 
+    def rewind(self, count: int) -> None:
+        """Take the last columns back."""
+        for layer in self.row_layers:
+            layer.used -= count
+
     def drop_columns(self, count: int) -> None:
         """Give up the first columns, which no row uses any more."""
         for layer in self.row_layers:

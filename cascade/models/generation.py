@@ -56,6 +56,8 @@ class Batch:
         self._logits = torch.empty(0)  # (rows, vocabulary) of the token to choose next
         self._shared: Shared | None = None
         self._room = 0, 0
+        self._ahead: list[int] = []  # what was guessed, and is in the cache already
+        self._ahead_logits = torch.empty(0)  # after each of these, shape (guessed, vocabulary)
         self._steps = self._special_steps()
 
     @property
@@ -96,6 +98,7 @@ class Batch:
         """
         if not self.open:
             raise ValueError("rows run in a cache that others cannot join; wait until they are done")
+        self._rewind()
         if self.shares:
             self._add(coming.cache, coming.mask, coming.logits)
         else:
@@ -112,6 +115,8 @@ class Batch:
         """
         if not self.shares:
             raise ValueError("rows run in a cache that they cannot leave alone")
+        self._rewind()
+        other._rewind()
         for place, row in enumerate(self.rows):
             if row.index in indices:
                 states = self.prefix(place)
@@ -127,10 +132,9 @@ class Batch:
 
     @torch.inference_mode()
     def step(self, on_token: OnToken | None = None) -> list[Row]:
-        """Add a token to every row; returns the rows that this finished, which have left the batch."""
-        chosen = choose(self._logits, self.rows)
-        for row, token in zip(self.rows, chosen.tolist(), strict=True):
-            append(row, token, self._ends, self._loaded, on_token)
+        """Add a token to every row, and those that were guessed right; returns the rows that this finished, which have
+        left the batch."""
+        chosen = self._follow(self._choose(on_token), on_token)
         done = [row for row in self.rows if row.finish is not None]
         if self._on_done is not None and self.shares:
             for place, row in enumerate(self.rows):
@@ -140,12 +144,58 @@ class Batch:
             chosen = chosen[self._keep([i for i, row in enumerate(self.rows) if row.finish is None])]
         if self.rows:
             self._mask = torch.cat([self._mask, self._mask.new_ones(len(self.rows), 1)], dim=1)
-            positions = torch.tensor([[row.length - 1] for row in self.rows], device=self._loaded.device)
-            self._logits = self._forward_one(chosen[:, None], positions)
+            self._logits = self._guess(int(chosen[0])) if self._guesses() else self._forward_one(chosen[:, None])
         return done
 
-    def _forward_one(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def _choose(self, on_token: OnToken | None) -> torch.Tensor:
+        """Choose the next token of every row, and add it."""
+        chosen = choose(self._logits, self.rows)
+        for row, token in zip(self.rows, chosen.tolist(), strict=True):
+            append(row, token, self._ends, self._loaded, on_token)
+        return chosen
+
+    def _follow(self, chosen: torch.Tensor, on_token: OnToken | None) -> torch.Tensor:
+        """While the one row goes on as was guessed, its next token needs no step; returns the last one chosen."""
+        if not self._ahead:
+            return chosen
+        row, right = self.rows[0], 0
+        while right < len(self._ahead) and row.finish is None and int(chosen) == self._ahead[right]:
+            self._mask = torch.nn.functional.pad(self._mask, (0, 1), value=True)
+            self._logits = self._ahead_logits[right : right + 1]
+            right += 1
+            chosen = self._choose(on_token)
+        row.guesses.came(right, row.length)
+        self._rewind(right)
+        return chosen
+
+    def _rewind(self, right: int = 0) -> None:
+        """Give up what was guessed, but for so many tokens."""
+        if self._ahead:
+            assert isinstance(self._cache, RowCache)
+            self._cache.rewind(len(self._ahead) - right)
+            self._ahead = []
+
+    def _guesses(self) -> bool:
+        """Whether several tokens of a row take little longer than one."""
+        alone = len(self.rows) == 1 and self._shared is None and isinstance(self._cache, RowCache)
+        return alone and isinstance(self._steps, LlamaSteps) and self._steps.few_as_one
+
+    def _guess(self, token: int) -> torch.Tensor:
+        """Logits after one more token of the one row; those after what may follow are kept."""
+        assert isinstance(self._steps, LlamaSteps)
+        assert isinstance(self._cache, RowCache)
+        row = self.rows[0]
+        left = row.request.max_tokens - len(row.tokens) - 1
+        self._ahead = row.guesses.next(row.own)[: max(left, 0)]
+        ids = torch.tensor([[token, *self._ahead]])
+        positions = torch.arange(row.length - 1, row.length + len(self._ahead))[None]
+        logits = self._steps(ids, self._mask, positions, self._cache, None)
+        self._ahead_logits = logits[1:]
+        return logits[:1]
+
+    def _forward_one(self, ids: torch.Tensor) -> torch.Tensor:
         """Logits after one more token of every row."""
+        positions = torch.tensor([[row.length - 1] for row in self.rows], device=self._loaded.device)
         if self._steps is not None and isinstance(self._cache, RowCache):
             return self._steps(ids, self._mask, positions, self._cache, self._shared)
         mask = self._mask[:, None, None] if self.shares else self._mask
@@ -174,6 +224,7 @@ class Batch:
         """Take rows out, by their `index`, whether they are done or not."""
         alive = [i for i, row in enumerate(self.rows) if row.index not in indices]
         if len(alive) < len(self.rows):
+            self._rewind()
             self._logits = self._logits[self._keep(alive)]
 
     def _add(self, cache: DynamicCache, mask: torch.Tensor, logits: torch.Tensor) -> None:

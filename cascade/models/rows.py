@@ -9,6 +9,7 @@ import torch
 
 from cascade.models.base import LoadedBase
 from cascade.models.caches import Prefix
+from cascade.models.guesses import Guesses
 from cascade.tasks import FinishReason
 
 OnToken = Callable[[int, int], bool]
@@ -68,6 +69,7 @@ class Row:
     text: str = ""
     finish: FinishReason | None = None
     seconds: float = 0.0
+    guesses: Guesses = field(default_factory=Guesses)
 
     @classmethod
     def new(cls, index: int, request: Request, device: torch.device, adjust: Adjust | None = None) -> Row:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import rms_norm, silu
+from torch.nn.functional import pad, rms_norm, silu
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from cascade.models.attention import additive, attention, one_query
@@ -40,7 +40,11 @@ class _Layer:
 
 
 class LlamaSteps:
-    """Steps of a Llama-like model. Adapters that hang on its linear layers as forward hooks take part."""
+    """Steps of a Llama-like model. Adapters that hang on its linear layers as forward hooks take part.
+
+    Attributes:
+        few_as_one: whether a few tokens take little longer than one.
+    """
 
     def __init__(self, model: LlamaForCausalLM) -> None:
         self._model = model
@@ -64,6 +68,7 @@ class LlamaSteps:
         self._scaling: float = attention.scaling
         self._heads: int = model.config.num_attention_heads
         self._key_heads = int(model.config.num_key_value_heads or self._heads)
+        self.few_as_one = isinstance(model.lm_head, Int8Linear)
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> LlamaSteps | None:
@@ -78,18 +83,23 @@ class LlamaSteps:
         """Logits of the next token, shape (rows, vocabulary). Extends the cache.
 
         Args:
-            ids, positions: shape (rows, 1).
-            mask: True where a token is seen, shape (rows, tokens of the cache and the new one).
+            ids, positions: shape (rows, 1); or (1, tokens) for several tokens of one row without a shared beginning,
+                and logits after each.
+            mask: True where a token is seen, shape (rows, tokens of the cache and the first new one).
         """
-        core, rows = self._model.model, len(ids)
-        hidden = core.embed_tokens(ids[:, 0])
-        cos, sin = self._turn(hidden, positions)
+        core, rows, several = self._model.model, ids.numel(), ids.shape[1] > 1
+        hidden = core.embed_tokens(ids.view(-1))
+        cos, sin = self._turn(hidden, positions.view(-1, 1))
         bias = _bias(mask, hidden.dtype)
         for layer, cached in zip(self._layers, cache.row_layers, strict=True):
             query, key, value = self._states(layer, _normed(layer.attention_norm, hidden), cos, sin)
+            if several:
+                key, value = key.transpose(0, 2), value.transpose(0, 2)
             keys, values = cached.update(key, value)
             query = query.view(rows, self._heads, 1, self._width)
-            if shared is None:
+            if several:
+                found = self._one_by_one(query, keys, values, bias)
+            elif shared is None:
                 found = one_query(query, keys, values, bias, self._scaling)
             else:
                 seen = mask[:, None, None]
@@ -99,6 +109,19 @@ class LlamaSteps:
             gated = silu(_linear(layer.gate, normed)).mul_(_linear(layer.up, normed))
             hidden = hidden + _linear(layer.down, gated)
         return _linear(self._model.lm_head, _normed(core.norm, hidden)).float()
+
+    def _one_by_one(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Attention of the last tokens of one row, each to those up to it, as if it were computed alone: with others'
+        keys masked instead, sums would be rounded otherwise, and answers depend on what was guessed."""
+        before, found = keys.shape[2] - len(query), []
+        for place in range(1, len(query) + 1):
+            seen = before + place
+            more = None if bias is None else pad(bias, (0, place - 1))
+            one = query[place - 1 : place]
+            found.append(one_query(one, keys[:, :, :seen], values[:, :, :seen], more, self._scaling))
+        return torch.cat(found)
 
     def _turn(self, hidden: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines of the rotary embedding, shape (rows, 1, width); the first half of the sines is negated."""
