@@ -159,7 +159,7 @@ def finish_without_a_trials_process(command: list[str], environment: dict[str, s
     try:
         wait_until_measured(driver, folder, count)
         trials = [p for p in psutil.Process(driver.pid).children(recursive=True) if is_trial(p)]
-        assert len(trials) == IN_FLIGHT
+        assert 1 <= len(trials) <= IN_FLIGHT
         trials[0].kill()
         assert driver.wait(600) == 0, log_of(folder).read_text()[-3000:]
     finally:
