@@ -178,6 +178,7 @@ def coverage(options: argparse.Namespace) -> Figures:
         c, d = rng.random(200) < 0.4, rng.random(200) < 0.4
         alarms += mcnemar_exact(list(c), list(d)) < 0.05
     never_certain = all(wilson(0, n).high > 0 and wilson(n, n).low < 1 for n in (1, 10, 164, 12_000))
+    never_certain &= all(paired_bootstrap([0] * n, [0] * n).high > 0 for n in (1, 10, 164, 12_000))
     mean = float(np.mean(list(cells.values())))
     return {
         "Wilson coverage, mean of 28 cells": (round(mean, 4), "0.94 to 0.96", 0.94 <= mean <= 0.96),
@@ -214,27 +215,37 @@ def leaks(options: argparse.Namespace) -> Figures:
         ],
         "runs of 13 words": [("", example(disguised(run))) for run in runs],
     }
-    figures: Figures = {}
-    for kind, examples in planted.items():
-        found = {o.example for o in find_overlaps([e for _, e in examples], tasks)}
-        missed = Counter(name for i, (name, _) in enumerate(examples) if i not in found)
-        print(f"  {kind}: missed {dict(missed) or 'none'}")
-        share = f"{len(found)} of {len(examples)}"
-        target = "most: the rest is boilerplate" if kind.startswith("runs") else "all"
-        figures[f"planted {kind} found"] = (share, target, len(found) >= len(examples) * (0.9 if "runs" in kind else 1))
-    figures |= _suspected("made-up examples", [example(noise(60)) for _ in range(1000)], tasks, "0", 0)
-    for name, examples in real.items():
-        figures |= _suspected(f"training tasks of {name}", examples, tasks, "as before, or real repeats", len(examples))
-    return figures
-
-
-def _suspected(what: str, examples: list[Example], tasks: list[Task], target: str, most: int) -> Figures:
-    """How many examples overlap a test task, and which rule alone would have taken them out."""
+    clean = {"made-up examples": [example(noise(60)) for _ in range(1000)]}
+    clean |= {f"training tasks of {name}": examples for name, examples in real.items()}
+    groups = {kind: [e for _, e in examples] for kind, examples in planted.items()} | clean
     kinds: dict[int, set[str]] = defaultdict(set)
-    for overlap in find_overlaps(examples, tasks):
+    for overlap in find_overlaps([e for examples in groups.values() for e in examples], tasks):
         kinds[overlap.example].add(overlap.kind)
-    first = Counter(next(k for k in ("exact", "question", "ngram") if k in found) for found in kinds.values())
-    return {f"{what} left out": (f"{len(kinds)} of {len(examples)} {dict(first)}", target, len(kinds) <= most)}
+    figures: Figures = {}
+    start = 0
+    for group, examples in groups.items():
+        n = len(examples)
+        found = {i: kinds[start + i] for i in range(n) if start + i in kinds}
+        start += n
+        if group in clean:
+            first = Counter(next(k for k in ("exact", "question", "ngram") if k in by) for by in found.values())
+            made_up = group == "made-up examples"
+            figures[f"{group} left out"] = (
+                f"{len(found)} of {n} {dict(first)}",
+                "0" if made_up else "real repeats",
+                not (made_up and found),
+            )
+            continue
+        missed = Counter(name for i, (name, _) in enumerate(planted[group]) if i not in found)
+        print(f"  {group}: missed {dict(missed) or 'none'}")
+        runs_only = group.startswith("runs")
+        target = "most: the rest is boilerplate" if runs_only else "all"
+        figures[f"planted {group} found"] = (
+            f"{len(found)} of {n}",
+            target,
+            len(found) >= n * (0.9 if runs_only else 1),
+        )
+    return figures
 
 
 def _load(name: str, split: Any, count: int | None = None, **given: Any) -> list[Task]:
@@ -245,9 +256,9 @@ _GENERATORS = [{"name": name} for name in REASONING_GYM]
 
 
 def _test_tasks(options: argparse.Namespace) -> list[Task]:
-    """Every test task that can be had here, and 2,000 of reasoning-gym."""
+    """Every test task that can be had here, and 1,000 of reasoning-gym."""
     tasks = [*_load("humaneval", "test"), *_load("bfcl", "test")]
-    tasks += _load("reasoning_gym", "test", 2000, generators=_GENERATORS)
+    tasks += _load("reasoning_gym", "test", 1000, generators=_GENERATORS)
     if options.mbpp:
         tasks += _load("mbpp", "test", path=options.mbpp, shots=0)
     for name, given in (("arc", {}), ("mmlu", {"shots": 0}), ("bbh", {"shots": 0})):
@@ -259,7 +270,7 @@ def _test_tasks(options: argparse.Namespace) -> list[Task]:
 def _training_tasks(options: argparse.Namespace) -> dict[str, list[Example]]:
     """The pools that modifiers are trained on, with their right answers."""
     pools = {"bfcl": _load("bfcl", "train")}
-    pools["reasoning_gym"] = _load("reasoning_gym", "train", 6000, generators=_GENERATORS)
+    pools["reasoning_gym"] = _load("reasoning_gym", "train", 3000, generators=_GENERATORS)
     if options.mbpp:
         pools["mbpp"] = _load("mbpp", "train", path=options.mbpp, shots=0)
 
