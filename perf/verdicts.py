@@ -205,15 +205,15 @@ def leaks(options: argparse.Namespace) -> Figures:
         return f"{noise(20)} {' '.join(w.upper() if rng.random() < 0.3 else f'{w}, ' for w in text)} {noise(20)}"
 
     asked = [(task.benchmark, questions(task)[0]) for task in tasks]
-    long = [own for _, text in asked if len(own := words(text)) >= NGRAM]
-    starts = [rng.randrange(len(own) - NGRAM + 1) for own in long]
-    runs = [own[start : start + NGRAM] for own, start in zip(long, starts, strict=True)]
+    long = [(name, own) for name, text in asked if len(own := words(text)) >= NGRAM]
+    starts = [rng.randrange(len(own) - NGRAM + 1) for _, own in long]
+    runs = [own[start : start + NGRAM] for (_, own), start in zip(long, starts, strict=True)]
     planted = {
         "bare questions": [(name, example(f"  {text.upper()} ")) for name, text in asked],
         f"whole questions of {WHOLE} words or more": [
             (name, example(f"{noise(20)}\n{text}\n{noise(20)}")) for name, text in asked if len(words(text)) >= WHOLE
         ],
-        "runs of 13 words": [("", example(disguised(run))) for run in runs],
+        "runs of 13 words": [(name, example(disguised(run))) for (name, _), run in zip(long, runs, strict=True)],
     }
     clean = {"made-up examples": [example(noise(60)) for _ in range(1000)]}
     clean |= {f"training tasks of {name}": examples for name, examples in real.items()}
@@ -239,11 +239,11 @@ def leaks(options: argparse.Namespace) -> Figures:
         missed = Counter(name for i, (name, _) in enumerate(planted[group]) if i not in found)
         print(f"  {group}: missed {dict(missed) or 'none'}")
         runs_only = group.startswith("runs")
-        target = "most: the rest is boilerplate" if runs_only else "all"
+        target = "none: runs that templates and instructions share tell nothing" if runs_only else "all"
         figures[f"planted {group} found"] = (
             f"{len(found)} of {n}",
             target,
-            len(found) >= n * (0.9 if runs_only else 1),
+            runs_only or len(found) == n,
         )
     return figures
 
