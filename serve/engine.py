@@ -88,6 +88,7 @@ class Engine:
         )
         forms.remove_old()
         self.modifiers = LiveModifiers(store, forms.open)
+        self._slot.reserve(max((m.form.layout.nbytes for m in self.modifiers.in_use() if m.form), default=0))
         vocabulary = int(loaded.model.config.vocab_size)
         self._grammars = Grammars(self._encoder, vocabulary, end_token_ids(loaded))
         self._kept = Kept(self._limits.kept_bytes)

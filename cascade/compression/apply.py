@@ -56,7 +56,7 @@ class LoraSlot:
         Args:
             model: any module; its `nn.Linear` and `Int8Linear` layers, by name, can be adapted.
             capacity: bytes that fit: `bytes_for` the largest adapter, which keeps the memory promise; larger ones are
-                refused. None: the buffer grows to the largest adapter that ever came.
+                refused. None: the buffer grows to the largest adapter that ever came, or that room was reserved for.
             base: what the model is; adapters that name another base are then refused.
             int8: whether adapters are held in 8 bits; None: if the model is. A search says so beside a base in
                 bfloat16, which it needs for gradients, to measure the numbers that will be served.
@@ -97,6 +97,15 @@ class LoraSlot:
     def bytes_for(self, adapter: Adapter) -> int:
         """What the slot holds of an adapter."""
         return layout_of(adapter, self._dtype, self._int8).nbytes
+
+    def reserve(self, nbytes: int) -> None:
+        """See that so many bytes fit. A slot that grows is emptied, and gives its memory up before it takes more."""
+        if nbytes <= self.resident_bytes:
+            return
+        self.clear()
+        self._views, self._viewed = {}, None
+        self._buffer = self._buffer.new_empty(0)
+        self._buffer = self._buffer.new_zeros(nbytes)
 
     def fill(self, adapter: Adapter) -> None:
         """Put an adapter in, in place of the one that is there.
@@ -158,9 +167,7 @@ class LoraSlot:
     def _copy(self, adapter: Adapter) -> None:
         layout = layout_of(adapter, self._dtype, self._int8)
         factors = factors_of(adapter, layout)
-        if layout.nbytes > self.resident_bytes:
-            self._viewed = None
-            self._buffer = self._buffer.new_zeros(layout.nbytes)
+        self.reserve(layout.nbytes)
         block = self._buffer[: layout.nbytes]
         if isinstance(adapter, FlatAdapter):
             adapter.read_into(block)

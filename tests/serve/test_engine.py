@@ -298,3 +298,12 @@ async def test_an_engine_in_8_bits_answers_as_the_base_in_8_bits_does(stand_in, 
             assert text_of(await collect(engine, piece)) == generate(alone, [Request(prompt, 12)])[0].text
     finally:
         engine.close()
+
+
+async def test_the_slot_has_room_for_the_largest_from_the_start(engine, work):
+    forms = [engine.modifiers.get(choice).form for choice in CHOICES if choice != "base"]
+    before = engine.resident_bytes
+    assert engine._slot.resident_bytes == max(form.layout.nbytes for form in forms) > 0
+    for choice in CHOICES:
+        await collect(engine, work(choice, max_tokens=2))
+    assert engine.resident_bytes == before

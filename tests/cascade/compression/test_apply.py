@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import tracemalloc
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -92,6 +93,22 @@ def test_a_refill_leaves_nothing_of_the_one_before(model, llama, adapter, tokens
     slot.fill(adapter)
     slot.fill(fewer)
     assert torch.equal(logits(model, tokens), alone)
+
+
+def test_a_slot_that_grows_gives_its_memory_up_first(model, adapter, monkeypatch):
+    small, there = compress(adapter, RECIPES["pruned int4"]), []
+    slot = LoraSlot(model)
+    slot.fill(small)
+    before = weakref.ref(slot._buffer)
+    zeros = torch.Tensor.new_zeros
+    monkeypatch.setattr(torch.Tensor, "new_zeros", lambda x, *size: there.append(before()) or zeros(x, *size))
+    room = 2 * slot.bytes_for(small)
+    slot.reserve(room)
+    assert there == [None]
+    assert slot.is_empty
+    slot.fill(small)
+    assert len(there) == 1
+    assert slot.resident_bytes == room
 
 
 def test_a_thousand_fills_do_not_grow(model, adapter):
