@@ -12,19 +12,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cascade.compression.adapter import (
-    AdapterWeights,
-    BaseRef,
-    LoraPair,
-    fp16_bytes,
-    load_peft_folder,
-    save_peft_folder,
-)
+from cascade.compression.adapter import AdapterWeights, BaseRef, LoraPair, fp16_bytes, save_peft_folder
 from cascade.compression.apply import LoraSlot
-from cascade.compression.format import load_modifier, save_modifier
-from cascade.compression.recipe import Room, compress, expand, limits, recipe_from, seed_points
-from cascade.compression.truncate import Grams
-from cascade.config import Compression
+from cascade.compression.convert import compress_folder
+from cascade.compression.format import load_modifier
+from cascade.compression.layout import Levels
+from cascade.compression.packed import expand
 from cascade.training.seeded_init import initial_lora_a
 
 SHAPES = {  # inputs, outputs of Llama-3.1-8B's linear layers
@@ -61,13 +54,9 @@ def compress_it(folder: Path) -> dict[str, object]:
     """Time from PEFT folder to modifier file, and the peak of this process."""
     before = _peak()
     began = time.perf_counter()
-    adapter = load_peft_folder(folder / "adapter")
-    grams = {n: Grams(*[np.eye(p.rank, dtype=np.float32)] * 2) for n, p in adapter.layers.items()}
-    recipe = recipe_from(seed_points()[0], Room.of(adapter, limits(adapter, Compression()), 4))
-    compressed = compress(adapter, recipe, grams)
-    size = save_modifier(folder / "modifier.safetensors", compressed)
+    adapter, _ = compress_folder(folder / "adapter", folder / "modifier.safetensors")
     seconds = time.perf_counter() - began
-    full = fp16_bytes(adapter)
+    full, size = fp16_bytes(adapter), (folder / "modifier.safetensors").stat().st_size
     return {
         "large: fp16 MB": {"value": full / 1e6, "target": 260, "met": full >= 260e6},
         "large: share on disk": {"value": size / full, "target": 48 / 260, "met": size <= 48 / 260 * full},
@@ -90,14 +79,12 @@ def serve(folder: Path) -> dict[str, object]:
         slot.fill(load_modifier(file, verify=False))
         times.append(time.perf_counter() - began)
     compressed = load_modifier(file)
-    factors = {n: (p.a, p.bt) for n, p in slot._patches.items()}
-    same = True
-    for name, pair in expand(compressed).layers.items():
-        a, bt = factors[name]
-        assert a is not None
-        assert bt is not None
-        same &= np.array_equal(a.matrix().numpy(), pair.a)
-        same &= np.array_equal(bt.matrix().numpy(), pair.b.T * np.float32(compressed.scaling))
+    exact, same = expand(compressed).layers, True
+    for spec in compressed.layers:
+        held, pair = slot._patches[spec.name].held, exact[spec.name]
+        assert isinstance(held, Levels)
+        for found, wanted, exponent in zip(held.matrices(), (pair.a, pair.b.T), spec.exponents, strict=True):
+            same &= np.array_equal(np.ldexp(found.numpy(), exponent), wanted)
     full = sum(2 * RANK * (i + o) for i, o in SHAPES.values()) * BLOCKS
     limit, held = 48 / 260 * full, slot.resident_bytes
     p50 = 1e3 * statistics.median(times)

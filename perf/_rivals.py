@@ -13,7 +13,7 @@ from peft import PeftModel, convert_to_lora
 
 from cascade.compression.adapter import AdapterWeights, LoraPair, fp16_bytes, save_peft_folder
 from cascade.compression.methods import Recipe
-from cascade.compression.packed import compress, expand
+from cascade.compression.packed import CompressedAdapter, compress, expand
 from cascade.models.base import LoadedBase
 from cascade.training.lora import remove_lora
 
@@ -23,11 +23,11 @@ class Candidate:
     """A compressed adapter as it would be used.
 
     Attributes:
-        adapter: expanded; what its numbers mean.
+        adapter: what a slot is filled with.
         disk_bytes, resident_bytes: what the method's file weighs and what serving holds of it.
     """
 
-    adapter: AdapterWeights
+    adapter: AdapterWeights | CompressedAdapter
     disk_bytes: int
     resident_bytes: int
 
