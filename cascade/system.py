@@ -7,6 +7,7 @@ in its serving form, and the router; base and modifier as `serving.weights` says
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,10 @@ from cascade.routing.model import current_version, local_folder
 
 BUNDLE_MANIFEST = "bundle.json"
 BUNDLE_CONFIG = "serve.yaml"
+_WRITTEN_BY_SERVING = re.compile(
+    r"storage/(keys\.json(\.lock)?|feedback/(open|tasks)/[^/]+\.jsonl?|modifiers/[a-z0-9_-]+/CANARY)"
+)
+"""Files that keys, log and canaries leave in a bundle that is served: nothing that is computed with."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +135,8 @@ def bundle(config: Config, target: Path, cache: Path) -> Path:
 def open_bundle(folder: Path) -> Config:
     """The config of a bundle, every file checked against its hash.
 
+    What serving itself writes (keys, the log, a canary's share) may be there besides.
+
     Raises:
         DataError: it is no bundle, or files are missing, changed or added.
         ConfigError: its config is damaged.
@@ -138,7 +145,8 @@ def open_bundle(folder: Path) -> Config:
         said = json.loads((folder / BUNDLE_MANIFEST).read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder} is no bundle: {error}") from None
-    files = {str(f.relative_to(folder)): f for f in folder.rglob("*") if f.is_file() and f.name != BUNDLE_MANIFEST}
+    found = {str(f.relative_to(folder)): f for f in folder.rglob("*") if not f.is_dir() and f.name != BUNDLE_MANIFEST}
+    files = {name: f for name, f in found.items() if name in said or not _WRITTEN_BY_SERVING.fullmatch(name)}
     wrong = sorted(set(said) ^ set(files)) or [n for n, f in files.items() if sha256_of_file(f) != said[n]]
     if wrong:
         raise DataError(f"{folder} is not the bundle that was packed: {', '.join(wrong[:5])}")

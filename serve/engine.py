@@ -56,6 +56,7 @@ class Engine:
 
     Attributes:
         modifiers: what is in use; `watch` it to follow the store.
+        swapped: told how many milliseconds each swap took, parked groups' included.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class Engine:
         )
         forms.remove_old()
         self.modifiers = LiveModifiers(store, forms.open)
+        self.swapped: Callable[[float], None] = lambda milliseconds: None
         self._slot.reserve(max((m.form.layout.nbytes for m in self.modifiers.in_use() if m.form), default=0))
         vocabulary = int(loaded.model.config.vocab_size)
         self._grammars = Grammars(self._encoder, vocabulary, end_token_ids(loaded))
@@ -270,6 +272,7 @@ class Engine:
                 self._give_up(key, Failed(503, str(error), "modifier_unavailable"))
                 return
             swap_ms = (time.perf_counter() - start) * 1e3
+            self.swapped(swap_ms)
         self._admit(group, swap_ms)
         lane, prompts = group.next_work()
         if prompts is not None:

@@ -35,7 +35,7 @@ from serve.gateway import Gateway
 from serve.http import build_api
 from serve.keys import KeyRing
 from serve.live import LiveModifiers, LiveRouter
-from serve.meters import RayMeters
+from serve.meters import RayMeters, SwapMeter
 from serve.middleware import RETRY_AFTER_S
 from serve.placement import HoldersFirst, count_engines
 from serve.schedule import Limits
@@ -96,6 +96,7 @@ class EngineReplica:
         loaded = load_base(served.base, weights=served.weights)
         threads = served.threads or min(os.cpu_count() or 1, _MOST_THREADS)
         self._engine = Engine(loaded, Store(served.storage), cache_dir() / "serving", served.limits, threads)
+        self._engine.swapped = SwapMeter()
         self._engine.modifiers.watch()
 
     async def stream(self, work: Work) -> AsyncGenerator[Event, None]:

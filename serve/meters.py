@@ -52,7 +52,6 @@ class RayMeters:
             "cascade_route_confidence", "the router's confidence in its route", _SHARES, ("route",)
         )
         self._queue = Histogram("cascade_queue_ms", "from arrival until the first token is computed", _MS)
-        self._swaps = Histogram("cascade_swap_ms", "swaps that requests came in with", _MS)
         self._tokens = Counter("cascade_tokens", "tokens", ("route", "kind"))
         self._failures = Counter("cascade_failures", "requests refused or broken off", ("status",))
         self._ratings = Counter("cascade_ratings", "what users said of answers", ("rating",))
@@ -63,8 +62,6 @@ class RayMeters:
 
     def started(self, started: Started) -> None:
         self._queue.observe(started.queue_ms)
-        if started.swap_ms > 0:
-            self._swaps.observe(started.swap_ms)
 
     def finished(self, route: str, prompt_tokens: int, completion_tokens: int) -> None:
         for kind, count in (("prompt", prompt_tokens), ("completion", completion_tokens)):
@@ -76,3 +73,13 @@ class RayMeters:
 
     def rated(self, rating: str) -> None:
         self._ratings.inc(1, {"rating": rating})
+
+
+class SwapMeter:
+    """An engine's swaps, each counted once, whoever comes in with it; exported by Ray as those of `RayMeters`."""
+
+    def __init__(self) -> None:
+        self._swaps = Histogram("cascade_swap_ms", "swaps of the modifier in the slot", _MS)
+
+    def __call__(self, milliseconds: float) -> None:
+        self._swaps.observe(milliseconds)

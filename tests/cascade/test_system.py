@@ -83,6 +83,29 @@ def test_a_bundle_is_the_whole_system(stand_in: StandIn, tmp_path: Path) -> None
         open_bundle(tmp_path)
 
 
+def test_a_bundle_is_served_again_with_what_serving_wrote(stand_in: StandIn, tmp_path: Path) -> None:
+    folder = bundle(stand_in.config, tmp_path / "packed", tmp_path)
+    store = Store(open_bundle(folder).storage)
+    for name in ("keys.json", "keys.json.lock", "feedback/open/me~r1.json", "feedback/tasks/train-r2.jsonl"):
+        store.write_bytes(name, b"[]")
+    modifiers.set_canary(store, "letters", modifiers.current(store, "letters").version, 0.5)
+    open_bundle(folder)
+    added = ("modifiers/letters/evil/modifier.safetensors", "modifiers/evil/CURRENT", "router/evil.pkl", "keys.json.py")
+    for name in (*added, "feedback/open/x/y.json", "modifiers/letters/x/CANARY"):
+        store.write_bytes(name, b"x")
+        with pytest.raises(DataError, match=f"not the bundle that was packed: storage/{name}"):
+            open_bundle(folder)
+        Path(store.path(name)).unlink()
+    link = Path(store.path("modifiers/letters/elsewhere"))
+    link.symlink_to("/nowhere")
+    with pytest.raises(DataError, match="not the bundle that was packed"):
+        open_bundle(folder)
+    link.unlink()
+    store.write_bytes("modifiers/letters/CURRENT", b"other\n")
+    with pytest.raises(DataError, match="CURRENT"):
+        open_bundle(folder)
+
+
 def test_the_threshold_is_shown_and_set(tmp_path: Path) -> None:
     mine = build_stand_in(tmp_path)
     shown = CliRunner().invoke(app, ["tune-router", str(mine.config_path)])
