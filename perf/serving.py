@@ -31,13 +31,39 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from serving_leaving import beside, computed_on_ms
 from serving_llama import served_by_llama
 from serving_openapi import attack
-from serving_setup import DOMAINS, QUESTIONS, Answered, Ask, Setup, arriving, body_of, load, one, percentile, prepare
+from serving_setup import (
+    DOMAINS,
+    QUESTIONS,
+    Answered,
+    Ask,
+    Setup,
+    arriving,
+    body_of,
+    load,
+    one,
+    percentile,
+    prepare,
+    rss_bytes,
+)
 from serving_stack import served, served_plainly
 
 HERE = Path(__file__).parent
-PARTS = ("swap", "isolation", "throughput", "llama", "shuffle", "fairness", "overload", "lifecycle", "openapi")
+PARTS = (
+    "swap",
+    "isolation",
+    "throughput",
+    "llama",
+    "shuffle",
+    "fairness",
+    "overload",
+    "lifecycle",
+    "leaving",
+    "resident",
+    "openapi",
+)
 Figures = dict[str, dict[str, Any]]
 
 
@@ -66,6 +92,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=500, help="of the isolation check")
     parser.add_argument("--tokens", type=int, default=24, help="of an answer where throughput is measured")
     parser.add_argument("--examples", type=int, default=50, help="of each operation, from Schemathesis")
+    parser.add_argument("--swaps", type=int, default=1000, help="of a served engine whose memory is watched")
     parser.add_argument("--clients", default="1,8,32", help="for throughput")
     return parser.parse_args()
 
@@ -122,33 +149,39 @@ def isolation(setup: Setup, options: argparse.Namespace) -> Figures:
     """Greedy answers of a crowd against those to the same questions asked one by one."""
     rng = random.Random(5)
     questions = [f"{q} ({i})" for i in range(4) for q in QUESTIONS]
+    lengths = {q: 2 + i % 11 for i, q in enumerate(questions)}  # the same in the crowd, so that answers compare whole
     asks = []
     for i in range(options.requests):
         leaves = rng.random() * 2 if i % 10 == 7 else None
-        ask = Ask(rng.choice(["base", *DOMAINS]), rng.choice(questions), rng.randint(2, 12), i % 2 == 0, leaves)
-        asks.append(ask)
-    alone = [Ask(m, q, 12, margins=True) for m in ("base", *DOMAINS) for q in questions]
+        question = rng.choice(questions)
+        asks.append(Ask(rng.choice(["base", *DOMAINS]), question, lengths[question], i % 2 == 0, leaves))
+    alone = [Ask(m, q, lengths[q], margins=True) for m in ("base", *DOMAINS) for q in questions]
     with served(setup, options.threads, patience_s=0.2, waiting=64) as url:
         references, _ = asyncio.run(load(url, alone, 1))
         crowd, seconds = asyncio.run(load(url, asks, 16))
     found = {(a.ask.model, a.ask.question): a for a in references}
-    expected = {key: a.text for key, a in found.items()}
+    expected = {key: (a.text, a.tokens) for key, a in found.items()}
     compared = [a for a in crowd if not a.left]
-    wrong = [a for a in compared if a.status != 200 or not expected[a.ask.model, a.ask.question].startswith(a.text)]
+    wrong = [a for a in compared if a.status != 200 or (a.text, a.tokens) != expected[a.ask.model, a.ask.question]]
     idle = sum(all(expected[d, q] == expected["base", q] for q in questions) for d in DOMAINS)
-    swaps = sum(float(a.headers.get("x-cascade-swap-ms", 0)) > 0 for a in compared)
+    swapped = sum(float(a.headers.get("x-cascade-swap-ms", 0)) > 0 for a in compared)
     margins = [_margin_of_difference(found[a.ask.model, a.ask.question], a) for a in wrong]
     usual = statistics.median(margin for a in references for _, margin in a.margins)
     print(f"   margins in nats where answers differ: {sorted(round(m, 3) for m in margins)}; usual: {usual:.2f}")
     leaked = [
         a
         for a in wrong
-        if any(expected[m, a.ask.question].startswith(a.text) for m in ("base", *DOMAINS) if m != a.ask.model)
+        if any(expected[m, a.ask.question] == (a.text, a.tokens) for m in ("base", *DOMAINS) if m != a.ask.model)
     ]
     return {
         "isolation_answers_of_another_modifier": at_most(len(leaked), 0),
         "isolation_wrong_outputs": at_most(
-            len(wrong), 0, compared=len(compared), left=len(crowd) - len(compared), swapped_for=swaps, seconds=seconds
+            len(wrong),
+            0,
+            compared=len(compared),
+            left=len(crowd) - len(compared),
+            came_with_a_swap=swapped,
+            seconds=seconds,
         ),
         "isolation_modifiers_that_change_nothing": at_most(idle, 0),
     }
@@ -291,13 +324,6 @@ async def watched(url: str, work: Awaitable[list[Answered]]) -> tuple[list[Answe
     return answers, json.loads(said)
 
 
-async def beside(script: str, url: str) -> asyncio.subprocess.Process:
-    """A client in a process of its own, which is told things through a pipe and answers through one."""
-    host, port = url.removeprefix("http://").split(":")
-    pipe = asyncio.subprocess.PIPE
-    return await asyncio.create_subprocess_exec(sys.executable, str(HERE / script), host, port, stdin=pipe, stdout=pipe)
-
-
 def lifecycle(setup: Setup, options: argparse.Namespace) -> Figures:
     """A killed replica, then SIGTERM, while streams run."""
     asks = [Ask("code", f"{QUESTIONS[i % 6]} ({i})", 48, stream=True) for i in range(8)]
@@ -309,25 +335,50 @@ def lifecycle(setup: Setup, options: argparse.Namespace) -> Figures:
         return (await running)[0]
 
     def kill(pid: int) -> None:
-        nonlocal killed
-        killed = time.perf_counter()
+        nonlocal killed, dead
+        killed, dead = time.perf_counter(), pid
         os.kill(pid, signal.SIGKILL)
 
-    killed = 0.0
+    killed, dead = 0.0, 0
     with served(setup, 1, replicas=2) as server:
         asyncio.run(load(server, asks[:4], 4))
         pids = server.engines()
         lost = asyncio.run(during(server, lambda: kill(pids[0])))
-        while len(server.engines()) < 2 or pids[0] in server.engines():
+        while len(server.engines()) < 2 or dead in server.engines():
             time.sleep(0.5)
         back = time.perf_counter() - killed  # at most: the answers that were not lost are waited for first
         after = asyncio.run(load(server, asks, len(asks)))[0]
         cut = asyncio.run(during(server, server.terminate))
     return {
-        "killed_replica_lost_all": at_most(sum(a.status != 200 for a in lost) / len(lost), 0.99, n=len(lost)),
+        # Placement gives each of two engines with the same modifier as many as the other.
+        "killed_replica_lost": at_most(sum(a.status != 200 for a in lost), len(lost) // 2, n=len(lost)),
         "killed_replica_back_s": figure(back),
         "after_kill_failed": at_most(sum(a.status != 200 for a in after), 0, n=len(after)),
         "sigterm_cut_streams": at_most(sum(a.status != 200 for a in cut), 0, n=len(cut)),
+    }
+
+
+def leaving(setup: Setup, options: argparse.Namespace) -> Figures:
+    """How long an engine goes on computing for a client that has gone."""
+    ask = Ask("code", QUESTIONS[0], 400, stream=True)
+    with served(setup, options.threads) as server:
+        times = [asyncio.run(computed_on_ms(server, server.engines()[0], ask)) for _ in range(20)]
+    return {"cancelled_after_ms": at_most(max(times), 250, n=len(times), median=round(statistics.median(times), 1))}
+
+
+def resident(setup: Setup, options: argparse.Namespace) -> Figures:
+    """Memory of an engine that serves, and by how much it grows over swaps: requests one by one, each for another."""
+    asks = [Ask(DOMAINS[i % 3], QUESTIONS[i % 6], 2) for i in range(options.swaps)]
+    with served(setup, options.threads) as server:
+        engine = server.engines()[0]
+        asyncio.run(load(server, asks[:60], 1))
+        before = rss_bytes(engine)
+        answers, _ = asyncio.run(load(server, asks, 1))
+        after = rss_bytes(engine)
+    swaps = sum(float(a.headers.get("x-cascade-swap-ms", 0)) > 0 for a in answers)  # one by one: one swap each
+    return {
+        "served_engine_growth_mb": at_most((after - before) / 1e6, 2, swaps=swaps, answered=len(answers)),
+        "served_engine_rss_mb": figure(after / 1e6),
     }
 
 
