@@ -58,7 +58,7 @@ def address(stand_in: StandIn) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as environment:  # put back what `install` sets, whatever comes
         environment.setenv(CALLBACK_VARIABLE, "")
         environment.setenv(ROOM_VARIABLE, "")
-        install(checked(arguments).room)
+        install(checked(arguments).most_room)
         yield from serve_it(arguments)
 
 
