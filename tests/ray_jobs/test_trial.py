@@ -6,9 +6,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from forged import tiny
 
 from cascade.artifacts import Run, Store
+from cascade.compression.format import disk_bytes
+from cascade.compression.methods import Recipe, Truncate
+from cascade.compression.packed import compress, resident_bytes
+from cascade.compression.recipe import Limits
 from cascade.config import Compression
+from ray_jobs import _trial as trials
 from ray_jobs._follow import Follower
 from ray_jobs._trial import STAGES, TRIALS, Bench, Groundwork, Stage, Trial, _loss, run_trial
 
@@ -87,6 +94,42 @@ def test_what_was_measured_before_is_neither_measured_nor_noted_again(setting):
     whole.known = {trial.params: trial}
     assert run_trial({"size": 0.1}, whole, list) is trial
     assert whole.run.read(TRIALS, Trial) == []
+
+
+@pytest.mark.parametrize(("weights", "room"), [("full", 0), ("int8", 0), ("full", 300)])
+def test_what_is_counted_and_measured_is_the_form_that_is_served(setting, monkeypatch, weights, room):
+    """8 bits where the base is served so, and the file with the scores and teachers that it is published with."""
+    adapter = tiny()
+    model = torch.nn.Module()
+    for name, pair in adapter.layers.items():
+        *parents, last = name.split(".")
+        node = model
+        for part in parents:
+            if not hasattr(node, part):
+                node.add_module(part, torch.nn.Module())
+            node = getattr(node, part)
+        node.add_module(last, torch.nn.Linear(pair.a.shape[1], pair.b.shape[0], dtype=torch.bfloat16))
+    monkeypatch.setattr(trials, "load_base", lambda base: SimpleNamespace(model=model))
+    monkeypatch.setattr(trials, "limit_process", lambda *_: None)
+    monkeypatch.setattr(trials, "packed_rows", lambda *_: [])
+    monkeypatch.setattr(trials, "_loss", lambda *_, **__: (1.0, 0.1))
+    config = SimpleNamespace(
+        serving=SimpleNamespace(weights=weights),
+        base=None,
+        tiers=[SimpleNamespace(name="answer-key")] * 3,
+        execution=SimpleNamespace(cpus_per_actor=1),
+        model_dump_json=lambda: f'{{"weights": "{weights}"}}',
+    )
+    monkeypatch.setattr(trials.Config, "model_validate", lambda _: config)
+    task = setting(halving=False)
+    task.config, task.adapter, task.style, task.held_out = config, adapter, None, ()
+    recipe = Recipe(truncate=Truncate(keep=1.0), values="int8")
+    monkeypatch.setattr(trials, "recipe_from", lambda *_: recipe)
+    compressed = compress(adapter, recipe)
+    size, held = disk_bytes(compressed), resident_bytes(compressed, int8=weights == "int8")
+    task.limits = Limits(size + 700 - room, held)
+    found = trials._measure({}, task, "key", list)
+    assert (found.disk_bytes, found.resident_bytes, found.fits) == (size, held, room == 0)
 
 
 def test_a_follower_reads_each_part_once(tmp_path, monkeypatch):
