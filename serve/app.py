@@ -47,6 +47,9 @@ class Arguments(BaseModel):
     waiting: int = Field(
         Limits.waiting, ge=1, description="requests that may wait per engine beside those; more are refused with 429"
     )
+    vllm: str | None = Field(
+        None, description="URL of a vLLM server that computes instead (serve/vllm.py); left out, engines compute"
+    )
     log: bool = Field(False, description="keep requests that were unsure or disliked as new tasks (serve/feedback.py)")
     patience_s: float = Field(
         Limits.patience_s, ge=0, description="seconds that a group of requests keeps the slot while others wait"
@@ -117,9 +120,10 @@ def _application(args: Arguments) -> Application:
         room=args.room,
         gpu_share=config.execution.gpu_share,
         weights=config.serving.weights,
+        vllm=args.vllm,
     )
     options: dict[str, Any] = {"num_cpus": config.execution.cpus_per_actor}
-    if config.execution.use_gpu:
+    if config.execution.use_gpu and args.vllm is None:
         options["num_gpus"] = config.execution.gpus
     engine = EngineReplica.options(ray_actor_options=options, **args.scaling)  # type: ignore[attr-defined]
     return Ingress.bind(served, engine.bind(served))  # type: ignore[attr-defined]

@@ -10,7 +10,6 @@ another's modifier, and nobody waits for somebody else's long answer to end. See
 from __future__ import annotations
 
 import asyncio
-import copy
 import logging
 import threading
 import time
@@ -26,11 +25,11 @@ from cascade.compression.apply import LoraSlot
 from cascade.errors import CascadeError
 from cascade.models.base import LoadedBase, end_token_ids
 from cascade.models.caches import Prefix
-from cascade.models.chat import prompt_text
 from cascade.models.generation import Batch
 from cascade.models.prompts import Prompts
 from cascade.models.rows import Request, Row
 from cascade.routing.model import BASE
+from serve.encoder import Encoder
 from serve.events import Event, Failed, Finished, Started, Work
 from serve.forms import Forms
 from serve.grammars import Grammars
@@ -46,8 +45,6 @@ logger = logging.getLogger(__name__)
 
 _CHUNK = {"cpu": 256, "gpu": 2048}
 """Tokens of prompts that are computed at a time, to begin with."""
-_MOST_CHARACTERS = 64
-"""Of a token, on average over a whole prompt."""
 _SHUTTING_DOWN = Failed(503, "the server is shutting down", "shutting_down", retry_after_s=5)
 
 
@@ -74,9 +71,11 @@ class Engine:
             threads: most that it computes with; None: as many as PyTorch is set to use now.
         """
         self._loaded, self._limits = loaded, limits or Limits()
-        # Callers tokenise in their own threads; a tokenizer is not safe to share with the one that decodes.
-        self._encoder = copy.deepcopy(loaded.tokenizer)
-        self._encoding = threading.Lock()
+        vocabulary, config = int(loaded.model.config.vocab_size), loaded.model.config
+        context = min(int(getattr(config, "max_position_embeddings", self._limits.tokens)), self._limits.tokens)
+        self._encoder = Encoder(
+            loaded.tokenizer, vocabulary=vocabulary, context=context, answer_tokens=self._limits.answer_tokens
+        )
         self._slot = LoraSlot(loaded.model, base=BaseRef(loaded.name, loaded.sha256))
         forms = Forms(
             store,
@@ -91,8 +90,7 @@ class Engine:
         self.modifiers = LiveModifiers(store, forms.open)
         self.swapped: Callable[[float], None] = lambda milliseconds: None
         self._slot.reserve(max((m.form.layout.nbytes for m in self.modifiers.in_use() if m.form), default=0))
-        vocabulary = int(loaded.model.config.vocab_size)
-        self._grammars = Grammars(self._encoder, vocabulary, end_token_ids(loaded))
+        self._grammars = Grammars(self._encoder.tokenizer, vocabulary, end_token_ids(loaded))
         self._kept = Kept(self._limits.kept_bytes)
         self._schedule = Schedule(self._limits, self._new_group)
         self._chunks = Chunks(_CHUNK["cpu" if loaded.device.type == "cpu" else "gpu"])
@@ -167,51 +165,16 @@ class Engine:
         live = None if work.choice == BASE else self.modifiers.get(work.choice, work.variant, work.version)
         if live is None and work.choice != BASE:
             return Failed(503, f"there is no modifier {work.choice!r} that can be used", "modifier_unavailable")
-        context = min(
-            int(getattr(self._loaded.model.config, "max_position_embeddings", self._limits.tokens)), self._limits.tokens
-        )
-        prompt = self._tokens_of(work, live, context)
-        if isinstance(prompt, Failed):
-            return prompt
-        room = context - len(prompt)
-        wanted = work.max_tokens or min(self._limits.answer_tokens, max(room, 1))
-        if wanted > room:
-            message = (
-                f"This model's maximum context length is {room + len(prompt)} tokens; your messages have {len(prompt)} "
-                f"and {wanted} were asked for the answer."
-            )
-            return Failed(400, message, "context_length_exceeded", "messages")
-        if not prompt:
-            return Failed(400, "the prompt is empty", "invalid_value", "prompt")
+        encoded = self._encoder.encode(work, live)
+        if isinstance(encoded, Failed):
+            return encoded
         try:
             matcher = None if work.grammar is None else self._grammars.matcher(work.grammar)
         except CascadeError as error:
             return Failed(400, str(error), "invalid_value", work.grammar.param if work.grammar else None)
         steering = Steering(self._loaded.tokenizer, matcher, work.logprobs)
-        request = Request(prompt, wanted, work.stop, work.temperature, work.top_p, work.seed)
+        request = Request(encoded.tokens, encoded.answer_tokens, work.stop, work.temperature, work.top_p, work.seed)
         return Job(live, request, emit, TextStream(self._loaded.tokenizer, request.stop), steering, work.stream)
-
-    def _tokens_of(self, work: Work, live: Live | None, context: int) -> list[int] | Failed:
-        """The prompt's tokens, the conversation being introduced as the version that answers has learned it."""
-        if isinstance(work.prompt, tuple):
-            size = int(self._loaded.model.config.vocab_size)
-            if max(work.prompt) >= size:
-                return Failed(400, f"token ids of this model end at {size - 1}", "invalid_value", "prompt")
-            return list(work.prompt)
-        param = "messages" if work.prompt is None else "prompt"
-        messages = work.messages if live is None else live.introduce(work.messages)
-        characters = sum(len(m.content) for m in messages) if work.prompt is None else len(work.prompt)
-        if characters > context * _MOST_CHARACTERS:  # which would take seconds to find out by its tokens
-            message = f"This model's maximum context length is {context} tokens; {characters} characters are more."
-            return Failed(400, message, "context_length_exceeded", param)
-        try:
-            with self._encoding:
-                text = prompt_text(self._encoder, messages) if work.prompt is None else work.prompt
-                # A chat template writes the special tokens itself.
-                return list(self._encoder(text, add_special_tokens=work.prompt is not None).input_ids)
-        except Exception as error:  # a template may refuse anything, in any way
-            said = error.__cause__ or error
-            return Failed(400, f"the model's chat template refuses these messages: {said}", "invalid_value", param)
 
     def _submit(self, job: Job) -> Failed | None:
         with self._changed:

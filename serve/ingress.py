@@ -39,6 +39,7 @@ from serve.meters import RayMeters, SwapMeter
 from serve.middleware import RETRY_AFTER_S
 from serve.placement import HoldersFirst, count_engines
 from serve.schedule import Limits
+from serve.vllm import VllmBackend
 
 logger = logging.getLogger("ray.serve")
 
@@ -64,6 +65,7 @@ class Served:
         threads: of an engine's computing; None takes the machine's cores, as far as they still help.
         gpu_share: of a GPU's memory, for each engine, where there is one.
         weights: see `cascade.config.Serving`.
+        vllm: URL of a vLLM server that computes instead of an engine of ours.
     """
 
     base: Base
@@ -75,6 +77,7 @@ class Served:
     room: int | None = None
     gpu_share: float = 1.0
     weights: Weights = "full"
+    vllm: str | None = None
 
 
 @ray_serve.deployment(
@@ -88,15 +91,11 @@ class Served:
     request_router_config=RequestRouterConfig(request_router_class=HoldersFirst),  # type: ignore[arg-type]
 )
 class EngineReplica:
-    """A replica that generates: one base, one modifier slot, one computing thread."""
+    """A replica that generates: one base, one modifier slot, one computing thread; or a vLLM server behind it."""
 
     def __init__(self, served: Served) -> None:
         torch.set_num_threads(1)  # of this thread, which loads; the engine's own has several: see `serve.threads`
-        keep_to_share(served.gpu_share)
-        loaded = load_base(served.base, weights=served.weights)
-        threads = served.threads or min(os.cpu_count() or 1, _MOST_THREADS)
-        self._engine = Engine(loaded, Store(served.storage), cache_dir() / "serving", served.limits, threads)
-        self._engine.swapped = SwapMeter()
+        self._engine = _engine(served)
         self._engine.modifiers.watch()
 
     async def stream(self, work: Work) -> AsyncGenerator[Event, None]:
@@ -120,6 +119,17 @@ class EngineReplica:
     def __del__(self) -> None:
         if hasattr(self, "_engine"):
             self._engine.close()
+
+
+def _engine(served: Served) -> Engine | VllmBackend:
+    store, cache = Store(served.storage), cache_dir() / "serving"
+    if served.vllm is not None:
+        return VllmBackend(served.vllm, served.base, store, cache / "vllm", served.limits)
+    keep_to_share(served.gpu_share)
+    loaded = load_base(served.base, weights=served.weights)
+    engine = Engine(loaded, store, cache, served.limits, served.threads or min(os.cpu_count() or 1, _MOST_THREADS))
+    engine.swapped = SwapMeter()
+    return engine
 
 
 class RemoteEngine:

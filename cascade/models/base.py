@@ -142,6 +142,26 @@ def keep_to_share(share: float) -> None:
         torch.cuda.set_per_process_memory_fraction(share)
 
 
+def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
+    """A base's tokenizer alone.
+
+    Raises:
+        ConfigError: see `base_folder`; also if there is none, or it has no chat template or no end token.
+    """
+    folder = base_folder(base)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"base.model: {folder} holds no tokenizer: {error}") from error
+    if not tokenizer.chat_template:
+        raise ConfigError(f"base.model: {base.model} has no chat template; use an instruction-tuned model")
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"base.model: the tokenizer of {base.model} names no end token (eos_token)")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
 def load_base(
     base: Base, device: torch.device | None = None, weights: Weights = "full", bits: Literal[16, 8, 4] = 16
 ) -> LoadedBase:
@@ -152,8 +172,8 @@ def load_base(
         bits: of a base that a LoRA is trained on, see `cascade.config.Training.base_bits`.
 
     Raises:
-        ConfigError: see `base_folder`; also if the folder holds something else than a causal language model with a
-            tokenizer, or the tokenizer has no chat template or no end token; or if its numbers cannot be held so.
+        ConfigError: see `base_folder` and `load_tokenizer`; also if the folder holds something else than a causal
+            language model, or if its numbers cannot be held so.
         DataError: the folder holds no safetensors.
     """
     device = device or default_device()
@@ -163,16 +183,10 @@ def load_base(
     folder = base_folder(base)
     sha256 = _sha256_of_weights(folder.resolve())
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **packed)
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"base.model: {folder} is no causal language model with a tokenizer: {error}") from error
-    if not tokenizer.chat_template:
-        raise ConfigError(f"base.model: {base.model} has no chat template; use an instruction-tuned model")
-    if tokenizer.eos_token_id is None:
-        raise ConfigError(f"base.model: the tokenizer of {base.model} names no end token (eos_token)")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        raise ConfigError(f"base.model: {folder} is no causal language model: {error}") from error
+    tokenizer = load_tokenizer(base)
     if bits == 16:  # others were put there as they were packed
         model.to(device)  # type: ignore[arg-type]
     elif bits == 4 and device.type == "cpu":

@@ -184,7 +184,7 @@ def test_any_scaling_leaves_the_numbers_as_they_are_in_the_file(model, foreign, 
     slot.fill(compressed)
     for spec, pair in zip(compressed.layers, expand(compressed).layers.values(), strict=True):
         held = slot._patches[spec.name].held
-        a, bt = (held.a, held.bt) if values == "fp16" else held.matrices()
+        _, bt = (held.a, held.bt) if values == "fp16" else held.matrices()
         power = 0 if values == "fp16" else spec.exponents[1] - (4 if values == "int4" else 0)
         assert np.array_equal(np.ldexp(bt.numpy(), power), pair.b.T)
     filled = logits(model, tokens)

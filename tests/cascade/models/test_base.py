@@ -118,12 +118,16 @@ def test_missing_weights_are_told(folder):
         base_sha256(Base(model=str(folder)))
 
 
-@pytest.mark.parametrize("missing", ["config.json", "tokenizer.json"])
-def test_a_folder_that_is_no_model_is_told(folder, missing):
-    (folder / missing).unlink()
-    if missing == "tokenizer.json":
-        (folder / "tokenizer_config.json").unlink()
-    with pytest.raises(ConfigError, match=r"base\.model: .* is no causal language model with a tokenizer"):
+def test_a_folder_that_is_no_model_is_told(folder):
+    (folder / "config.json").unlink()
+    with pytest.raises(ConfigError, match=r"base\.model: .* is no causal language model"):
+        load(folder)
+
+
+def test_a_folder_without_a_tokenizer_is_told(folder):
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").unlink()
+    with pytest.raises(ConfigError, match=r"base\.model: .* holds no tokenizer"):
         load(folder)
 
 
