@@ -257,7 +257,8 @@ def test_forgetting_is_paired_by_task_and_by_benchmark():
     assert (everything.benchmark, everything.n, everything.before, everything.after) == ("all", 80, 1.0, 0.5)
     assert everything.low < -0.5 < everything.high
     assert (arc.n, arc.before, arc.after, arc.p) == (40, 1.0, 1.0, 1.0)
-    assert (mmlu.after, mmlu.low, mmlu.high) == (0.0, -1.0, -1.0)
+    assert mmlu.after == 0.0
+    assert mmlu.low == -1.0 < mmlu.high < -0.8  # forty of forty, and not certain all the same
     assert mmlu.p < 1e-9
     only = [t for t in tasks if t.benchmark == "arc"]
     assert [r.benchmark for r in general_rows(only, before[:40], after[40:])] == ["arc"]
