@@ -15,7 +15,6 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-
 _PART = 1 << 18
 """Numbers that are made at a time: the generator's own take four times the room."""
 

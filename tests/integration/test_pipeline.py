@@ -55,7 +55,7 @@ def test_killed_twice_it_finishes_and_pays_nothing_twice(tmp_path: Path) -> None
     bought = answered(store)
 
     trained = Path(store.path(runs.train_modifier.folder)) / "train"
-    kill_when(config, lambda: bool(list(trained.rglob("checkpoint*/state"))))
+    kill_when(config, lambda: bool(list(trained.rglob("checkpoint*/state.pt"))))
     assert not runs.train_modifier.done
 
     finished = run_cascade(config)
