@@ -200,7 +200,7 @@ def test_what_cannot_be_gone_on_from_says_how_to_begin_again(tmp_path: Path) -> 
 def test_a_worker_that_goes_and_one_that_comes_change_nothing(tmp_path: Path, cluster: Cluster) -> None:
     """Elastic: two workers, then the one whose node is left, then two again; with what ZeRO 2 spreads over them."""
     elastic = {"train_workers": 2, "train_workers_min": 1}
-    config = write_config(tmp_path, epochs=240, checkpoint_steps=25, execution=elastic, stage=2)
+    config = write_config(tmp_path, epochs=480, checkpoint_steps=25, execution=elastic, stage=2)
     runs = Runs(load_config(config))
     add_worker(cluster, num_cpus=1)
     taken = add_worker(cluster, num_cpus=1)
