@@ -163,11 +163,13 @@ def _write_levels(held: Levels, factors: list[Few], group: int) -> None:
 def _write_bytes(held: Bytes, a: NDArray[Any], bt: NDArray[Any], scaling: float) -> None:
     levels_a, scales_a = rounded(_tensor(a))
     levels_b, scales_b = rounded(_tensor(bt))
-    whole = held.b.shape[1]
-    held.a.copy_(levels_a)
-    held.b.copy_(levels_b[:whole].T)
+    rank, whole = len(levels_a), held.b.shape[1]
+    for part in (held.a, held.b, held.scales):  # of components that only fill up
+        part.zero_()
+    held.a[:rank] = levels_a
+    held.b[:, :rank] = levels_b[:whole].T
     held.rest.copy_(levels_b[whole:])
-    held.scales.copy_(scales_a.float() * scales_b.float() * scaling)
+    held.scales[:rank] = scales_a.float() * scales_b.float() * scaling
 
 
 def _tensor(array: NDArray[Any]) -> torch.Tensor:

@@ -28,6 +28,8 @@ from cascade.models.int8 import BLOCK, product
 
 ALIGNED = 64
 """Bytes that the levels of a block begin at a multiple of."""
+_CHEAP = 8
+"""Of so many components one may be zeros."""
 LayerShape = tuple[str, int, int, int]
 """Name, rank, inputs, outputs."""
 
@@ -91,7 +93,7 @@ class Bytes:
     Attributes:
         a: (rank, inputs).
         b: (outputs, rank), of as much of the rank as makes whole blocks of the kernel.
-        rest: (rank, outputs), of the rest of the rank.
+        rest: (rank, outputs), of the rest of the rank, which `filled` may leave none of.
     """
 
     a: torch.Tensor
@@ -112,6 +114,13 @@ class Bytes:
 def _added(output: torch.Tensor, rows: torch.Tensor, a: torch.Tensor, bt: torch.Tensor, factor: float) -> torch.Tensor:
     low = linear(rows, a).view(-1, len(a))
     return torch.addmm(output.reshape(-1, output.shape[-1]), low, bt, alpha=factor).view_as(output)
+
+
+def filled(rank: int) -> int:
+    """The rank that the form "int8" has: filled up with zeros to whole blocks of the kernel where that takes little
+    memory, since what is left over costs a product of its own."""
+    missing = -rank % BLOCK
+    return rank + missing if missing * _CHEAP <= rank else rank
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +150,7 @@ class Layout:
     def nbytes(self) -> int:
         """Size of the block."""
         if self.int8:
-            return self.border + self.parameters
+            return self.border + sum(filled(rank) * (fan_in + fan_out) for _, rank, fan_in, fan_out in self.layers)
         if self.group is None:
             return self.parameters * self.dtype.itemsize
         return self.border + sum(self.groups) * self.group * self.bits // 8
@@ -151,7 +160,7 @@ class Layout:
         """Byte at which the levels begin."""
         if not self.int8 and self.group is None:
             return 0
-        scales = sum(rank for _, rank, _, _ in self.layers) if self.int8 else sum(self.groups)
+        scales = sum(filled(rank) for _, rank, _, _ in self.layers) if self.int8 else sum(self.groups)
         return -(-2 * scales // ALIGNED) * ALIGNED
 
     @property
@@ -184,7 +193,8 @@ class Layout:
     def _bytes(self, block: torch.Tensor) -> Iterator[Bytes]:
         scales, at = block[: self.border].view(torch.bfloat16), 0
         levels, start = block[self.border :].view(torch.int8), 0
-        for _, rank, fan_in, fan_out in self.layers:
+        for _, least, fan_in, fan_out in self.layers:
+            rank = filled(least)
             whole = rank - rank % BLOCK
             sizes = (rank * fan_in, fan_out * whole, (rank - whole) * fan_out)
             a, b, rest = levels[start : start + sum(sizes)].split(sizes)
