@@ -21,9 +21,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cascade.artifacts import MANIFEST, Store
 from cascade.compression.adapter import AdapterWeights, fp16_bytes
+from cascade.compression.compressed import CompressedAdapter
 from cascade.compression.format import decode_modifier, encode_modifier
 from cascade.compression.methods import Recipe
-from cascade.compression.packed import CompressedAdapter, resident_bytes
+from cascade.compression.packed import resident_bytes
 from cascade.errors import DataError, FormatError
 from cascade.scoring.statistics import Score
 

@@ -12,8 +12,9 @@ import numpy as np
 from peft import PeftModel, convert_to_lora
 
 from cascade.compression.adapter import AdapterWeights, LoraPair, fp16_bytes, save_peft_folder
+from cascade.compression.compressed import CompressedAdapter
 from cascade.compression.methods import Recipe
-from cascade.compression.packed import CompressedAdapter, compress, expand
+from cascade.compression.packed import compress, expand
 from cascade.models.base import LoadedBase
 from cascade.training.lora import remove_lora
 

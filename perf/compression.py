@@ -35,8 +35,9 @@ from rich.table import Table
 from cascade.compression.adapter import AdapterWeights, fp16_bytes, load_peft_folder
 from cascade.compression.apply import Adapter, LoraSlot
 from cascade.compression.calibrate import calibrate
+from cascade.compression.compressed import CompressedAdapter
 from cascade.compression.format import disk_bytes, publishing_bytes
-from cascade.compression.packed import CompressedAdapter, compress
+from cascade.compression.packed import compress
 from cascade.compression.pareto import front
 from cascade.compression.recipe import Room, limits, recipe_from, seed_points
 from cascade.compression.recover import recover

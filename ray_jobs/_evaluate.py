@@ -21,8 +21,8 @@ from ray.data import ActorPoolStrategy
 from cascade.artifacts import Run, Store
 from cascade.compression.adapter import AdapterWeights, load_peft_folder
 from cascade.compression.apply import LoraSlot
+from cascade.compression.compressed import CompressedAdapter
 from cascade.compression.format import load_modifier
-from cascade.compression.packed import CompressedAdapter
 from cascade.config import Config, Execution, PromptStyle
 from cascade.models.base import keep_to_share, load_base
 from cascade.models.student import Student, WorkedExamples

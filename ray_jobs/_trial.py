@@ -2,7 +2,8 @@
 
 A trial that is clearly behind after a quarter or half of the rows ends there: it goes on only if it is among the
 better half of all that were measured as far, in the order of non-dominated sorting by bytes and loss. That is
-asynchronous successive halving for two objectives (MO-ASHA, Schmucker et al., arXiv:2106.12639).
+asynchronous successive halving for two objectives (MO-ASHA, Schmucker et al., arXiv:2106.12639). One that
+keeps the wanted share of the gain is measured whole in any case: between such, a quarter of the rows is too few to tell.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from ray.tune.result import DONE
 from cascade.artifacts import Run
 from cascade.compression.adapter import AdapterWeights
 from cascade.compression.apply import LoraSlot
+from cascade.compression.compressed import CompressedAdapter
 from cascade.compression.format import encode_modifier, publishing_bytes
-from cascade.compression.packed import CompressedAdapter
 from cascade.compression.pareto import front, leaders
 from cascade.compression.recipe import Limits, Room, compress, recipe_from
 from cascade.compression.truncate import Calibration
@@ -219,8 +220,10 @@ def _loss(
     for share, loss in bench.growing((*shares, 1.0)):
         if share < 1:
             setting.run.write_part(STAGES, [Stage(key, share, size, loss)])
-            if hopeless or not _is_promoted(key, [s for s in stages() if s.share == share]):
-                return share, setting.ground.estimate(share, loss)
+            estimate, so_far = setting.ground.estimate(share, loss), [s for s in stages() if s.share == share]
+            wanted = setting.ground.gain(estimate) >= setting.config.compression.keep_gain
+            if hopeless or not (wanted or _is_promoted(key, so_far)):
+                return share, estimate
     return share, loss
 
 

@@ -11,8 +11,9 @@ import ray
 
 from cascade.compression.account import LayerShare, StageCost, layer_shares, stages_of
 from cascade.compression.adapter import AdapterWeights, fp16_bytes
+from cascade.compression.compressed import CompressedAdapter
 from cascade.compression.format import decode_modifier, encode_modifier, publishing_bytes
-from cascade.compression.packed import CompressedAdapter, compress
+from cascade.compression.packed import compress
 from cascade.compression.recipe import limits
 from cascade.compression.recover import recover
 from cascade.config import Config, PromptStyle

@@ -11,8 +11,8 @@ from filelock import FileLock
 
 from cascade import modifiers
 from cascade.artifacts import Store
+from cascade.compression.compressed import CompressedAdapter
 from cascade.compression.flat import FlatAdapter, open_flat, save_flat
-from cascade.compression.packed import CompressedAdapter
 from cascade.errors import FormatError
 from cascade.modifiers import Modifier
 from serve.threads import alone

@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass
 
 from cascade.compression.adapter import AdapterWeights
+from cascade.compression.compressed import CompressedAdapter
 from cascade.compression.methods import Recipe
-from cascade.compression.packed import CompressedAdapter
 
 _BLOCK = re.compile(r"(?:^|\.)(\d+)\.(?:.*\.)?(?P<module>[^.]+)$")
 

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from cascade.compression.adapter import AdapterWeights, BaseRef
+from cascade.compression.compressed import CompressedAdapter
 from cascade.compression.flat import FlatAdapter, factors_of, layout_of, write_block
 from cascade.compression.layout import Held, Layout
-from cascade.compression.packed import CompressedAdapter
 from cascade.errors import DataError
 from cascade.models.int8 import Int8Linear
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Literal
 
 from cascade.compression.adapter import AdapterWeights, fp16_bytes, load_peft_folder, save_peft_folder
+from cascade.compression.compressed import CompressedAdapter
 from cascade.compression.format import disk_bytes, load_modifier, save_modifier
 from cascade.compression.methods import Recipe
-from cascade.compression.packed import CompressedAdapter, compress, expand, resident_bytes
+from cascade.compression.packed import compress, expand, resident_bytes
 from cascade.compression.recipe import Room, limits, recipe_from
 from cascade.config import Compression
 from cascade.errors import DataError

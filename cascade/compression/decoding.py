@@ -10,20 +10,16 @@ import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cascade.compression.compressed import FACTORS, CompressedAdapter, FactorName, LayerSpec
 from cascade.compression.quantise import decode, packed_bytes, scale_count, unpack
 from cascade.errors import FormatError
 from cascade.training.seeded_init import iter_initial_lora_a
 
-if TYPE_CHECKING:
-    from cascade.compression.packed import CompressedAdapter, LayerSpec
-
-FactorName = Literal["a", "b"]
-FACTORS: tuple[FactorName, FactorName] = ("a", "b")
 Number = TypeVar("Number", np.uint8, np.float16)
 Expanded = tuple[str, NDArray[np.float32], NDArray[np.float32]]
 """Layer name, A of shape (rank, in), B transposed of shape (rank, out)."""

@@ -30,11 +30,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from cascade.compression.adapter import AdapterWeights, BaseRef
+from cascade.compression.compressed import CompressedAdapter
 from cascade.compression.decoding import Expanded, iter_layers, iter_levels
 from cascade.compression.decoding import Levels as Few
 from cascade.compression.layout import Bytes, LayerShape, Layout, Levels, Plain, compressed_layout
 from cascade.compression.methods import Settings
-from cascade.compression.packed import CompressedAdapter
 from cascade.errors import FormatError
 from cascade.models.int8 import rounded
 

@@ -27,7 +27,8 @@ from pydantic import ValidationError
 from safetensors.numpy import save as safetensors_save
 
 from cascade.compression.adapter import BaseRef
-from cascade.compression.decoding import FactorName, expanded_sha256
+from cascade.compression.compressed import CompressedAdapter, FactorName, LayerSpec, PackedFactor
+from cascade.compression.decoding import expanded_sha256
 from cascade.compression.header import (
     MAX_TEXT,
     ZEROS,
@@ -40,7 +41,7 @@ from cascade.compression.header import (
     version_of,
 )
 from cascade.compression.methods import Recipe
-from cascade.compression.packed import CompressedAdapter, LayerSpec, PackedFactor, stream_sizes
+from cascade.compression.packed import stream_sizes
 from cascade.errors import DataError, FormatError
 from cascade.scoring.statistics import Score
 

@@ -23,7 +23,8 @@ from typing import Protocol
 import torch
 from torch.nn.functional import linear
 
-from cascade.compression.packed import CompressedAdapter, is_low_bit, level_bits, level_groups
+from cascade.compression.compressed import CompressedAdapter
+from cascade.compression.packed import is_low_bit, level_bits, level_groups
 from cascade.models.int8 import BLOCK, product
 
 ALIGNED = 64

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from cascade.compression.adapter import AdapterWeights, fp16_bytes
+from cascade.compression.compressed import CompressedAdapter
 from cascade.compression.format import disk_bytes
 from cascade.compression.methods import Prune, Recipe, Truncate
-from cascade.compression.packed import CompressedAdapter, compress, expand, level_bits, resident_bytes
+from cascade.compression.packed import compress, expand, level_bits, resident_bytes
 from cascade.compression.prune import GROUPS, Group
 from cascade.config import Compression
 from cascade.errors import ConfigError

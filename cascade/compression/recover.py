@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from cascade.compression.decoding import FACTORS, FactorName, expanded_sha256, iter_layers
-from cascade.compression.packed import CompressedAdapter, LayerSpec, PackedFactor
+from cascade.compression.compressed import FACTORS, CompressedAdapter, FactorName, LayerSpec, PackedFactor
+from cascade.compression.decoding import expanded_sha256, iter_layers
 from cascade.compression.quantise import encode, unit_exponent
 from cascade.config import Lora
 from cascade.errors import DataError

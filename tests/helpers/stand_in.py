@@ -19,8 +19,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from cascade import modifiers
 from cascade.artifacts import Store
 from cascade.compression.adapter import AdapterWeights, BaseRef, LoraPair
+from cascade.compression.compressed import CompressedAdapter
 from cascade.compression.methods import Recipe
-from cascade.compression.packed import CompressedAdapter, compress
+from cascade.compression.packed import compress
 from cascade.config import Base, Config, Router, load_config
 from cascade.models.base import base_sha256
 from cascade.routing.model import publish

@@ -59,6 +59,14 @@ def test_a_trial_that_is_behind_ends_after_a_quarter(setting):
     assert measure(halved, "smallest", 2.0, 10)[0] == 1.0, "nothing beats it in both"
 
 
+def test_a_trial_that_could_be_chosen_is_measured_whole(setting):
+    """A quarter of the rows is too few to tell which of those that keep the gain is better."""
+    halved = setting(halving=True)
+    assert [measure(halved, f"loss {loss}", loss, 10)[0] for loss in (0.05, 0.06, 0.07, 0.08)] == [1.0] * 4
+    assert measure(halved, "keeps too little", 0.12, 10)[0] == 0.25
+    assert measure(halved, "does not fit", 0.01, 5, hopeless=True)[0] == 0.25
+
+
 def test_without_halving_every_trial_is_measured_whole(setting):
     whole = setting(halving=False)
     for key, loss, size in (("good", 0.2, 100), ("better", 0.1, 90), ("worst", 3.0, 200)):

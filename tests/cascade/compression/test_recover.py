@@ -13,7 +13,8 @@ from torch import nn
 
 from cascade.compression.adapter import AdapterWeights
 from cascade.compression.apply import LoraSlot
-from cascade.compression.decoding import FACTORS, expanded_sha256
+from cascade.compression.compressed import FACTORS
+from cascade.compression.decoding import expanded_sha256
 from cascade.compression.format import decode_modifier, encode_modifier
 from cascade.compression.packed import compress, expand
 from cascade.compression.quantise import decode
