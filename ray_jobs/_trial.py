@@ -1,9 +1,9 @@
 """One trial of the pruning search: compress by a recipe, then measure on ever more of the held-out rows.
 
-A trial that is clearly behind after a quarter or half of the rows ends there: it goes on only if it is among the
-better half of all that were measured as far, in the order of non-dominated sorting by bytes and loss. That is
-asynchronous successive halving for two objectives (MO-ASHA, Schmucker et al., arXiv:2106.12639). One that
-keeps the wanted share of the gain is measured whole in any case: between such, a quarter of the rows is too few to tell.
+A trial that is behind after a quarter or half of the rows ends there: it goes on only if it is among the better half of
+all that were measured as far, in the order of non-dominated sorting by bytes and loss. That is asynchronous successive
+halving for two objectives (MO-ASHA, Schmucker et al., arXiv:2106.12639). One that keeps the wanted share of the gain is
+measured whole in any case: between such, a quarter of the rows is too few to tell.
 """
 
 from __future__ import annotations
