@@ -145,7 +145,7 @@ class Compression(Section):
     trials: Positive = Field(12, description="recipes that the search tries")
     halving: bool = Field(
         True,
-        description="end trials that are behind after a quarter or half of the held-out rows and keep less than keep_gain",
+        description="end trials that are behind after a quarter or half of held-out rows and keep less than keep_gain",
     )
     tolerance: float = Field(
         0.02, ge=0, description="share of validation tasks that may be lost, one standard error included"
