@@ -44,9 +44,9 @@ ASK = {"model": "letters", "messages": [{"role": "user", "content": "Weather?"}]
 
 
 @pytest.fixture
-def gateway(stand_in: StandIn, loaded, engine, tmp_path, monkeypatch) -> Gateway:
+def gateway(stand_in: StandIn, loaded, make_engine, tmp_path, monkeypatch) -> Gateway:
     monkeypatch.setattr(loaded.model.config, "max_position_embeddings", 8192)  # a token is a letter, and tools are long
-    return Gateway(engine, LiveModifiers(stand_in.store), LiveRouter(stand_in.store, tmp_path))
+    return Gateway(make_engine(), LiveModifiers(stand_in.store), LiveRouter(stand_in.store, tmp_path))
 
 
 @pytest.fixture
