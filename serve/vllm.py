@@ -77,6 +77,7 @@ class VllmBackend:
 
     async def stream(self, work: Work) -> AsyncGenerator[Event, None]:
         """See `Backend.stream`. Leaving the iteration ends the request, which vLLM notices."""
+        arrived = time.perf_counter()
         live = None if work.choice == BASE else self.modifiers.get(work.choice, work.variant, work.version)
         if live is None and work.choice != BASE:
             yield Failed(503, f"there is no modifier {work.choice!r} that can be used", "modifier_unavailable")
@@ -94,7 +95,7 @@ class VllmBackend:
                     if response.status_code == 404 and live is not None and not last_try:  # it was started anew
                         await asyncio.to_thread(self._open, live.modifier)
                         continue
-                    async for event in _events(response, version, len(prompt.tokens)):
+                    async for event in _events(response, version, len(prompt.tokens), arrived):
                         yield event
                     return
         except (httpx.HTTPError, DataError) as error:
@@ -186,12 +187,11 @@ def _body(work: Work, prompt: list[int], answer_tokens: int) -> dict[str, Any]:
     return body
 
 
-async def _events(response: httpx.Response, version: str, prompt_tokens: int) -> AsyncIterator[Event]:
+async def _events(response: httpx.Response, version: str, prompt_tokens: int, arrived: float) -> AsyncIterator[Event]:
     """What a response says, as events."""
     if response.status_code != 200:
         yield _failure(response.status_code, (await response.aread()).decode(errors="replace"))
         return
-    began = time.perf_counter()
     reason, tokens, started = None, 0, False
     async for line in response.aiter_lines():
         if not line.startswith("data:") or line == "data: [DONE]":
@@ -201,7 +201,7 @@ async def _events(response: httpx.Response, version: str, prompt_tokens: int) ->
             yield _failure(int(chunk["error"].get("code") or 500), line)
             return
         if not started:
-            yield Started(version, prompt_tokens, (time.perf_counter() - began) * 1e3, 0.0)
+            yield Started(version, prompt_tokens, (time.perf_counter() - arrived) * 1e3, 0.0)
             started = True
         tokens = int((chunk.get("usage") or {}).get("completion_tokens", tokens))
         for choice in chunk.get("choices", []):
