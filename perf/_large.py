@@ -7,6 +7,7 @@ import resource
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -73,11 +74,9 @@ def serve(folder: Path) -> dict[str, object]:
     slot = LoraSlot(model)
     file = folder / "modifier.safetensors"
     slot.fill(load_modifier(file))
-    times = []
-    for _ in range(15):
-        began = time.perf_counter()
-        slot.fill(load_modifier(file, verify=False))
-        times.append(time.perf_counter() - began)
+    wall, cpu = _milliseconds(lambda: slot.fill(load_modifier(file, verify=False)))
+    source, copy = np.ones(slot.resident_bytes, np.uint8), np.ones(slot.resident_bytes, np.uint8)
+    plain, _ = _milliseconds(lambda: np.copyto(copy, source))
     compressed = load_modifier(file)
     exact, same = expand(compressed).layers, True
     for spec in compressed.layers:
@@ -87,12 +86,26 @@ def serve(folder: Path) -> dict[str, object]:
             same &= np.array_equal(np.ldexp(found.numpy(), exponent), wanted)
     full = sum(2 * RANK * (i + o) for i, o in SHAPES.values()) * BLOCKS
     limit, held = 48 / 260 * full, slot.resident_bytes
-    p50 = 1e3 * statistics.median(times)
+    p50, least = statistics.median(wall), min(wall)
     return {
         "large: ms from warm file to serving form, p50 of 15": {"value": p50, "target": 50, "met": p50 < 50},
+        "large: the same, the fastest": {"value": least, "target": 50, "met": least < 50},
+        "large: the same, ms of CPU time, p50": {"value": statistics.median(cpu), "target": None, "met": True},
+        "large: ms to copy as many bytes, p50 of 15": {"value": statistics.median(plain), "target": None, "met": True},
         "large: resident MB": {"value": held / 1e6, "target": limit / 1e6, "met": held <= limit},
         "large: serving form is the exact expansion": {"value": int(same), "target": 1, "met": bool(same)},
     }
+
+
+def _milliseconds(work: Callable[[], object]) -> tuple[list[float], list[float]]:
+    """Wall and CPU time (of all threads) of each of 15 runs."""
+    wall, cpu = [], []
+    for _ in range(15):
+        began, spent = time.perf_counter(), time.process_time()
+        work()
+        wall.append(1e3 * (time.perf_counter() - began))
+        cpu.append(1e3 * (time.process_time() - spent))
+    return wall, cpu
 
 
 class _Shapes(torch.nn.Module):

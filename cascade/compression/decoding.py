@@ -23,6 +23,8 @@ from cascade.training.seeded_init import iter_initial_lora_a
 Number = TypeVar("Number", np.uint8, np.float16)
 Expanded = tuple[str, NDArray[np.float32], NDArray[np.float32]]
 """Layer name, A of shape (rank, in), B transposed of shape (rank, out)."""
+_BEYOND = 2.0**128
+"""Above all that float32 holds."""
 _PART = 1 << 18
 """Numbers of a factor that are decoded at a time, a multiple of 8."""
 
@@ -155,10 +157,10 @@ class _Reader:
             raise FormatError(f"layer {layer.name}: {layer.kept[which]} of {size} numbers and no mask")
         levels = unpack(self._take(1, self._packed.values, packed_bytes(codec, size)), codec, size)
         scales = self._take(2, self._packed.scales, scale_count(codec, size, self._recipe.group))
-        with np.errstate(over="ignore"):
-            wide = np.ldexp(scales.astype(np.float32), layer.exponents[which])
-            if not np.isfinite(wide * np.float32(128)).all():  # no level is larger
-                raise FormatError(f"layer {layer.name} holds numbers that are not finite")
+        magnitudes = scales.view(np.uint16) & 0x7FFF  # fp16 without its sign: as whole numbers they have the same order
+        largest = magnitudes.max(initial=0).view(np.float16)
+        if not math.ldexp(largest, layer.exponents[which] + 7) < _BEYOND:  # no level is larger than 128
+            raise FormatError(f"layer {layer.name} holds numbers that are not finite")
         return Levels(levels, scales, layer.exponents[which])
 
     def finish(self) -> None:

@@ -33,7 +33,7 @@ from cascade.compression.adapter import AdapterWeights, BaseRef
 from cascade.compression.compressed import CompressedAdapter
 from cascade.compression.decoding import Expanded, iter_layers, iter_levels
 from cascade.compression.decoding import Levels as Few
-from cascade.compression.layout import Bytes, LayerShape, Layout, Levels, Plain, compressed_layout
+from cascade.compression.layout import Bytes, LayerShape, Layout, Plain, compressed_layout
 from cascade.compression.methods import Settings
 from cascade.errors import FormatError
 from cascade.models.int8 import rounded
@@ -124,15 +124,11 @@ def write_block(adapter: AdapterWeights | CompressedAdapter, layout: Layout, blo
     Raises:
         FormatError: its packed streams are inconsistent.
     """
-    views = layout.views(block)
     if layout.group is not None:
         assert isinstance(adapter, CompressedAdapter)
-        block[: layout.border].zero_()
-        for name, *factors in iter_levels(adapter):
-            held = views[name]
-            assert isinstance(held, Levels)
-            _write_levels(held, factors, layout.group)
+        _write_levels(adapter, layout, layout.group, block.numpy())
         return
+    views = layout.views(block)
     for name, a, bt in _expanded(adapter):
         held = views[name]
         if isinstance(held, Bytes):
@@ -143,17 +139,25 @@ def write_block(adapter: AdapterWeights | CompressedAdapter, layout: Layout, blo
             held.bt.copy_(_tensor(bt))
 
 
-def _write_levels(held: Levels, factors: list[Few], group: int) -> None:
+def _write_levels(adapter: CompressedAdapter, layout: Layout, group: int, block: NDArray[np.uint8]) -> None:
+    """Layer by layer into arrays rather than `layout.views`: there are hundreds, of a few microseconds each."""
+    scales, levels = block[: layout.border].view(np.float16), block[layout.border :].view(np.int8)
+    scales.fill(0)
+    at = start = 0
+    for (_, *factors), groups in zip(iter_levels(adapter), layout.groups, strict=True):
+        end = start + groups * group * layout.bits // 8
+        _write_layer(levels[start:end], scales[at : at + groups], factors, group)
+        at, start = at + groups, end
+
+
+def _write_layer(whole: NDArray[np.int8], scales: NDArray[np.float16], factors: list[Few], group: int) -> None:
     """Levels and scales of A and B, each filled up to whole groups."""
-    scales, at = held.scales.numpy().ravel(), 0
-    whole = held.levels.numpy().reshape(-1)
-    levels = whole if whole.size == scales.size * group else np.empty(scales.size * group, np.int8)
+    levels, at = whole if whole.size == scales.size * group else np.empty(scales.size * group, np.int8), 0
     for few in factors:
         scales[at : at + few.scales.size] = few.scales
-        end = (at + few.scales.size) * group
-        levels[at * group : at * group + few.levels.size] = few.levels
-        levels[at * group + few.levels.size : end] = 0
-        at += few.scales.size
+        start, at = at * group, at + few.scales.size
+        levels[start : start + few.levels.size] = few.levels
+        levels[start + few.levels.size : at * group] = 0
     levels[at * group :] = 0
     if levels is not whole:
         half = levels.size // 2

@@ -238,7 +238,10 @@ def _grow(stored: NDArray[np.uint8], size: int, *, planes: bool) -> NDArray[np.u
     except zstandard.ZstdError as error:
         raise FormatError(f"a compressed stream is damaged: {error}") from error
     raw = np.frombuffer(opened, np.uint8)
-    return np.ascontiguousarray(raw.reshape(2, -1)[::-1].T).ravel() if planes else raw
+    if not planes:
+        return raw
+    high, low = raw.reshape(2, -1)
+    return (high.astype("<u2") << 8 | low).view(np.uint8)
 
 
 # ------------------------------------------------------------------------------------------------- reading

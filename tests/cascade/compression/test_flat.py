@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,20 @@ def test_what_is_no_flat_file_is_refused(tmp_path: Path, adapter: AdapterWeights
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(FormatError):
         open_flat(path)
+
+
+@pytest.mark.parametrize("scale", [np.nan, np.inf, -np.inf, 2.0], ids=str)
+def test_levels_beyond_all_numbers_are_refused(adapter: AdapterWeights, scale: float) -> None:
+    compressed = compress(adapter, Recipe(truncate=Truncate(keep=0.5), values="int8"))
+    first = replace(compressed.layers[0], exponents=(120, 0))  # 128 * 2**120 are within float32, twice that is not
+    scales = np.zeros_like(compressed.a.scales)
+    scales[0] = np.nextafter(np.float16(2), np.float16(0))
+    odd = replace(compressed, layers=(first, *compressed.layers[1:]), a=replace(compressed.a, scales=scales))
+    layout = layout_of(odd, torch.float32)
+    write_block(odd, layout, torch.empty(layout.nbytes, dtype=torch.uint8))
+    scales[0] = scale
+    with pytest.raises(FormatError, match="not finite"):
+        write_block(odd, layout, torch.empty(layout.nbytes, dtype=torch.uint8))
 
 
 def test_a_slot_takes_its_own_type_alone(base: Path, adapter: AdapterWeights, tmp_path: Path) -> None:
