@@ -21,7 +21,8 @@ from cascade.artifacts import Store, sha256_of_file
 from cascade.compression.flat import layout_of
 from cascade.config import Config, load_config
 from cascade.errors import ConfigError, DataError
-from cascade.models.base import base_folder, base_sha256, check_weights, default_device, resolve_dtype
+from cascade.models.base import check_weights, default_device, resolve_dtype
+from cascade.models.files import base_folder, base_sha256
 from cascade.models.int8 import hold_in_int8
 from cascade.routing.model import current_version, local_folder
 

@@ -24,7 +24,7 @@ from serving_stack import HERE, Server, free_port, running
 from transformers import AutoConfig
 
 from cascade.benchmarks.sources import cache_dir, wheel_file
-from cascade.models.base import WHEEL_MODELS
+from cascade.models.files import WHEEL_MODELS
 
 VERSION = "3.22.1"
 NAMES = {

@@ -21,7 +21,8 @@ from cascade.compression.adapter import AdapterWeights, BaseRef, LoraPair, save_
 from cascade.compression.methods import Recipe
 from cascade.compression.packed import compress
 from cascade.config import Base, load_config
-from cascade.models.base import base_folder, load_base
+from cascade.models.base import load_base
+from cascade.models.files import base_folder
 
 DOMAINS = ("code", "reasoning", "automation")
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

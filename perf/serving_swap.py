@@ -21,7 +21,8 @@ from transformers import AutoTokenizer
 from cascade import modifiers
 from cascade.compression.apply import LoraSlot
 from cascade.config import load_config
-from cascade.models.base import base_folder, load_base
+from cascade.models.base import load_base
+from cascade.models.files import base_folder
 from serve.forms import Forms
 
 GROWTH_SWAPS = 1000

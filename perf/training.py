@@ -115,7 +115,7 @@ def make_data(options: argparse.Namespace) -> dict[str, Any]:
     from cascade import benchmarks
     from cascade.benchmarks.mixture import load_tasks
     from cascade.config import check_config, load_config
-    from cascade.models.base import base_folder
+    from cascade.models.files import base_folder
     from cascade.tasks import Message
     from cascade.training.examples import encode_example
 
@@ -137,7 +137,8 @@ def make_data(options: argparse.Namespace) -> dict[str, Any]:
 def make_job(options: argparse.Namespace, data: Path) -> dict[str, Any]:
     """What all contenders are given."""
     from cascade.config import Base
-    from cascade.models.base import base_folder, resolve_dtype
+    from cascade.models.base import resolve_dtype
+    from cascade.models.files import base_folder
 
     train = json.loads(data.read_text())["train"]
     mean = statistics.mean(len(e["ids"]) for e in train)

@@ -13,7 +13,7 @@ from cascade import modifiers
 from cascade.artifacts import Run, Store, fingerprint, open_run
 from cascade.benchmarks.mixture import load_tasks
 from cascade.config import Config, Part, Teacher
-from cascade.models.base import base_sha256
+from cascade.models.files import base_sha256
 from cascade.tasks import Task, message_hash
 
 RESULT_VERSION = 1

@@ -28,7 +28,7 @@ from cascade.artifacts import Run
 from cascade.config import Execution, PromptStyle
 from cascade.errors import CascadeError, DataError
 from cascade.models import bits
-from cascade.models.base import base_folder
+from cascade.models.files import base_folder
 from cascade.scoring.statistics import Score
 from cascade.tasks import Example
 from cascade.training import trackers

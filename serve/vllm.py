@@ -29,7 +29,8 @@ from cascade.compression.adapter import save_peft_folder
 from cascade.compression.packed import expand
 from cascade.config import Base
 from cascade.errors import ConfigError, DataError
-from cascade.models.base import base_folder, base_sha256, load_tokenizer
+from cascade.models.base import load_tokenizer
+from cascade.models.files import base_folder, base_sha256
 from cascade.modifiers import Modifier
 from cascade.routing.model import BASE
 from serve.encoder import Encoder

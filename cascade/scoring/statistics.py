@@ -14,7 +14,7 @@ from math import comb, fsum, sqrt
 from typing import Literal
 
 import numpy as np
-from scipy.stats import binomtest, norm
+from scipy.special import ndtri
 
 from cascade.errors import DataError
 from cascade.tasks import Task, Verdict
@@ -49,7 +49,7 @@ def wilson(passed: float, n: int, level: float = 0.95) -> Interval:
         raise ValueError(f"{passed} of {n} is no proportion")
     if n == 0:
         return Interval(0.0, 1.0)
-    z = float(norm.ppf(0.5 + level / 2))
+    z = float(ndtri(0.5 + level / 2))
     rate, z2n = passed / n, z * z / n
     centre = (rate + z2n / 2) / (1 + z2n)
     half = z * sqrt(rate * (1 - rate) / n + z2n / (4 * n)) / (1 + z2n)
@@ -77,7 +77,11 @@ def mcnemar_exact(b: int | Sequence[bool], c: int | Sequence[bool]) -> float:
         pairs = [(bool(x), bool(y)) for x, y in zip(b, c, strict=True)]
         only_first, only_second = pairs.count((True, False)), pairs.count((False, True))
     discordant = only_first + only_second
-    return 1.0 if discordant == 0 else float(binomtest(only_first, discordant, 0.5).pvalue)
+    if discordant == 0:
+        return 1.0
+    from scipy.stats import binomtest  # a second to import, which all that reads a score would pay
+
+    return float(binomtest(only_first, discordant, 0.5).pvalue)
 
 
 def paired_loss(before: Sequence[bool], after: Sequence[bool]) -> tuple[float, float]:
@@ -126,7 +130,7 @@ def paired_bootstrap(
     n, rng = len(difference), np.random.default_rng(seed)
     if np.ptp(difference) == 0.0:
         same, net = float(difference[0]), float(difference.sum())
-        reach = float(norm.ppf(0.5 + level / 2)) * _agresti_min_error(float((difference**2).sum()), net, n)
+        reach = float(ndtri(0.5 + level / 2)) * _agresti_min_error(float((difference**2).sum()), net, n)
         centre = net / (n + 2)
         return Interval(max(-1.0, min(same, centre - reach)), min(1.0, max(same, centre + reach)))
     means: list[float] = []

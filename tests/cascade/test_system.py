@@ -14,7 +14,8 @@ from cascade import modifiers
 from cascade.artifacts import Store
 from cascade.config import Serving
 from cascade.errors import ConfigError, DataError
-from cascade.models.base import base_sha256, load_base
+from cascade.models.base import load_base
+from cascade.models.files import base_sha256
 from cascade.routing.model import RouterModel, current_report, load_current
 from cascade.system import bill, bundle, open_bundle
 from ray_jobs.cli import app

