@@ -14,8 +14,8 @@ from cascade.artifacts import Store
 from cascade.compression.compressed import CompressedAdapter
 from cascade.compression.flat import FlatAdapter, open_flat, save_flat
 from cascade.errors import FormatError
+from cascade.models.threads import alone
 from cascade.modifiers import Modifier
-from serve.threads import alone
 
 _KEPT_S = 30 * 86_400
 """Forms that nobody opened for so long are removed from the cache."""

@@ -43,17 +43,6 @@ def give_way() -> None:
             os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + _BEHIND)
 
 
-@contextmanager
-def alone() -> Iterator[None]:
-    """Compute in the calling thread alone, within: what threads other than the engine's do."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 @dataclass
 class _Count:
     """What is known of one number of threads: seconds per token, and when to try it again."""

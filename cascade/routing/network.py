@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from cascade.errors import ConfigError
+from cascade.models.threads import alone
 
 MAX_BYTES = 13_000_000
 """The router's size on disk and in memory may not pass this."""
@@ -94,6 +95,9 @@ def train_network(
 ) -> RouterNetwork:
     """Fit a network to outcomes.
 
+    It is computed in one thread: products so small are no faster in several, and many times slower where another
+    process wants one of the cores. So the router does not depend on their number either, with which sums change.
+
     Args:
         vectors: shape (queries, features).
         targets: shape (queries, outputs): 1 right, 0 wrong, NaN not measured (no loss).
@@ -107,7 +111,7 @@ def train_network(
     x, y = torch.from_numpy(vectors), torch.from_numpy(targets)
     measured = (~y.isnan()).float()
     y = y.nan_to_num()
-    with torch.random.fork_rng(devices=[]):
+    with alone(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = RouterNetwork(x.shape[1], hidden, y.shape[1])
         optimizer = torch.optim.AdamW(network.parameters(), lr=_LEARNING_RATE, weight_decay=_WEIGHT_DECAY)

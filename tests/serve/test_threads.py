@@ -8,9 +8,8 @@ import threading
 from collections import Counter
 
 import pytest
-import torch
 
-from serve.threads import Threads, alone, give_way
+from serve.threads import Threads, give_way
 
 
 class Machine:
@@ -91,14 +90,3 @@ def test_who_computes_gives_way_and_nobody_else():
     thread.join()
     assert found == [min(before + 5, 19)] * 2
     assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == before
-
-
-def test_what_is_computed_alone_leaves_the_callers_threads_as_they_were():
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(3)
-        with alone():
-            assert torch.get_num_threads() == 1
-        assert torch.get_num_threads() == 3
-    finally:
-        torch.set_num_threads(before)

@@ -124,6 +124,26 @@ def test_the_same_seed_gives_the_same_router_and_leaves_torch_alone() -> None:
     assert train_router(queries, outcomes, SETTINGS, seed=2)[1] != first[1]
 
 
+def test_the_router_is_the_same_whatever_number_of_threads_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    computing = []
+    forward = RouterNetwork.forward
+
+    def seen(network: RouterNetwork, x: torch.Tensor) -> torch.Tensor:
+        if network.training:
+            computing.append(torch.get_num_threads())
+        return forward(network, x)
+
+    monkeypatch.setattr(RouterNetwork, "forward", seen)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        train_router(*router_data(40), SETTINGS, seed=1)
+        assert set(computing) == {1}
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_modifiers_that_were_not_asked_everything() -> None:
     queries, outcomes = router_data(80)
     partly = {name: [v if i % 3 else None for i, v in enumerate(column)] for name, column in outcomes.items()}
