@@ -141,6 +141,11 @@ class Serving(Section):
         description="the base's in memory: full, as base.dtype says; int8, on CPUs and of a base in bfloat16: 8 bits "
         "and a scale for each output",
     )
+    max_loaded_modifiers: Positive = Field(
+        1,
+        description="versions of modifiers that an engine keeps in memory, as they are served: those used last; each "
+        "takes memory, and coming back is not read again",
+    )
 
 
 class Reference(Section):

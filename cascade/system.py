@@ -1,13 +1,13 @@
 """The bill of a whole system: what base, modifiers and router weigh on disk, and what serving holds of them.
 
-Disk is what the files weigh. Resident is the weights that one serving process holds: the base, the largest modifier
-in its serving form, and the router; base and modifier as `serving.weights` says.
+Disk is what the files weigh. Resident is the weights that one serving process holds: the base, room for the largest
+modifier in its serving form as often as `serving.max_loaded_modifiers` says (there being as many), and the router; base
+and modifiers as `serving.weights` says.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,20 +18,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from cascade import modifiers
 from cascade.artifacts import Store, sha256_of_file
+from cascade.bundles import BUNDLE_CONFIG, BUNDLE_MANIFEST
 from cascade.compression.flat import layout_of
-from cascade.config import Config, load_config
+from cascade.config import Config
 from cascade.errors import ConfigError, DataError
 from cascade.models.base import check_weights, default_device, resolve_dtype
 from cascade.models.files import base_folder, base_sha256
 from cascade.models.int8 import hold_in_int8
 from cascade.routing.model import current_version, local_folder
-
-BUNDLE_MANIFEST = "bundle.json"
-BUNDLE_CONFIG = "serve.yaml"
-_WRITTEN_BY_SERVING = re.compile(
-    r"storage/(keys\.json(\.lock)?|feedback/(open|tasks)/[^/]+\.jsonl?|modifiers/[a-z0-9_-]+/CANARY)"
-)
-"""Files that keys, log and canaries leave in a bundle that is served: nothing that is computed with."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +47,14 @@ class Item:
 
 @dataclass(frozen=True)
 class Bill:
-    """All parts, and what they come to."""
+    """All parts, and what they come to.
+
+    Attributes:
+        loaded: modifiers that are in memory together.
+    """
 
     items: tuple[Item, ...]
+    loaded: int = 1
 
     @property
     def disk_bytes(self) -> int:
@@ -63,9 +62,9 @@ class Bill:
 
     @property
     def resident_bytes(self) -> int:
-        """Base, router, and the largest modifier: one at a time is in memory."""
+        """Base, router, and room for the modifiers that are in memory together, any of which may be the largest."""
         one = max((i.resident_bytes for i in self.items if i.kind == "modifier"), default=0)
-        return sum(i.resident_bytes for i in self.items if i.kind != "modifier") + one
+        return sum(i.resident_bytes for i in self.items if i.kind != "modifier") + self.loaded * one
 
 
 def bill(config: Config, cache: Path) -> Bill:
@@ -93,7 +92,8 @@ def bill(config: Config, cache: Path) -> Bill:
         size = sum(f.stat().st_size for f in folder.iterdir() if f.is_file())
         weights = folder / "router.safetensors"
         items.append(Item("router", "router", version, sha256_of_file(weights), size, weights.stat().st_size))
-    return Bill(tuple(items))
+    loaded = min(config.serving.max_loaded_modifiers, sum(item.kind == "modifier" for item in items))
+    return Bill(tuple(items), loaded)
 
 
 def bundle(config: Config, target: Path, cache: Path) -> Path:
@@ -131,29 +131,6 @@ def bundle(config: Config, target: Path, cache: Path) -> Path:
     }
     (target / BUNDLE_MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     return target
-
-
-def open_bundle(folder: Path) -> Config:
-    """The config of a bundle, every file checked against its hash.
-
-    What serving itself writes (keys, the log, a canary's share) may be there besides.
-
-    Raises:
-        DataError: it is no bundle, or files are missing, changed or added.
-        ConfigError: its config is damaged.
-    """
-    try:
-        said = json.loads((folder / BUNDLE_MANIFEST).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{folder} is no bundle: {error}") from None
-    found = {str(f.relative_to(folder)): f for f in folder.rglob("*") if not f.is_dir() and f.name != BUNDLE_MANIFEST}
-    files = {name: f for name, f in found.items() if name in said or not _WRITTEN_BY_SERVING.fullmatch(name)}
-    wrong = sorted(set(said) ^ set(files)) or [n for n, f in files.items() if sha256_of_file(f) != said[n]]
-    if wrong:
-        raise DataError(f"{folder} is not the bundle that was packed: {', '.join(wrong[:5])}")
-    config = load_config(folder / BUNDLE_CONFIG)
-    base = config.base.model_copy(update={"model": str((folder / "base").absolute())})
-    return config.model_copy(update={"base": base, "storage": str((folder / "storage").absolute())})
 
 
 def _base(config: Config, dtype: torch.dtype) -> Item:

@@ -1,10 +1,11 @@
-"""The engine: a base, one modifier slot, and one thread that does all computing.
+"""The engine: a base, a slot in which one modifier takes part, and one thread that does all computing.
 
 That thread alone touches the model and the slot. Jobs are grouped by the version of the modifier that answers them;
 each group has KV caches of its own, and only the group whose modifier is in the slot is computed. At any step jobs join
 and leave its batches; prompts are computed in parts, between the steps. When it has had the slot for `patience_s` while
 others wait, it is parked with its caches and the group that has waited longest is next: nobody is computed under
-another's modifier, and nobody waits for somebody else's long answer to end. See `serve.schedule`.
+another's modifier, and nobody waits for somebody else's long answer to end. See `serve.schedule`. The slot may keep
+more modifiers than the one that takes part (`Limits.max_loaded_modifiers`): these come back without being read again.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ from serve.grammars import Grammars
 from serve.jobs import BARE, Group, Job, Key, Lane, key_of
 from serve.kept import Kept
 from serve.live import Live, LiveModifiers
-from serve.schedule import Chunks, Limits, Schedule
+from serve.limits import Limits
+from serve.schedule import Chunks, Schedule
 from serve.steering import Steering
 from serve.text import TextStream
 from serve.threads import Threads, give_way
@@ -76,7 +78,8 @@ class Engine:
         self._encoder = Encoder(
             loaded.tokenizer, vocabulary=vocabulary, context=context, answer_tokens=self._limits.answer_tokens
         )
-        self._slot = LoraSlot(loaded.model, base=BaseRef(loaded.name, loaded.sha256))
+        base = BaseRef(loaded.name, loaded.sha256)
+        self._slot = LoraSlot(loaded.model, adapters=self._limits.max_loaded_modifiers, base=base)
         forms = Forms(
             store,
             cache,
@@ -89,7 +92,8 @@ class Engine:
         forms.remove_old()
         self.modifiers = LiveModifiers(store, forms.open)
         self.swapped: Callable[[float], None] = lambda milliseconds: None
-        self._slot.reserve(max((m.form.layout.nbytes for m in self.modifiers.in_use() if m.form), default=0))
+        sizes = [live.form.layout.nbytes for live in self.modifiers.in_use() if live.form]
+        self._slot.reserve(max(sizes, default=0), len(sizes))
         self._grammars = Grammars(self._encoder.tokenizer, vocabulary, end_token_ids(loaded))
         self._kept = Kept(self._limits.kept_bytes)
         self._schedule = Schedule(self._limits, self._new_group)
@@ -268,16 +272,14 @@ class Engine:
             group.joined(lane, prompts)
 
     def _hold(self, key: Key, group: Group) -> None:
-        """Put a group's modifier into the slot, or nothing for the base."""
-        self._schedule.held, size = BARE, self._slot.resident_bytes
+        """Let a group's modifier take part, or none for the base."""
+        self._schedule.held = BARE
         self._slot.clear()
-        if group.live is not None:
+        if group.live is not None and not self._slot.select(key):
             assert group.live.form is not None
-            self._slot.fill(group.live.form)
-        if self._slot.resident_bytes != size:  # it grew, so it moved
-            for other in self._schedule.groups.values():
-                for lane in other.lanes:
-                    lane.batch.forget_graphs()
+            self._slot.retain(self._in_use())
+            self._slot.fill(group.live.form, key)
+        group.computes_with(self._slot.address)
         self._schedule.held = key
 
     def _admit(self, group: Group, swap_ms: float) -> None:

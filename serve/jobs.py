@@ -146,6 +146,7 @@ class Group:
         self.since = time.perf_counter()
         self._turn = self._prompted = 0
         self._by_age = True
+        self._address = 0
 
     @property
     def busy(self) -> bool:
@@ -165,6 +166,13 @@ class Group:
     def held(self) -> int:
         """Tokens in memory, padding included."""
         return sum(lane.held for lane in self.lanes)
+
+    def computes_with(self, address: int) -> None:
+        """Say where the modifier's numbers lie now: what was recorded while they lay elsewhere is void."""
+        if address != self._address:
+            self._address = address
+            for lane in self.lanes:
+                lane.batch.forget_graphs()
 
     def lane(self, length: int) -> Lane:
         """Where a sequence of so many tokens belongs."""

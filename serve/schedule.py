@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from serve.events import Failed
 from serve.jobs import BARE, Group, Job, Key, Lane
+from serve.limits import Limits
 from serve.live import Live
 
 _STARVED_S = 2.0
@@ -16,29 +16,6 @@ _CHUNK_S = 0.2, 0.08
 """Seconds that a part of a prompt should take at most, and at least if more is left."""
 _CHUNKS = 16, 4096
 """Fewest and most tokens in one."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Bounds of one engine.
-
-    Attributes:
-        rows: sequences computed together.
-        tokens: most tokens (prompt and answer, padding included) that all sequences may hold in memory.
-        waiting: jobs that may wait beyond those that join at the next step; more are refused with 429.
-        patience_s: how long a group keeps the slot while another waits.
-        answer_tokens: answer length where the request names none.
-        step_s: a thread that has not finished one step in so long counts as hung.
-        kept_bytes: of what prompts and answers left, kept for those that begin alike.
-    """
-
-    rows: int = 32
-    tokens: int = 32_768
-    waiting: int = 64
-    patience_s: float = 0.5
-    answer_tokens: int = 512
-    step_s: float = 120.0
-    kept_bytes: int = 2**27
 
 
 class Schedule:

@@ -12,12 +12,13 @@ from typer.testing import CliRunner
 
 from cascade import modifiers
 from cascade.artifacts import Store
+from cascade.bundles import open_bundle
 from cascade.config import Serving
 from cascade.errors import ConfigError, DataError
 from cascade.models.base import load_base
 from cascade.models.files import base_sha256
 from cascade.routing.model import RouterModel, current_report, load_current
-from cascade.system import bill, bundle, open_bundle
+from cascade.system import bill, bundle
 from ray_jobs.cli import app
 
 
@@ -56,6 +57,15 @@ def test_the_bill_of_a_base_in_8_bits_is_what_is_loaded(stand_in: StandIn, tmp_p
         assert found.resident_bytes == sizes[weights]
         assert found.sha256 == loaded.sha256
     assert sizes["int8"] < 0.55 * sizes["full"]
+
+
+@pytest.mark.parametrize(("allowed", "held"), [(1, 1), (2, 2), (5, 2)])
+def test_the_bill_counts_the_modifiers_that_are_in_memory_together(
+    stand_in: StandIn, tmp_path: Path, allowed: int, held: int
+) -> None:
+    config = stand_in.config.model_copy(update={"serving": Serving(max_loaded_modifiers=allowed)})
+    base, letters, sums, router = (i.resident_bytes for i in bill(config, tmp_path).items)
+    assert bill(config, tmp_path).resident_bytes == base + held * max(letters, sums) + router
 
 
 def test_without_modifiers_there_is_no_bill(stand_in: StandIn, tmp_path: Path) -> None:

@@ -99,9 +99,9 @@ def test_a_slot_that_grows_gives_its_memory_up_first(model, adapter, monkeypatch
     small, there = compress(adapter, RECIPES["pruned int4"]), []
     slot = LoraSlot(model)
     slot.fill(small)
-    before = weakref.ref(slot._buffer)
-    zeros = torch.Tensor.new_zeros
-    monkeypatch.setattr(torch.Tensor, "new_zeros", lambda x, *size: there.append(before()) or zeros(x, *size))
+    before = weakref.ref(slot._blocks[0].buffer)
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *size, **more: there.append(before()) or zeros(*size, **more))
     room = 2 * slot.bytes_for(small)
     slot.reserve(room)
     assert there == [None]
@@ -119,7 +119,7 @@ def test_a_thousand_fills_do_not_grow(model, adapter):
         slot.fill(content)
     gc.collect()
     tensors = sum(torch.is_tensor(x) for x in gc.get_objects())
-    held, block = slot.resident_bytes, slot._buffer.data_ptr()
+    held, block = slot.resident_bytes, slot.address
     tracemalloc.start()
     for i in range(1000):
         slot.fill(one if i % 10 == 0 else two)
@@ -129,7 +129,64 @@ def test_a_thousand_fills_do_not_grow(model, adapter):
     tracemalloc.stop()
     assert sum(torch.is_tensor(x) for x in gc.get_objects()) <= tensors
     assert grown < 100_000
-    assert (slot.resident_bytes, slot._buffer.data_ptr()) == (held, block)
+    assert (slot.resident_bytes, slot.address) == (held, block)
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_kept_adapters_are_exchanged_and_nothing_grows(model, adapter, tokens, fixed):
+    contents = {n: expand(compress(adapter, RECIPES[n])) for n in ("pruned int4", "truncated")} | {"whole": adapter}
+    slot, alone, exchanged = LoraSlot(model, 4 * adapter.parameters, adapters=2, fixed=fixed), {}, 0
+    for name, content in contents.items():
+        slot.fill(content)
+        alone[name] = logits(model, tokens)
+    slot.retain(())
+
+    def swap(name):
+        nonlocal exchanged
+        if slot.select(name):
+            exchanged += 1
+        else:
+            slot.fill(contents[name], name)
+
+    order, addresses = [*contents, "whole", "truncated"], set()  # the last three are kept
+    for name in order * 2:
+        swap(name)
+        addresses.add(slot.address)
+        assert torch.equal(logits(model, tokens), alone[name])
+    assert exchanged == 5
+    assert len(addresses) == (1 if fixed else 2)
+    gc.collect()
+    tensors = sum(torch.is_tensor(x) for x in gc.get_objects())
+    tracemalloc.start()
+    for i in range(1000):
+        swap(order[i % 5])
+    gc.collect()
+    grown, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert exchanged == 605
+    assert sum(torch.is_tensor(x) for x in gc.get_objects()) <= tensors
+    assert grown < 100_000
+    assert slot.resident_bytes == 2 * 4 * adapter.parameters
+
+
+def test_what_cannot_be_selected_leaves_the_slot_as_it_is(model, llama, adapter, tokens):
+    slot = LoraSlot(model, adapters=2)
+    slot.fill(adapter, "kept")
+    filled, address = logits(model, tokens), slot.address
+    assert not slot.select("unknown")
+    assert slot.address == address
+    assert torch.equal(logits(model, tokens), filled)
+    slot.clear()
+    assert slot.address == 0
+    assert torch.equal(logits(model, tokens), logits(llama, tokens))
+    assert slot.select("kept")
+    assert slot.address == address
+    slot.retain(["another"])
+    assert not slot.select("kept")
+    slot.fill(adapter, "kept")
+    slot.reserve(2 * slot.resident_bytes)  # blocks that grow keep nothing
+    assert not slot.select("kept")
+    assert slot.is_empty
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
