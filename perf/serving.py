@@ -137,6 +137,14 @@ def swap(setup: Setup, options: argparse.Namespace) -> Figures:
         ),
         "growth_1000_swaps_mb": at_most(mine["growth_bytes"] / 1e6, 2),
     }
+    kept = mine["kept"]
+    found["swap_between_two_kept_p50_ms"] = figure(
+        kept["p50"],
+        p95=round(kept["p95"], 3),
+        n=kept["n"],
+        slots=round(kept["slot_bytes"] / mine["slot_bytes"], 3),
+        growth_mb=round(kept["growth_bytes"] / 1e6, 2),
+    )
     if mine["cold"]:
         found["swap_cold_p95_ms"] = at_most(mine["cold"]["p95"], 50, n=mine["cold"]["n"], p50=mine["cold"]["p50"])
     for name, times in theirs.items():

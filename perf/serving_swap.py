@@ -20,6 +20,7 @@ from transformers import AutoTokenizer
 
 from cascade import modifiers
 from cascade.compression.apply import LoraSlot
+from cascade.compression.flat import FlatAdapter
 from cascade.config import load_config
 from cascade.models.base import load_base
 from cascade.models.files import base_folder
@@ -79,14 +80,28 @@ def ours(setup: Setup, rounds: int) -> dict[str, object]:
     for i in range(GROWTH_SWAPS):
         slot.fill(opened[i % 3])
     gc.collect()
+    growth = rss_bytes() - settled
+    slot.remove()
     return {
         "base_bytes": base,
         "slot_bytes": slot.resident_bytes,
         "resident_bytes": resident,
-        "growth_bytes": rss_bytes() - settled,
+        "growth_bytes": growth,
         "warm": figures(warm),
         "cold": figures(cold) if cold else None,
+        "kept": exchanged(loaded.model, opened[:2], rounds),
     }
+
+
+def exchanged(model: torch.nn.Module, forms: list[FlatAdapter], rounds: int) -> dict[str, object]:
+    """Swaps between two modifiers that are both kept in memory."""
+    slot = LoraSlot(model, adapters=2)
+    for number, form in enumerate(forms):
+        slot.fill(form, number)
+    held, settled = slot.resident_bytes, rss_bytes()
+    times = [timed(lambda i=i: slot.select(i % 2)) for i in range(max(rounds, GROWTH_SWAPS))]
+    gc.collect()
+    return {**figures(times), "slot_bytes": held, "growth_bytes": rss_bytes() - settled}
 
 
 def peft(setup: Setup, rounds: int) -> dict[str, object]:
