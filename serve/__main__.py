@@ -1,8 +1,11 @@
 """`python -m serve CONFIG [--host HOST] [--port PORT] [name=value …]`: serve, until told to stop, cutting no answer.
 
 Starts a Ray of its own, or joins the one that RAY_ADDRESS names. On SIGTERM or Ctrl-C no new request is let in, the
-answers that have begun are finished, and then everything ends. The values are the fields of `serve.app.Arguments`.
+answers that have begun are finished, and then everything ends. The values are the fields of
+`serve.arguments.Arguments`.
 """
+
+# Ray and torch are imported once arguments and config have been read, so that what is wrong there is said at once.
 
 from __future__ import annotations
 
@@ -11,13 +14,14 @@ import os
 import signal
 import sys
 import threading
-
-import ray
-from ray import serve as ray_serve
+from typing import TYPE_CHECKING
 
 from cascade.errors import CascadeError
-from serve.app import build, checked
-from serve.proxy import install
+
+if TYPE_CHECKING:
+    from ray.serve import Application
+
+    from serve.arguments import Arguments
 
 _NAME = "cascade"
 
@@ -36,30 +40,45 @@ def command_line() -> argparse.ArgumentParser:
 
 def main() -> int:
     options = command_line().parse_intermixed_args()
+    from serve.arguments import checked, servable
+
     try:
         values = {"config": options.config} | dict(value.split("=", 1) for value in options.values)
-        application, room = build(values), checked(values).most_room
+        arguments = checked(values)
+        config = servable(arguments)
+        from serve.app import application
+
+        built = application(arguments, config)
     except (CascadeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    _serve(built, arguments, options.host, options.port)
+    return 0
+
+
+def _serve(built: Application, arguments: Arguments, host: str, port: int) -> None:
+    import ray
+    from ray import serve as ray_serve
+
+    from serve.proxy import install
+
     stop = threading.Event()
     # Ray's workers run at nice 15 by default: beside any other process, answers would wait for it.
     os.environ.setdefault("RAY_worker_niceness", "0")
-    install(room)
+    install(arguments.most_room)
     cluster = os.environ.get("RAY_ADDRESS")
     ray.init(address=cluster) if cluster else ray.init(address="local", include_dashboard=False)
     for number in (signal.SIGTERM, signal.SIGINT):  # after Ray has set its own
         signal.signal(number, lambda *_: stop.set())
     try:
-        ray_serve.start(http_options={"host": options.host, "port": options.port})
-        ray_serve.run(application, name=_NAME, blocking=False)
-        print(f"serving {options.config} on http://{options.host}:{options.port}; Ctrl-C ends it", flush=True)
+        ray_serve.start(http_options={"host": host, "port": port})
+        ray_serve.run(built, name=_NAME, blocking=False)
+        print(f"serving {arguments.config} on http://{host}:{port}; Ctrl-C ends it", flush=True)
         stop.wait()
         ray_serve.delete(_NAME)  # waits for the answers that have begun
     finally:
         ray_serve.shutdown()
         ray.shutdown()
-    return 0
 
 
 if __name__ == "__main__":

@@ -34,11 +34,11 @@ from serve.feedback import FeedbackLog
 from serve.gateway import Gateway
 from serve.http import build_api
 from serve.keys import KeyRing
+from serve.limits import Limits
 from serve.live import LiveModifiers, LiveRouter
 from serve.meters import RayMeters, SwapMeter
 from serve.middleware import RETRY_AFTER_S
 from serve.placement import HoldersFirst, count_engines
-from serve.schedule import Limits
 from serve.vllm import VllmBackend
 
 logger = logging.getLogger("ray.serve")

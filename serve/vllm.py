@@ -35,8 +35,8 @@ from cascade.modifiers import Modifier
 from cascade.routing.model import BASE
 from serve.encoder import Encoder
 from serve.events import Delta, Event, Failed, Finished, Started, TokenLogprob, Work
+from serve.limits import Limits
 from serve.live import LiveModifiers
-from serve.schedule import Limits
 
 logger = logging.getLogger(__name__)
 

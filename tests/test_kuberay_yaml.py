@@ -16,9 +16,9 @@ from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import DeploymentSchema, RayActorOptionsSchema, ServeApplicationSchema, ServeDeploySchema
 
 from cascade.config import load_config
-from serve.app import CONFIG_VARIABLE
+from serve.arguments import CONFIG_VARIABLE
 from serve.ingress import EngineReplica, Ingress
-from serve.schedule import Limits
+from serve.limits import Limits
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "deploy" / "kuberay"

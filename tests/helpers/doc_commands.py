@@ -26,7 +26,7 @@ from ray_jobs import cli
 from ray_jobs._context import command_line as job_command_line
 from serve import __main__ as serving
 from serve import keys
-from serve.app import checked
+from serve.arguments import checked
 
 RUN = {"plan", "system", "tune-router", "canary"}
 """Subcommands of `cascade` that are cheap, and run where the config is one of READY."""

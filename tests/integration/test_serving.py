@@ -35,7 +35,8 @@ from cascade.models.base import load_base
 from cascade.models.generation import generate
 from cascade.models.rows import Request
 from cascade.tasks import Message
-from serve.app import build, checked
+from serve.app import build
+from serve.arguments import checked
 from serve.events import Finished, Work
 from serve.ingress import RemoteEngine
 from serve.middleware import NO_ROUTE

@@ -17,7 +17,7 @@ from cascade.models.rows import Request
 from cascade.tasks import Message
 from serve.engine import Engine
 from serve.events import Work
-from serve.schedule import Limits
+from serve.limits import Limits
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cascade.errors import ConfigError
-from serve.app import checked
+from serve.arguments import checked
 from serve.ingress import EngineReplica
 
 

@@ -16,7 +16,7 @@ from cascade.compression.methods import Recipe
 from cascade.compression.packed import compress, expand
 from cascade.errors import ConfigError
 from serve.events import Delta, Failed, Finished, Grammar, Started
-from serve.schedule import Limits
+from serve.limits import Limits
 from serve.vllm import VllmBackend, name_of
 
 
