@@ -1,5 +1,10 @@
 """The errors that a user is meant to read: each says what is wrong and what to change."""
 
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
 
 class CascadeError(Exception):
     """Base of every error that is the user's to mend (config, data, endpoint, file), not a defect of Cascade."""
@@ -23,3 +28,12 @@ class BudgetExceeded(CascadeError):
 
 class FormatError(CascadeError):
     """A modifier file that is corrupt, foreign, newer than this version, or made for another base."""
+
+
+def exit_with_message(action: Callable[[], object]) -> None:
+    """Run a command; errors that are the user's to mend are printed without a traceback, exit code 2."""
+    try:
+        action()
+    except CascadeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -20,12 +20,11 @@ from pydantic import BaseModel
 
 from cascade import benchmarks
 from cascade.config import Config
-from ray_jobs import cli
+from ray_jobs import JOBS, cli
 from ray_jobs._context import command_line as job_command_line
-from ray_jobs._runs import JOBS
 from serve import __main__ as serving
 from serve import keys
-from serve.app import Arguments
+from serve.arguments import Arguments
 
 FOLDER = Path(__file__).parent / "reference"
 NOTE = "<!-- Made from the code by `make docs`: edit the code, not this file. -->"
@@ -164,8 +163,9 @@ def cli_page() -> str:
     parts = [
         NOTE,
         "# Every command",
-        "Each prints this with `--help`. Exit codes: 0 done; 1 an error, with its traceback; 2 what you can mend: a "
-        "config, a key, a budget, an option. CONFIG is the YAML file of a domain ([its keys](config.md)).",
+        "Each prints this with `--help`; `cascade --version` shows the version. Exit codes: 0 done; 1 an error, with "
+        "its traceback; 2 what you can mend: a config, a key, a budget, an option. CONFIG is the YAML file of a domain "
+        "([its keys](config.md)).",
         *(_typer_command(name, command) for name, command in commands.items() if name not in jobs),
         "## cascade JOB CONFIG",
         f"Run one job alone; the jobs before it must be done. JOB is {_or(jobs)}.",

@@ -30,7 +30,8 @@ from stand_in import free_port
 from cascade import benchmarks
 from cascade.config import load_config
 from cascade.teachers.ledger import Ledger
-from ray_jobs._runs import JOBS, Runs
+from ray_jobs import JOBS
+from ray_jobs._runs import Runs
 
 __all__ = ["ROOT", "Domain", "Driver", "Figures", "Nodes", "Row", "Server", "free_port", "wait_until"]
 

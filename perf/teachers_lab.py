@@ -18,7 +18,7 @@ from cascade.artifacts import Store
 from cascade.config import Config
 from cascade.tasks import Task
 from ray_jobs._context import Job
-from ray_jobs._generate_tables import UNSOLVED
+from ray_jobs._results import UNSOLVED
 from ray_jobs._runs import Runs
 
 __all__ = ["ROOT", "Figures", "Lab", "Server", "mean_in_flight", "mock_server", "rate", "storage"]

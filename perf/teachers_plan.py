@@ -25,13 +25,14 @@ from cascade.artifacts import Store
 from cascade.config import Config, check_config
 from cascade.scoring.statistics import wilson
 from cascade.tasks import Message, Task
+from cascade.teachers import MOST_CALLS
 from cascade.teachers.budget import LocalBudget, price_usd
 from cascade.teachers.client import TeacherClient
 from cascade.teachers.conversation import estimate_prompt_tokens, estimate_tokens
 from cascade.teachers.endpoint import EndpointClient, Response
 from cascade.teachers.ledger import Ledger
 from cascade.teachers.plan import Plan, plan
-from cascade.teachers.sample import MOST_CALLS, buy_sample
+from cascade.teachers.sample import buy_sample
 
 _SOLVED = (0.65, 0.225 / 0.35, 1.0)
 """Share of what a tier is asked that it solves, as the plan expects."""

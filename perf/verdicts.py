@@ -35,7 +35,7 @@ from own_environment import python_with  # noqa: E402
 from cascade import benchmarks  # noqa: E402
 from cascade.benchmarks.bbh import read_answer  # noqa: E402
 from cascade.benchmarks.questions import questions  # noqa: E402
-from cascade.reports.scoreboard import REASONING_GYM  # noqa: E402
+from cascade.reports.scoreboard_rows import REASONING_GYM  # noqa: E402
 from cascade.scoring.decontaminate import NGRAM, WHOLE, find_overlaps, words  # noqa: E402
 from cascade.scoring.extraction import read_choice, read_list, read_number, read_text, read_word  # noqa: E402
 from cascade.scoring.fences import read_code, read_json  # noqa: E402

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,12 +17,13 @@ from cascade.artifacts import Run, Store
 from cascade.benchmarks import RUNS_CODE
 from cascade.benchmarks.protected import protected_tasks
 from cascade.config import Config, load_config
-from cascade.errors import CascadeError, ConfigError
+from cascade.errors import ConfigError, exit_with_message
 from cascade.scoring.sandbox import WEAK_SWITCH, require_walls
+from ray_jobs import JOBS
 from ray_jobs._json_lines import ray_logs
 from ray_jobs._live_page import showing
 from ray_jobs._progress import Progress
-from ray_jobs._runs import JOBS, Runs
+from ray_jobs._runs import Runs
 
 Metrics = dict[str, Any]
 SCRATCH = ("train", "progress.json")
@@ -162,7 +162,7 @@ def check_sandbox(config: Config) -> None:
 def main(name: str, work: Work) -> None:
     """`python -m ray_jobs.<job> --config FILE`: exit code 0 when done, 2 for something that the user must mend."""
     path = parse_config(name)
-    exit_with_message(lambda: run_one(name, work, path))
+    exit_with_message(lambda: run_one(name, work, load_config(path)))
 
 
 def command_line(name: str) -> argparse.ArgumentParser:
@@ -178,21 +178,12 @@ def parse_config(name: str) -> str:
     return path
 
 
-def run_one(name: str, work: Work, path: str) -> None:
-    """One job of a config file, with a progress display and its figures at the end."""
-    runs = Runs(load_config(path))
+def run_one(name: str, work: Work, config: Config) -> None:
+    """One job of a config, with a progress display and its figures at the end."""
+    runs = Runs(config)
     with showing(runs, f"{runs.config.domain}: {name}", (name,), before=JOBS[: JOBS.index(name)]) as progress:
         connect_ray(runs.config, progress)
         metrics = run_job(name, work, runs, progress)
     for key, value in metrics.items() if runs.config.execution.logs == "text" else ():
         if isinstance(value, int | float | str):
             print(f"{key}: {value}")
-
-
-def exit_with_message(action: Callable[[], Any]) -> None:
-    """Run something; errors that are the user's to mend are printed without a traceback, exit code 2."""
-    try:
-        action()
-    except CascadeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

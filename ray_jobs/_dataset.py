@@ -12,7 +12,7 @@ from cascade.scoring.decontaminate import clean, deduplicate
 from cascade.tasks import Completion, Example, Task, Verdict, message_hash
 from ray_jobs._context import Job, Metrics
 from ray_jobs._failures import embed_failures, failure_kinds
-from ray_jobs._test import by_id, examples_up_to
+from ray_jobs._results import by_id, examples_up_to
 
 
 def training_examples(job: Job) -> tuple[list[Example], Metrics]:

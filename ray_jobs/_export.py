@@ -8,10 +8,11 @@ from cascade.artifacts import Store
 from cascade.dataset import Provenance, dataset_rows, write_dataset
 from cascade.reports.summary import teacher_statement
 from cascade.tasks import Example, Task
+from ray_jobs import JOBS
 from ray_jobs._failures import failure_kinds
 from ray_jobs._report import cascade_report
-from ray_jobs._runs import JOBS, Runs
-from ray_jobs._test import by_id
+from ray_jobs._results import by_id
+from ray_jobs._runs import Runs
 
 FOLDER = "dataset"
 _LEFT_OUT = {

@@ -19,7 +19,7 @@ from cascade.models.embedding import embed
 from cascade.tasks import Task, from_table, to_table
 from ray_jobs._context import Job
 from ray_jobs._evaluate import limit_process
-from ray_jobs._generate_tables import UNSOLVED
+from ray_jobs._results import UNSOLVED
 from ray_jobs._runs import Runs
 
 EMBEDDINGS = "embeddings"

@@ -24,10 +24,9 @@ from cascade.tasks import Task, from_table
 from cascade.teachers.conversation import order_by_head
 from cascade.teachers.ledger import compact
 from ray_jobs._desk import own_error
+from ray_jobs._results import UNSOLVED
 
 Result = TypeVar("Result")
-UNSOLVED = "unsolved"
-"""Table of every test: the tasks that the next tier's teacher is asked."""
 ANSWERS, VERDICTS = "answers", "verdicts"
 EXAMPLES, JUDGEMENTS = "examples", "judgements"
 """Tables of a `generate_*` run."""

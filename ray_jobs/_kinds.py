@@ -10,9 +10,8 @@ from cascade.tasks import Completion, Example, Task
 from cascade.teachers.client import Answer
 from cascade.teachers.economics import CascadeReport
 from ray_jobs._failures import Kinds, failure_kinds
-from ray_jobs._generate_tables import UNSOLVED
+from ray_jobs._results import UNSOLVED, by_id, examples_up_to
 from ray_jobs._runs import Runs
-from ray_jobs._test import by_id, examples_up_to
 
 TIERS = (1, 2, 3)
 SAMPLES_EACH = 1

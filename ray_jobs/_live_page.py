@@ -11,10 +11,11 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from cascade.reports.progress import Pipeline, State, Step, Tier, render_progress
+from ray_jobs import JOBS
 from ray_jobs._json_lines import JsonLines
 from ray_jobs._meter import TierState
 from ray_jobs._progress import Progress, Several, Tracked, headline, polling
-from ray_jobs._runs import JOBS, Runs
+from ray_jobs._runs import Runs
 
 PAGE = "progress.html"
 _EVERY_S, _EVERY_REMOTE_S = 2.0, 10.0

@@ -22,20 +22,6 @@ RESULT_VERSION = 1
 NOT_DECISIVE = {"zero_stage", "offload", "checkpoint_steps", "gradient_checkpointing", "trackers"}
 """Settings of the training that decide how, and not what, is computed."""
 
-JOBS = (
-    "test_domain",
-    "generate_tier1",
-    "test_tier1",
-    "generate_tier2",
-    "test_tier2",
-    "generate_tier3",
-    "train_modifier",
-    "compress_modifier",
-    "validate_modifier",
-    "train_router",
-)
-"""All jobs, in the order in which the pipeline runs them."""
-
 
 @dataclass(frozen=True)
 class Runs:

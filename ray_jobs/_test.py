@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from cascade.benchmarks import needs_judge, require_judge
-from cascade.config import PromptStyle
 from cascade.scoring.statistics import Score
 from cascade.tasks import Example, Task, Verdict
 from ray_jobs._context import Job, Metrics
 from ray_jobs._evaluate import Assignment, evaluate
-from ray_jobs._generate_tables import UNSOLVED
 from ray_jobs._probe import cross_fitted_probes
-from ray_jobs._runs import Runs
+from ray_jobs._results import UNSOLVED, examples_up_to, training_style, unsolved_before
 
 
 def test_student(job: Job, tier: int) -> Metrics:
@@ -29,30 +25,6 @@ def test_student(job: Job, tier: int) -> Metrics:
         "unsolved": len(unsolved),
         **metrics,
     }
-
-
-def unsolved_before(runs: Runs, tier: int) -> list[Task]:
-    """What a tier's teacher is asked: the tasks that the test before it left unsolved."""
-    return runs.test(tier - 1).require().read(UNSOLVED, Task)
-
-
-def examples_up_to(runs: Runs, tier: int) -> list[Example]:
-    """Verified examples of the tiers 1…tier; of a task that several tiers solved, the last one's."""
-    by_task: dict[str, Example] = {}
-    for t in range(1, tier + 1):
-        by_task |= {e.task_id: e for e in runs.generate(t).require().read("examples", Example)}
-    return [by_task[i] for i in sorted(by_task)]
-
-
-def training_style(runs: Runs) -> PromptStyle:
-    """How modifiers are trained and asked: the first style, without worked examples."""
-    return runs.config.student.prompts[0].model_copy(update={"shots": 0})
-
-
-def base_style(runs: Runs) -> PromptStyle:
-    """The style that `test_domain` found to suit the base best."""
-    name = runs.test_domain.require().metrics["style"]
-    return next(s for s in runs.config.student.prompts if s.name == name)
 
 
 def _test_base(job: Job) -> tuple[list[Verdict], list[Task], Metrics]:
@@ -91,7 +63,3 @@ def _test_probes(job: Job, tier: int) -> tuple[list[Verdict], list[Task], Metric
     failed = [t for t, v in zip(probed, verdicts, strict=True) if not v.passed]
     unsolved = sorted([*wrong, *failed], key=lambda t: t.id)
     return verdicts, unsolved, {"teacher_wrong": len(wrong), "probe_failed": len(failed)}
-
-
-def by_id(tasks: Sequence[Task]) -> dict[str, Task]:
-    return {t.id: t for t in tasks}

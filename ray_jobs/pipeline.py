@@ -11,13 +11,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from cascade.config import load_config
-from cascade.errors import ConfigError
+from cascade.config import Config, load_config
+from cascade.errors import ConfigError, exit_with_message
 from cascade.reports.console import print_summary
 from cascade.reports.data import tables_folder
 from cascade.reports.html import write_report
 from cascade.reports.summary import Summary
 from ray_jobs import (
+    JOBS,
     compress_modifier,
     generate_tier1,
     generate_tier2,
@@ -29,11 +30,11 @@ from ray_jobs import (
     train_router,
     validate_modifier,
 )
-from ray_jobs._context import Work, connect_ray, exit_with_message, parse_config, run_job
+from ray_jobs._context import Work, connect_ray, parse_config, run_job
 from ray_jobs._live_page import showing
 from ray_jobs._memory import PeakMemory
 from ray_jobs._report import report_data
-from ray_jobs._runs import JOBS, Runs
+from ray_jobs._runs import Runs
 
 WORK: dict[str, Work] = {
     "test_domain": test_domain.work,
@@ -49,14 +50,17 @@ WORK: dict[str, Work] = {
 }
 
 
-def run_pipeline(config_path: str) -> Summary:
+def run_pipeline(config: Config, config_path: str) -> Summary:
     """Run what has not been run, write the report, and say where it is.
+
+    Args:
+        config_path: where the config was read from, as the report names it.
 
     Raises:
         ConfigError: the modifier would be one that can be neither compressed nor served.
     """
     began = time.perf_counter()
-    runs = Runs(load_config(config_path))
+    runs = Runs(config)
     if runs.config.training.lora.dora:
         raise ConfigError(
             "training.lora.dora: a DoRA modifier is more than B A, which is all that compression and serving hold: "
@@ -132,7 +136,7 @@ def _say_what_next(runs: Runs, config_path: str) -> None:
 
 def main() -> None:
     path = parse_config("pipeline")
-    exit_with_message(lambda: run_pipeline(path))
+    exit_with_message(lambda: run_pipeline(load_config(path), path))
 
 
 if __name__ == "__main__":

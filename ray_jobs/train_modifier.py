@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from ray_jobs._context import Job, Metrics, main
 from ray_jobs._dataset import training_examples
-from ray_jobs._test import training_style
+from ray_jobs._results import training_style
 from ray_jobs._train import train_modifier
 
 

@@ -4,3 +4,6 @@
 `limits` and `budget` hold the requests back; `economics` plans and reports what it costs. `offline` is a teacher for
 runs without a key: an OpenAI-compatible server on loopback that replays the tasks' own answer key, and says so.
 """
+
+MOST_CALLS = 20
+"""That `sample.buy_sample` makes."""

@@ -10,13 +10,13 @@ from itertools import groupby
 from cascade import benchmarks
 from cascade.config import Config
 from cascade.tasks import Task
+from cascade.teachers import MOST_CALLS
 from cascade.teachers.budget import LocalBudget, price_usd
 from cascade.teachers.client import Answer, TeacherClient
 from cascade.teachers.conversation import estimate_prompt_tokens
 from cascade.teachers.ledger import Ledger
 from cascade.teachers.plan import calls_of_tiers, expected_solved
 
-MOST_CALLS = 20
 _FIRST_CALLS = 3
 """Of each tier, before it is decided which tiers the other calls go to."""
 

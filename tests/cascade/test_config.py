@@ -166,7 +166,7 @@ def test_execution_is_apart_so_that_fingerprints_can_leave_it_out():
 
 def test_runs_of_the_pipeline_do_not_depend_on_execution(monkeypatch):
     from cascade.tasks import Message, Task
-    from ray_jobs import _runs
+    from ray_jobs import JOBS, _runs
 
     def tasks(config, split):
         return [Task(f"t/{split}", "reasoning_gym", "reasoning", split, (Message("user", split),), config.seed)]
@@ -177,7 +177,7 @@ def test_runs_of_the_pipeline_do_not_depend_on_execution(monkeypatch):
 
     def fingerprints(config):
         runs = _runs.Runs(config)
-        return {job: runs.run(job).fingerprint for job in _runs.JOBS}
+        return {job: runs.run(job).fingerprint for job in JOBS}
 
     plain = fingerprints(quick.config)
     for key, value in (("execution.student_tokens", 7), ("execution.use_gpu", True), ("execution.train_workers", 2)):
@@ -193,8 +193,8 @@ def test_runs_of_the_pipeline_do_not_depend_on_execution(monkeypatch):
         ("router.hidden", 8, "train_router"),
     ):
         other = fingerprints(check_config(changed(key, value)))
-        changed_jobs = [job for job in _runs.JOBS if other[job] != plain[job]]
-        assert changed_jobs == list(_runs.JOBS[_runs.JOBS.index(first) :]), key
+        changed_jobs = [job for job in JOBS if other[job] != plain[job]]
+        assert changed_jobs == list(JOBS[JOBS.index(first) :]), key
     assert fingerprints(check_config(changed("tiers.0.input_usd_per_million", 9))) == plain, "a price decides no answer"
 
 

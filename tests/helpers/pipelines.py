@@ -14,9 +14,10 @@ from stand_in import save_tiny_base
 from cascade import modifiers
 from cascade.dataset import check_dataset
 from cascade.tasks import Example, Task, Verdict
+from ray_jobs import JOBS
 from ray_jobs._export import export_dataset
 from ray_jobs._failures import failure_kinds
-from ray_jobs._runs import JOBS, Runs
+from ray_jobs._runs import Runs
 
 ROOT = Path(__file__).parents[2]
 CASCADE = [sys.executable, "-m", "ray_jobs.cli"]

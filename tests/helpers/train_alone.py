@@ -9,11 +9,12 @@ import sys
 
 from cascade import benchmarks
 from cascade.config import load_config
+from cascade.errors import exit_with_message
 from cascade.tasks import Example, Message
 from ray_jobs import _train
-from ray_jobs._context import Job, Metrics, connect_ray, exit_with_message, run_job
+from ray_jobs._context import Job, Metrics, connect_ray, run_job
+from ray_jobs._results import training_style
 from ray_jobs._runs import Runs
-from ray_jobs._test import training_style
 
 
 def examples_of(runs: Runs) -> list[Example]:

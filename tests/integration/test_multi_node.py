@@ -36,8 +36,9 @@ def config_of(folder: Path, storage: Path) -> Path:
 
 def start(config: Path, cluster: Cluster, *jobs: str) -> subprocess.Popen[bytes]:
     """Jobs one after the other in a process that joins the cluster."""
-    work = "; ".join(f"run_one('{job}', {job}.work, {str(config)!r})" for job in jobs)
-    script = f"from ray_jobs import generate_tier1, test_domain; from ray_jobs._context import run_one; {work}"
+    work = "; ".join(f"run_one('{job}', {job}.work, load_config({str(config)!r}))" for job in jobs)
+    script = "from ray_jobs import generate_tier1, test_domain; from ray_jobs._context import run_one; "
+    script += f"from cascade.config import load_config; {work}"
     command = [sys.executable, "-c", script]
     with config.with_suffix(".log").open("ab") as log:
         return subprocess.Popen(

@@ -20,7 +20,8 @@ from stand_in import free_port
 from cascade.artifacts import Store
 from cascade.config import load_config
 from cascade.teachers.ledger import Ledger
-from ray_jobs._runs import JOBS, Runs
+from ray_jobs import JOBS
+from ray_jobs._runs import Runs
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 RAY = str(Path(sys.executable).with_name("ray"))

@@ -17,7 +17,8 @@ from cascade.teachers.judge import judge_messages
 from cascade.teachers.predictor import Sent
 from ray_jobs._context import Job
 from ray_jobs._generate import generate_answers
-from ray_jobs._generate_tables import EXAMPLES, UNSOLVED, VERDICTS
+from ray_jobs._generate_tables import EXAMPLES, VERDICTS
+from ray_jobs._results import UNSOLVED
 from ray_jobs._runs import Runs
 from ray_jobs._shortcut import SENT
 

@@ -29,8 +29,8 @@ from cascade.training.looks import Look
 from cascade.training.loop import StepReport, TargetLoss, TorchEngine, run_steps
 from cascade.training.lora import add_lora
 from cascade.training.packing import plan_steps
+from ray_jobs._results import training_style
 from ray_jobs._runs import Runs
-from ray_jobs._test import training_style
 from ray_jobs._train_ledger import PROGRESS, Attempt
 from ray_jobs._train_worker import ADAPTER, RAY_FOLDER
 

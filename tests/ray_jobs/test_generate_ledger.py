@@ -12,7 +12,8 @@ from stand_in import free_port
 from cascade.config import check_config
 from cascade.tasks import Task
 from cascade.teachers.ledger import Ledger, LedgerEntry
-from ray_jobs._generate_tables import UNSOLVED, Tables, settle, so_far
+from ray_jobs._generate_tables import Tables, settle, so_far
+from ray_jobs._results import UNSOLVED
 from ray_jobs._runs import Runs
 
 

@@ -19,7 +19,6 @@ from ray_jobs._generate_tables import (
     ANSWERS,
     BASE_ANSWER,
     JUDGEMENTS,
-    UNSOLVED,
     VERDICTS,
     SoFar,
     Tables,
@@ -30,6 +29,7 @@ from ray_jobs._generate_tables import (
     so_far,
     unsolved_ids,
 )
+from ray_jobs._results import UNSOLVED
 
 NOTHING: frozenset[str] = frozenset()
 

@@ -15,11 +15,11 @@ from pipelines import write_config
 from cascade.config import load_config
 from cascade.errors import BudgetExceeded
 from cascade.reports.progress import TYPICAL_SECONDS, Step, time_left
-from ray_jobs import _live_page, _progress
+from ray_jobs import JOBS, _live_page, _progress
 from ray_jobs._live_page import LivePage, showing
 from ray_jobs._meter import TierState
 from ray_jobs._progress import Row, Several, Tracked
-from ray_jobs._runs import JOBS, Runs
+from ray_jobs._runs import Runs
 
 METRICS = {"tier": 1, "teacher": "answer-key-1", "asked": 55, "verified": 20, "cost_usd": 0.01}
 

@@ -7,12 +7,14 @@ import re
 
 import pyarrow.parquet as pq
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from cascade.benchmarks.bfcl import CATEGORIES
 from cascade.models.student import Student
-from cascade.reports import scoreboard
-from cascade.reports.scoreboard import ENTRIES, Entry, Result, _pass_at, measure
+from cascade.reports import scoreboard_rows
+from cascade.reports.scoreboard import run
+from cascade.reports.scoreboard_rows import ENTRIES, Entry, Result, _pass_at, measure
 from cascade.scoring.sandbox import SandboxError
 from cascade.scoring.statistics import Score, wilson
 from cascade.tasks import Completion, Verdict, from_table
@@ -63,8 +65,8 @@ def test_what_cannot_be_loaded_says_why(loaded, monkeypatch, tmp_path):
 
 
 def test_the_command_writes_table_and_figures(tiny_folder, data, tmp_path):
-    app = scoreboard.typer.Typer()
-    app.command()(scoreboard.run)
+    app = typer.Typer()
+    app.command()(run)
     out = tmp_path / "out"
     options = ["--base", str(tiny_folder), "--data", str(data), "--only", "arc", "--limit", "2", "--out", str(out)]
     done = CliRunner().invoke(app, options)
@@ -79,14 +81,14 @@ def test_the_command_writes_table_and_figures(tiny_folder, data, tmp_path):
 
 def test_every_entry_names_a_benchmark_and_a_title_of_its_own():
     assert len({e.title for e in ENTRIES}) == len(ENTRIES)
-    assert all(scoreboard.benchmarks.get(e.benchmark).name == e.benchmark for e in ENTRIES)
+    assert all(scoreboard_rows.benchmarks.get(e.benchmark).name == e.benchmark for e in ENTRIES)
 
 
 def test_pass_at_k_and_errors_are_shown_with_what_they_are_uncertain_by() -> None:
     verdicts = [Verdict(f"t{i}", "m", "", "pass" if n < i else "fail") for i in range(10) for n in range(10)]
     verdicts[0] = Verdict("t0", "m", "", "error")
     result = Result(ENTRIES[0], "wheel", "", Score.of(verdicts), pass_at=_pass_at(verdicts, 10))
-    cells = dict(zip(scoreboard.HEADINGS, result.cells(), strict=True))
+    cells = dict(zip(scoreboard_rows.HEADINGS, result.cells(), strict=True))
     assert cells["errors"] == "1"
     assert re.search(
         r"pass@5 [\d.]+% \[[\d.]+%, [\d.]+%\]; pass@10 90.0% \[[\d.]+%, 100.0%\]", cells["score of the base [95 %]"]
@@ -97,7 +99,7 @@ def test_where_code_cannot_be_confined_its_rows_say_so_before_anything_is_answer
     def no_walls():
         raise SandboxError("code of a model cannot be confined here: no seccomp")
 
-    monkeypatch.setattr(scoreboard, "require_walls", no_walls)
+    monkeypatch.setattr(scoreboard_rows, "require_walls", no_walls)
     monkeypatch.setattr(Student, "judged", lambda *_: pytest.fail("asked the model"))
     file = data / "mbpp.jsonl"
     file.write_text(json.dumps({"task_id": 11, "text": "t", "code": "def f(): pass", "test_list": ["assert f()"] * 3}))
@@ -126,15 +128,15 @@ def test_rows_and_means_of_bfcl() -> None:
         verdicts = [Verdict(str(i), "m", "", "pass" if i < good else "fail") for i in range(n)]
         return Result(next(e for e in ENTRIES if e.title == f"BFCL {name}"), "wheel", "", Score.of(verdicts))
 
-    means = scoreboard.bfcl_summaries([result(name) for name in names])
+    means = scoreboard_rows.bfcl_summaries([result(name) for name in names])
     assert means["BFCL simple, mean over languages"][:2] == (550, pytest.approx(0.5))
     assert means["BFCL non-live AST, mean of simple and three"][1] == pytest.approx(0.125)
     assert means["BFCL live, weighted by size"][:2] == (1351, pytest.approx(1053 / 1351))
     assert all(i.low < mean < i.high for _, mean, i in means.values())
-    assert list(scoreboard.bfcl_summaries([result(n) for n in names if n != "simple_java"])) == [
+    assert list(scoreboard_rows.bfcl_summaries([result(n) for n in names if n != "simple_java"])) == [
         "BFCL live, weighted by size"
     ]
-    table = scoreboard.as_markdown([result(name) for name in names])
+    table = scoreboard_rows.as_markdown([result(name) for name in names])
     assert table.splitlines()[0].startswith("| benchmark | loads here | source | n |")
     assert "| BFCL simple, mean over languages |  | rows above | 550 | 50.0% [" in table
 
