@@ -36,8 +36,9 @@ from serve.forms import Forms
 from serve.grammars import Grammars
 from serve.jobs import BARE, Group, Job, Key, Lane, key_of
 from serve.kept import Kept
-from serve.live import Live, LiveModifiers
 from serve.limits import Limits
+from serve.live import Live, LiveModifiers
+from serve.outbox import Outbox
 from serve.schedule import Chunks, Schedule
 from serve.steering import Steering
 from serve.text import TextStream
@@ -111,12 +112,11 @@ class Engine:
 
     async def stream(self, work: Work) -> AsyncGenerator[Event, None]:
         """Events of a piece of work. Leaving the iteration, or cancelling the task, cancels the work."""
-        loop = asyncio.get_running_loop()
-        events: asyncio.Queue[Event] = asyncio.Queue()
+        loop, outbox = asyncio.get_running_loop(), Outbox()
 
         def emit(event: Event) -> None:
             try:
-                loop.call_soon_threadsafe(events.put_nowait, event)
+                outbox.put(event)
             except RuntimeError:  # the loop is closed: nobody listens any more
                 job.cancelled = True  # type: ignore[union-attr]
 
@@ -130,7 +130,7 @@ class Engine:
             return
         try:
             while True:
-                event = await events.get()
+                event = await outbox.get()
                 yield event
                 if isinstance(event, Finished | Failed):
                     return
