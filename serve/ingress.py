@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
@@ -116,9 +116,10 @@ class EngineReplica:
         if not await self._engine.healthy():
             raise RuntimeError("the engine's thread has ended or hangs")
 
-    def __del__(self) -> None:
-        if hasattr(self, "_engine"):
-            self._engine.close()
+    def __del__(self) -> Awaitable[None] | None:
+        """Called by Ray Serve, which awaits what is returned, and again by Python."""
+        engine: Engine | VllmBackend | None = self.__dict__.pop("_engine", None)
+        return None if engine is None else engine.close()
 
 
 def _engine(served: Served) -> Engine | VllmBackend:

@@ -110,9 +110,10 @@ class VllmBackend:
         except httpx.HTTPError:
             return False
 
-    def close(self) -> None:
-        """Follow the store no longer."""
+    async def close(self) -> None:
+        """Follow the store no longer, and end the connections to the server; work that is not done fails."""
         self.modifiers.close()
+        await self._http.aclose()
 
     def _ask_what_is_served(self, base: Base) -> tuple[str, int]:
         """Name and context of the base."""

@@ -38,6 +38,12 @@ class MockVllm:
         self.script: list[tuple[int, str]] = []
         self.token_s = 0.0
         self.api = self._api()
+        self._web: uvicorn.Server
+
+    @property
+    def connections(self) -> int:
+        """How many clients hold open, while it runs."""
+        return len(self._web.server_state.connections)
 
     def _api(self) -> FastAPI:
         api = FastAPI()
@@ -108,6 +114,7 @@ def running(server: MockVllm) -> Iterator[str]:
     """Its URL, while it answers on loopback."""
     port = free_port()
     web = uvicorn.Server(uvicorn.Config(server.api, port=port, log_level="error"))
+    server._web = web
     thread = threading.Thread(target=web.run, daemon=True)
     thread.start()
     while not web.started:

@@ -16,6 +16,7 @@ from cascade.compression.methods import Recipe
 from cascade.compression.packed import compress, expand
 from cascade.errors import ConfigError
 from serve.events import Delta, Failed, Finished, Grammar, Started
+from serve.ingress import EngineReplica
 from serve.limits import Limits
 from serve.vllm import VllmBackend, name_of
 
@@ -28,10 +29,10 @@ def server(stand_in):
 
 
 @pytest.fixture
-def backend(server, stand_in, tmp_path):
+async def backend(server, stand_in, tmp_path):
     made = VllmBackend(server.url, stand_in.config.base, stand_in.store, tmp_path / "vllm", Limits())
     yield made
-    made.close()
+    await made.close()
 
 
 async def ask(backend, wanted):
@@ -123,7 +124,7 @@ async def test_a_server_that_is_gone_is_unhealthy_and_its_work_fails(stand_in, t
     assert not await backend.healthy()
     (event,) = await ask(backend, work("base"))
     assert (event.status, event.code) == (503, "engine_lost")
-    backend.close()
+    await backend.close()
 
 
 async def test_a_new_version_is_loaded_beside_the_old_one(backend, server, stand_in, work):
@@ -139,6 +140,20 @@ async def test_a_new_version_is_loaded_beside_the_old_one(backend, server, stand
         modifiers.set_current(stand_in.store, "sums", before.version)
 
 
+async def test_a_replica_that_ends_closes_its_connections(backend, server, work):
+    await ask(backend, work("base", max_tokens=2))
+    assert server.connections == 1
+    replica = object.__new__(EngineReplica.func_or_class)
+    replica._engine = backend
+    await replica.__del__()
+    for _ in range(100):
+        if not server.connections:
+            break
+        await asyncio.sleep(0.02)
+    assert server.connections == 0
+    assert replica.__del__() is None  # Python's own call, later
+
+
 def test_a_server_of_another_base_is_refused(server, stand_in, tmp_path):
     server.base = "/somewhere/else"
     with pytest.raises(ConfigError, match=r"serves /somewhere/else, but base.model is .*: start it with `vllm serve"):
@@ -150,9 +165,9 @@ def test_nobody_at_the_url_is_told(stand_in, tmp_path):
         VllmBackend("http://127.0.0.1:9", stand_in.config.base, stand_in.store, tmp_path, Limits())
 
 
-def test_without_runtime_loading_every_modifier_is_refused_with_the_reason(server, stand_in, tmp_path, caplog):
+async def test_without_runtime_loading_every_modifier_is_refused_with_the_reason(server, stand_in, tmp_path, caplog):
     server.updates = False
     backend = VllmBackend(server.url, stand_in.config.base, stand_in.store, tmp_path, Limits())
     assert backend.modifiers.versions() == {}
     assert "start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True" in caplog.text
-    backend.close()
+    await backend.close()
