@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 
 from serve.engine import Engine
 from serve.events import Delta, Event, Work
@@ -23,6 +24,24 @@ async def until_load(engine: Engine, wanted: tuple[int, int]) -> None:
     while engine.load != wanted:
         assert time.perf_counter() < end
         await asyncio.sleep(0.005)
+
+
+@asynccontextmanager
+async def crowded(engine: Engine, piece: Work, clients: int) -> AsyncIterator[None]:
+    """So many clients have begun to ask the same again and again; their last answers are waited for."""
+    stop = asyncio.Event()
+
+    async def client() -> None:
+        while not stop.is_set():
+            await collect(engine, piece)
+
+    tasks = [asyncio.create_task(client()) for _ in range(clients)]
+    await asyncio.sleep(0.2)
+    try:
+        yield
+    finally:
+        stop.set()
+        await asyncio.gather(*tasks)
 
 
 def text_of(events: Sequence[Event]) -> str:

@@ -9,7 +9,7 @@ import threading
 import time
 
 import pytest
-from engine_events import CHOICES, collect, text_of, until_load
+from engine_events import CHOICES, collect, crowded, text_of, until_load
 from stand_in import CONTEXT, build_stand_in, compressed_adapter
 
 from cascade import modifiers
@@ -94,19 +94,10 @@ async def test_whoever_leaves_is_no_longer_computed_for(engine, work):
 
 
 async def test_nobody_starves_while_another_modifier_is_asked_for(engine, work):
-    stop = asyncio.Event()
-
-    async def crowd():
-        while not stop.is_set():
-            await collect(engine, work("letters", max_tokens=30))
-
-    crowds = [asyncio.create_task(crowd()) for _ in range(4)]
-    await asyncio.sleep(0.2)
-    arrived = time.perf_counter()
-    events = await asyncio.wait_for(collect(engine, work("sums", max_tokens=5)), 20)
-    waited = time.perf_counter() - arrived
-    stop.set()
-    await asyncio.gather(*crowds)
+    async with crowded(engine, work("letters", max_tokens=30), 4):
+        arrived = time.perf_counter()
+        events = await asyncio.wait_for(collect(engine, work("sums", max_tokens=5)), 20)
+        waited = time.perf_counter() - arrived
     assert isinstance(events[-1], Finished)
     # Patience is 0.2 s; without a deadline this waits for ever.
     assert waited < 2

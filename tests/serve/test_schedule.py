@@ -8,7 +8,7 @@ import time
 from dataclasses import replace
 
 import pytest
-from engine_events import CHOICES, collect, text_of, until_load
+from engine_events import CHOICES, collect, crowded, text_of, until_load
 
 from cascade.models.generation import Batch
 from cascade.models.prompts import Prompts
@@ -142,19 +142,10 @@ async def test_sequences_that_grow_long_are_computed_apart(make_engine, work, re
 async def test_whoever_waits_for_room_longest_is_let_in_first(make_engine, work, monkeypatch):
     monkeypatch.setattr(schedule, "_STARVED_S", 0.1)
     engine = make_engine(tokens=512, patience_s=0.02)
-    stop = asyncio.Event()
-
-    async def crowd():
-        while not stop.is_set():
-            await collect(engine, work("letters", max_tokens=30))
-
-    crowds = [asyncio.create_task(crowd()) for _ in range(8)]
-    await asyncio.sleep(0.2)
-    arrived = time.perf_counter()
-    events = await asyncio.wait_for(collect(engine, work("sums", "y" * 420, 5)), 20)  # needs most of the memory
-    waited = time.perf_counter() - arrived
-    stop.set()
-    await asyncio.gather(*crowds)
+    async with crowded(engine, work("letters", max_tokens=30), 8):
+        arrived = time.perf_counter()
+        events = await asyncio.wait_for(collect(engine, work("sums", "y" * 420, 5)), 20)  # needs most of the memory
+        waited = time.perf_counter() - arrived
     assert isinstance(events[-1], Finished)
     assert waited < 2
 
