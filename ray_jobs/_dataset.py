@@ -11,7 +11,8 @@ from cascade.clusters import cap
 from cascade.scoring.decontaminate import clean, deduplicate
 from cascade.tasks import Completion, Example, Task, Verdict, message_hash
 from ray_jobs._context import Job, Metrics
-from ray_jobs._failures import embed_failures, failure_kinds
+from ray_jobs._embed import embed_failures
+from ray_jobs._failures import failure_kinds
 from ray_jobs._results import by_id, examples_up_to
 
 

@@ -7,7 +7,7 @@ from cascade.tasks import Verdict
 from cascade.teachers.client import Answer
 from cascade.teachers.predictor import Sent, measure, send_past, task_features, tier_costs
 from ray_jobs._context import Job
-from ray_jobs._failures import embed_failures, failure_vectors
+from ray_jobs._failures import failure_vectors
 from ray_jobs._generate_tables import ANSWERS, VERDICTS
 from ray_jobs._runs import Runs
 
@@ -27,6 +27,8 @@ def sent_past(job: Job, tier: int, ids: list[str]) -> list[str]:
 def _decide(job: Job, tier: int, ids: list[str]) -> list[Sent]:
     config = job.config
     known = {v.task_id: v.passed for v in job.run.read(VERDICTS, Verdict)}
+    from ray_jobs._embed import embed_failures  # torch, which no other part of a generate_* job needs
+
     embed_failures(job)
     found = failure_vectors(job.runs)
     if found is None or not known:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from ray_jobs._context import Job, Metrics, main
-from ray_jobs._failures import embed_failures
+from ray_jobs._embed import embed_failures
 from ray_jobs._test import test_student
 
 
