@@ -248,6 +248,7 @@ def test_no_two_sizes_are_the_same_recipe(data):
     assert all(more > 1.01 * less for less, more in pairwise(spent))
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_what_matters_makes_another_recipe_and_what_does_not_makes_none(data):
     params = draw(data)
