@@ -73,7 +73,8 @@ def main() -> None:
     figures |= right_routes(routing, lab)
     figures |= further_routes(routing, lab, options.further)
     figures |= latency(routing)
-    compare_inputs(routing, lab)
+    if not options.skip_inputs:
+        compare_inputs(routing, lab)
     print(json.dumps(figures))
 
 
@@ -81,6 +82,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
     parser.add_argument("--further", type=int, default=400, help="tasks of a domain whose routes alone are counted")
+    parser.add_argument("--skip-inputs", action="store_true", help="no comparison of inputs: it runs the base on each")
     return parser.parse_args()
 
 
@@ -212,9 +214,11 @@ def right_routes(routing: Routing, lab: Lab) -> dict[str, Any]:
     pooled = balanced(kinds)
     print(f"   kinds alike  {text_of(pooled)}")
     print(f"   by the domain's name instead {text_of(balanced(by_kind(routing.label)))}")
-    if lab.size.samples:
-        seen = np.array([lab.sampled(c) for c in routing.candidates]).T
-        informed = by_kind((seen + 1e-3 * routing.probability).argmax(1))  # its own opinion where samples tie
+    sampled = [lab.sampled(c) for c in routing.candidates]
+    if all(s is not None for s in sampled):
+        informed = by_kind(
+            (np.array(sampled).T + 1e-3 * routing.probability).argmax(1)
+        )  # its own opinion where samples tie
         shares = ", ".join(f"{name} {hits.mean():.1%}" for name, hits in informed.items())
         print(
             f"   by who is oftenest right in {lab.size.samples} answers drawn to this very task "

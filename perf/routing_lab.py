@@ -168,7 +168,7 @@ class Lab:
     def verdicts(self, part: str) -> list[bool]:
         """Whether a candidate, the base or a domain's modifier, answers the judged tasks rightly."""
         greedy, sampled = self.folder / f"{part}.json", self.folder / f"{part}-sampled.json"
-        if not greedy.exists() or (self.size.samples and not sampled.exists()):
+        if not greedy.exists():
             began = time.perf_counter()
             if part == BASE:
                 self._judge(greedy, sampled, None)
@@ -178,9 +178,12 @@ class Lab:
         passed = json.loads(greedy.read_text())
         return [passed[t.id] for t in self.judged]
 
-    def sampled(self, part: str) -> list[float]:
-        """The share of a candidate's sampled answers to the judged tasks that is right."""
-        passed = json.loads((self.folder / f"{part}-sampled.json").read_text())
+    def sampled(self, part: str) -> list[float] | None:
+        """The share of a candidate's sampled answers to the judged tasks that is right; None where there are none."""
+        kept = self.folder / f"{part}-sampled.json"
+        if not kept.exists():
+            return None
+        passed = json.loads(kept.read_text())
         return [passed[t.id] / self.size.samples for t in self.judged]
 
     def _train_and_judge(self, greedy: Path, sampled: Path, domain: Domain) -> None:
