@@ -19,6 +19,7 @@ from cascade.config import Base, Config
 from serve.arguments import Arguments, checked, servable
 from serve.ingress import EngineReplica, Ingress, Served
 from serve.limits import Limits
+from serve.placement import placed
 
 
 def build(args: Mapping[str, Any]) -> Application:
@@ -57,7 +58,11 @@ def application(args: Arguments, config: Config) -> Application:
     options: dict[str, Any] = {"num_cpus": config.execution.cpus_per_actor}
     if config.execution.use_gpu and args.vllm is None:
         options["num_gpus"] = config.execution.gpus
-    engine = EngineReplica.options(ray_actor_options=options, **args.scaling)  # type: ignore[attr-defined]
+    engine = EngineReplica.options(  # type: ignore[attr-defined]
+        ray_actor_options=options,
+        request_router_config=placed(served.limits.max_loaded_modifiers),
+        **args.scaling,
+    )
     return Ingress.bind(served, engine.bind(served))  # type: ignore[attr-defined]
 
 

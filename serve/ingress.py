@@ -19,7 +19,7 @@ import torch
 from fastapi import FastAPI
 from ray import serve as ray_serve
 from ray.exceptions import RayActorError
-from ray.serve.config import BackpressureConfig, RequestRouterConfig
+from ray.serve.config import BackpressureConfig
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
@@ -38,7 +38,7 @@ from serve.limits import Limits
 from serve.live import LiveModifiers, LiveRouter
 from serve.meters import RayMeters, SwapMeter
 from serve.middleware import RETRY_AFTER_S
-from serve.placement import HoldersFirst, count_engines
+from serve.placement import count_engines
 from serve.vllm import VllmBackend
 
 logger = logging.getLogger("ray.serve")
@@ -88,7 +88,6 @@ class Served:
     graceful_shutdown_timeout_s=_GRACE_S,
     health_check_period_s=5,
     health_check_timeout_s=30,
-    request_router_config=RequestRouterConfig(request_router_class=HoldersFirst),  # type: ignore[arg-type]
 )
 class EngineReplica:
     """A replica that generates: one base, one modifier slot, one computing thread; or a vLLM server behind it."""

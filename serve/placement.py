@@ -7,11 +7,12 @@ that is at work for another one.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ray.serve.config import RequestRouterConfig
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from serve.events import Work
@@ -30,11 +31,17 @@ def count_engines() -> int:
 
 @dataclass
 class Placement:
-    """What engines were given to do, as far as one process gave it to them."""
+    """What engines were given to do, as far as one process gave it to them.
 
+    Attributes:
+        loaded: modifiers that an engine keeps in memory (`Limits.max_loaded_modifiers`).
+    """
+
+    loaded: int = 1
     _given: dict[str, tuple[Hashable, str]] = field(default_factory=dict)
     _at_work: dict[Hashable, Counter[str]] = field(default_factory=dict)
-    _last: dict[Hashable, str] = field(default_factory=dict)
+    _last: dict[Hashable, deque[str]] = field(default_factory=dict)
+    """Engine -> the modifiers that it was asked for last, the latest at the end."""
 
     def cost(self, engine: Hashable, modifier: str) -> int:
         """How much speaks against an engine for a modifier's request, in requests that it has already."""
@@ -44,13 +51,16 @@ class Placement:
             return count
         if others:
             return count + _TURNS
-        return count if self._last.get(engine, modifier) == modifier else count + _SWAP
+        return count if modifier in self._last.get(engine, (modifier,)) else count + _SWAP
 
     def begin(self, request: str, engine: Hashable, modifier: str) -> None:
         """An engine was given a request."""
         self._given[request] = engine, modifier
         self._at_work.setdefault(engine, Counter())[modifier] += 1
-        self._last[engine] = modifier
+        last = self._last.setdefault(engine, deque(maxlen=self.loaded))
+        if modifier in last:
+            last.remove(modifier)
+        last.append(modifier)
 
     def end(self, request: str) -> None:
         """A request is over, however it ended; unknown ones are ignored."""
@@ -67,9 +77,9 @@ class Placement:
 class HoldersFirst(RequestRouter):
     """Ray Serve's choice among the engine's replicas, by `Placement`."""
 
-    def initialize_state(self, **options: Any) -> None:
-        """Called once by Ray Serve."""
-        self._placement = Placement()
+    def initialize_state(self, loaded: int = 1, **options: Any) -> None:
+        """Called once by Ray Serve, with what `placed` says."""
+        self._placement = Placement(loaded)
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Called by Ray Serve with all replicas whenever there are others than before."""
@@ -98,6 +108,12 @@ class HoldersFirst(RequestRouter):
         """Called by Ray Serve when a replica is lost."""
         super().on_replica_actor_died(replica_id)
         self._placement.lose(replica_id)
+
+
+def placed(loaded: int) -> RequestRouterConfig:
+    """How a deployment says that `HoldersFirst` chooses among its engines, which keep so many modifiers in memory."""
+    kwargs = {"loaded": loaded}
+    return RequestRouterConfig(request_router_class=HoldersFirst, request_router_kwargs=kwargs)  # type: ignore[arg-type]
 
 
 def _modifier(request: PendingRequest | None) -> str:

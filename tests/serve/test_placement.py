@@ -11,14 +11,14 @@ from ray.serve.request_router import PendingRequest
 
 from cascade.tasks import Message
 from serve.events import Work
-from serve.placement import HoldersFirst, Placement
+from serve.placement import HoldersFirst, Placement, placed
 
 
 class Router(HoldersFirst):
     """The router without what Ray Serve gives it."""
 
-    def __init__(self, *names: str) -> None:
-        self.initialize_state()
+    def __init__(self, *names: str, loaded: int = 1) -> None:
+        self.initialize_state(**placed(loaded).request_router_kwargs)
         self.replicas: Any = [SimpleNamespace(replica_id=name) for name in names]
         self.requests = 0
 
@@ -47,6 +47,15 @@ def test_one_after_another_each_modifier_stays_where_it_is() -> None:
         seen.setdefault(choice, set()).add(engine)
     assert seen["code"] != seen["sums"]
     assert all(len(engines) == 1 for engines in seen.values())
+
+
+@pytest.mark.parametrize(("loaded", "engine"), [(1, "b"), (2, "a")])
+def test_a_modifier_stays_for_a_second_one_where_two_are_in_memory(loaded: int, engine: str) -> None:
+    router = Router("a", loaded=loaded)
+    for choice in ("code", "sums"):
+        router.end(*router.ask(choice))
+    router.replicas.append(SimpleNamespace(replica_id="b"))
+    assert router.ask("code")[0] == engine
 
 
 def test_a_crowd_for_one_modifier_takes_all_engines() -> None:
