@@ -55,19 +55,27 @@ class Calibrator:
         return np.clip(p, _NEVER_CERTAIN, 1 - _NEVER_CERTAIN)
 
 
-def fit(method: Method, logits: ArrayLike, outcomes: Sequence[bool] | NDArray[np.bool_]) -> Calibrator:
-    """Fit one method to logits and what became of them. Without data, the identity."""
+def fit(
+    method: Method, logits: ArrayLike, outcomes: Sequence[bool] | NDArray[np.bool_], *, even: bool = False
+) -> Calibrator:
+    """Fit one method to logits and what became of them. Without data, the identity.
+
+    Args:
+        even: right and wrong count alike, however many there are of each.
+    """
     z, y = np.asarray(logits, dtype=np.float64), np.asarray(outcomes, dtype=bool)
     if method == "identity" or len(z) == 0:
         return Calibrator()
-    smooth = _smoothed(y)
+    smooth, weights = _smoothed(y), _weights(y, even)
     if method == "temperature":
-        best = minimize_scalar(lambda t: _log_loss(expit(z / np.exp(t)), smooth), bounds=_LOG_TEMPERATURE)
+        best = minimize_scalar(lambda t: _log_loss(expit(z / np.exp(t)), smooth, weights), bounds=_LOG_TEMPERATURE)
         return Calibrator("temperature", (float(np.exp(best.x)),))
     if method == "platt":
-        best = minimize(lambda w: _log_loss(expit(w[0] * z + w[1]), smooth), x0=[1.0, 0.0], bounds=[(0, 20), (-20, 20)])
+        best = minimize(
+            lambda w: _log_loss(expit(w[0] * z + w[1]), smooth, weights), x0=[1.0, 0.0], bounds=[(0, 20), (-20, 20)]
+        )
         return Calibrator("platt", (float(best.x[0]), float(best.x[1])))
-    regression = IsotonicRegression(y_min=0, y_max=1, out_of_bounds="clip").fit(z, smooth)
+    regression = IsotonicRegression(y_min=0, y_max=1, out_of_bounds="clip").fit(z, smooth, weights)
     x, p = regression.X_thresholds_, regression.y_thresholds_
     return Calibrator("isotonic", (*map(float, x), *map(float, p)))
 
@@ -88,13 +96,16 @@ class Calibration:
     loss: dict[str, float]
 
 
-def calibrate(logits: ArrayLike, outcomes: Sequence[bool] | NDArray[np.bool_], seed: int) -> Calibration:
+def calibrate(
+    logits: ArrayLike, outcomes: Sequence[bool] | NDArray[np.bool_], seed: int, *, even: bool = False
+) -> Calibration:
     """Choose the method with the smallest cross-validated log loss and fit it to everything.
 
     Args:
         logits: of tasks that the network was not trained on, shape (tasks,).
         outcomes: whether the answer was right.
         seed: of the folds.
+        even: see `fit`; the log loss is weighed likewise.
     """
     z, y = np.asarray(logits, dtype=np.float64), np.asarray(outcomes, dtype=bool)
     if len(z) < 2:
@@ -104,11 +115,12 @@ def calibrate(logits: ArrayLike, outcomes: Sequence[bool] | NDArray[np.bool_], s
     for method in get_args(Method):
         p = np.empty_like(z)
         for k in np.unique(fold):
-            p[fold == k] = fit(method, z[fold != k], y[fold != k])(z[fold == k])
+            p[fold == k] = fit(method, z[fold != k], y[fold != k], even=even)(z[fold == k])
         held_out[method] = p
-    loss = {m: _log_loss(p, y.astype(np.float64)) for m, p in held_out.items()}
+    weights = _weights(y, even)
+    loss = {m: _log_loss(p, y.astype(np.float64), weights) for m, p in held_out.items()}
     best = min(held_out, key=loss.__getitem__)
-    return Calibration(fit(best, z, y), held_out[best], {str(m): v for m, v in loss.items()})
+    return Calibration(fit(best, z, y, even=even), held_out[best], {str(m): v for m, v in loss.items()})
 
 
 @dataclass(frozen=True)
@@ -161,6 +173,14 @@ def _smoothed(outcomes: NDArray[np.bool_]) -> Floats:
     return np.where(outcomes, (right + 1) / (right + 2), 1 / (wrong + 2))
 
 
-def _log_loss(probabilities: Floats, targets: Floats) -> float:
+def _weights(outcomes: NDArray[np.bool_], even: bool) -> Floats:
+    """Of the rows, 1 on average."""
+    share = outcomes.mean()
+    if not even or share in (0, 1):
+        return np.ones(len(outcomes))
+    return np.where(outcomes, 0.5 / share, 0.5 / (1 - share))
+
+
+def _log_loss(probabilities: Floats, targets: Floats, weights: Floats) -> float:
     p = np.clip(probabilities, 1e-12, 1 - 1e-12)
-    return float(-(xlogy(targets, p) + xlogy(1 - targets, 1 - p)).mean())
+    return float(-np.average(xlogy(targets, p) + xlogy(1 - targets, 1 - p), weights=weights))

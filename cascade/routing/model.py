@@ -30,6 +30,7 @@ from cascade.errors import DataError, FormatError
 from cascade.routing.calibration import Calibrator
 from cascade.routing.features import featurize
 from cascade.routing.network import RouterNetwork
+from cascade.routing.offers import fit
 from cascade.tasks import Message, Route, Task
 
 BASE = "base"
@@ -202,12 +203,14 @@ TOOLS_OFFERED = "Functions to call are offered."
 def queries_of(messages: Sequence[Message]) -> list[str]:
     """What the router reads of a conversation: its user messages, the last one first, "" if there is none.
 
-    Each says whether functions to call are offered: whether "What is the weather in Oslo?" is small talk or a call to
-    make is not in the question.
+    Each says whether functions to call are offered and how well they fit it: whether "What is the weather in Oslo?" is
+    small talk or a call to make is not in the question.
     """
     questions = [m.content for m in reversed(messages) if m.role == "user"][:_MOST_TURNS] or [""]
-    offered = f"\n{TOOLS_OFFERED}" if any(describes_functions(m) for m in messages) else ""
-    return [f"{question}{offered}" for question in questions]
+    offer = next((m.content for m in messages if describes_functions(m)), None)
+    if offer is None:
+        return questions
+    return [f"{question}\n{TOOLS_OFFERED} {fit(question, offer)}".rstrip() for question in questions]
 
 
 def query_of(task: Task) -> str:

@@ -7,6 +7,7 @@ other says whether it is a follow-up, which means nothing without what came befo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -22,6 +23,9 @@ MAX_BYTES = 13_000_000
 """The router's size on disk and in memory may not pass this."""
 
 _BATCH = 32
+_MOST_STEPS = 1500
+"""Of the optimiser. Thousands of queries need fewer passes than hundreds: with as many the network learns them by
+heart, and is sure of queries that it does not know."""
 _DROPOUT = 0.1
 _LEARNING_RATE = 2e-3
 _WEIGHT_DECAY = 1e-3
@@ -102,13 +106,14 @@ def train_network(
         vectors: shape (queries, features).
         targets: shape (queries, outputs): 1 right, 0 wrong, NaN not measured (no loss).
         hidden: width of the hidden layers.
-        epochs: passes over the queries.
+        epochs: passes over the queries at most; fewer where they would take more than 1,500 steps of 32.
         seed: decides the start and the order; the caller's random state is left alone.
 
     Raises:
         ConfigError: see `RouterNetwork`.
     """
     x, y = torch.from_numpy(vectors), torch.from_numpy(targets)
+    epochs = max(1, min(epochs, _MOST_STEPS // math.ceil(len(x) / _BATCH)))
     measured = (~y.isnan()).float()
     y = y.nan_to_num()
     with alone(), torch.random.fork_rng(devices=[]):

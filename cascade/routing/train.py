@@ -3,6 +3,9 @@
 The queries are split into folds, equal ones together, and a network is trained without each fold. What it says of that
 fold is what calibrators learn from, and what every reported figure comes from; calibrators are cross-fitted too, so
 that no query is judged by a network or a calibrator that saw it. The networks side by side are the router.
+
+How many of the requests to come are of no measured kind nobody knows, and how many built-in lines of general chat there
+are says nothing of it. So "known" is calibrated as if every second request were.
 """
 
 from __future__ import annotations
@@ -191,7 +194,7 @@ def train_router(
         logits[~rest] = network.logits(vectors[~rest])
         networks.append(network)
     names = (*candidates, *RESERVED)
-    calibrations = {n: _calibrate(logits[:, i], targets[:, i], seed) for i, n in enumerate(names)}
+    calibrations = {n: _calibrate(logits[:, i], targets[:, i], seed, even=n == KNOWN) for i, n in enumerate(names)}
     model = RouterModel(
         network=joined(networks),
         candidates=candidates,
@@ -231,10 +234,10 @@ def _folds(queries: Sequence[str], seed: int) -> NDArray[np.int64]:
     return np.array([fold[q] for q in queries], dtype=np.int64)
 
 
-def _calibrate(logits: NDArray[np.float64], targets: NDArray[np.float32], seed: int) -> Calibration:
+def _calibrate(logits: NDArray[np.float64], targets: NDArray[np.float32], seed: int, *, even: bool) -> Calibration:
     """Calibrate on the measured rows; the others get their probability from the finished calibrator."""
     measured = ~np.isnan(targets)
-    result = calibrate(logits[measured], targets[measured] > 0.5, seed)
+    result = calibrate(logits[measured], targets[measured] > 0.5, seed, even=even)
     held_out = result.calibrator(logits)
     held_out[measured] = result.held_out
     return dataclasses.replace(result, held_out=held_out)

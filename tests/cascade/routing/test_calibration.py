@@ -24,6 +24,18 @@ def test_platt_undoes_scale_and_offset() -> None:
     assert fit("platt", logits, OUTCOMES).parameters == pytest.approx((0.5, -0.5), abs=0.07)
 
 
+@pytest.mark.parametrize("method", ["platt", "isotonic"])
+def test_outcomes_that_count_alike_leave_their_numbers_out(method: str) -> None:
+    logits = np.repeat([-1.0, 1.0], 500)
+    wrong = np.tile([True, False, False, False, False], 200)
+    outcomes = np.where(logits > 0, ~wrong, wrong)
+    many = np.concatenate([np.flatnonzero(outcomes)] * 9 + [np.flatnonzero(~outcomes)])
+    uneven = fit(method, logits[many], outcomes[many])(0.0)  # type: ignore[arg-type]
+    even = fit(method, logits[many], outcomes[many], even=True)  # type: ignore[arg-type]
+    assert uneven > 0.75
+    assert even([-1.0, 0.0, 1.0]) == pytest.approx([0.2, 0.5, 0.8], abs=0.01)
+
+
 def test_isotonic_follows_any_monotone_bend() -> None:
     logits = np.where(TRUE > 0.5, TRUE * 20, TRUE)
     p = fit("isotonic", logits, OUTCOMES)(logits)

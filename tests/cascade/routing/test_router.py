@@ -24,7 +24,7 @@ from cascade.routing.model import (
     publish,
     queries_of,
 )
-from cascade.routing.network import MAX_BYTES, RouterNetwork, joined
+from cascade.routing.network import MAX_BYTES, RouterNetwork, joined, train_network
 from cascade.routing.train import RouterReport, follow_ups, general_chat, train_router
 from cascade.tasks import Message
 
@@ -101,6 +101,39 @@ def test_offered_functions_are_read_with_the_question() -> None:
     assert queries_of([]) == [""]
     many = [Message("user", str(i)) for i in range(20)]
     assert queries_of(many) == [str(i) for i in range(19, 11, -1)]
+
+
+FORECAST = {"name": "weather.getForecast", "description": "Forecasts rain and wind of a city.", "parameters": {}}
+
+
+def query(question: str, functions: str) -> str:
+    return queries_of([Message("system", SYSTEM_PROMPT.format(functions=functions)), Message("user", question)])[0]
+
+
+def test_what_question_and_functions_share_is_read_too() -> None:
+    functions = json.dumps([{"name": "add", "description": "Adds two numbers."}, FORECAST], indent=4)
+    asked = "Which weather do they forecast in Oslo?"
+    # 2 of weather, forecast, rain, wind, city; "forecasts" begins like "forecast"
+    assert query(asked, functions) == f"{asked}\n{TOOLS_OFFERED} fitsa fitsb saysa saysb saysc saysd"
+    assert query("Who are you?", functions) == f"Who are you?\n{TOOLS_OFFERED}"
+    everything = "Get the weather: forecasts of rain and wind in a city."
+    assert query(everything, functions).endswith("saysj")
+
+
+@pytest.mark.parametrize("functions", ["as XML", "{}", '["weather"]', '[{"name": null, "description": 3}]', "[{}]"])
+def test_functions_listed_in_another_way_are_offered_all_the_same(functions: str) -> None:
+    assert query("Which weather?", functions) == f"Which weather?\n{TOOLS_OFFERED}"
+
+
+def test_more_queries_take_fewer_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = []
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: (steps.append(1), step(self))[1])
+    vectors, targets = np.zeros((3201, 4), np.float32), np.zeros((3201, 3), np.float32)
+    train_network(vectors[:64], targets[:64], hidden=2, epochs=60, seed=0)
+    assert len(steps) == 120
+    train_network(vectors, targets, hidden=2, epochs=60, seed=0)
+    assert len(steps) == 120 + 14 * 101
 
 
 def test_the_rule() -> None:
