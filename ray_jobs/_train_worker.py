@@ -26,7 +26,7 @@ from ray.train.torch import get_device
 from cascade.artifacts import Run
 from cascade.config import Config, PromptStyle
 from cascade.errors import DataError
-from cascade.models.base import LoadedBase, end_token_ids, load_base
+from cascade.models.base import LoadedBase, end_token_ids, load_base, named_when_full
 from cascade.models.student import Student
 from cascade.tasks import Example, Message, Task
 from cascade.training.deepspeed_engine import DeepSpeedEngine
@@ -70,6 +70,9 @@ class Assigned:
     answered: tuple[Task, ...]
 
 
+MORE_MEMORY = "raise execution.gpu_share, lower execution.row_tokens, or set training.gradient_checkpointing"
+
+
 def train_worker(settings: dict[str, Any]) -> None:
     """Train from the last checkpoint, or the beginning, to the end; every worker runs this."""
     assigned: Assigned = settings["assigned"]
@@ -81,7 +84,7 @@ def train_worker(settings: dict[str, Any]) -> None:
             first = ray.train.get_context().get_world_rank() == 0
             ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder) if first else None)
         return
-    with ExitStack() as stack:
+    with named_when_full("training", MORE_MEMORY), ExitStack() as stack:
         _Session(assigned, checkpoint, stack).train()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -74,6 +76,21 @@ def keep_to_share(share: float) -> None:
         torch.cuda.set_per_process_memory_fraction(share)
 
 
+@contextmanager
+def named_when_full(what: str, remedy: str) -> Iterator[None]:
+    """Say what did not fit and what to change where a GPU's memory ends.
+
+    Raises:
+        ConfigError: it ended inside.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, torch.AcceleratorError) as error:  # the second: others left not even the driver any
+        if "out of memory" not in str(error):
+            raise
+        raise ConfigError(f"the GPU's memory does not do for {what}: {remedy} ({error})") from error
+
+
 def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
     """A base's tokenizer alone.
 
@@ -120,7 +137,10 @@ def load_base(
         raise ConfigError(f"base.model: {folder} is no causal language model: {error}") from error
     tokenizer = load_tokenizer(base)
     if bits == 16:  # others were put there as they were packed
-        model.to(device)  # type: ignore[arg-type]
+        with named_when_full(
+            "the base", "fewer actors, or execution.student_tokens for each of them, leave others room"
+        ):
+            model.to(device)  # type: ignore[arg-type]
     elif bits == 4 and device.type == "cpu":
         keep_to_sound_kernels(model)
     model.eval().requires_grad_(False)

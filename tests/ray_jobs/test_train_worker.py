@@ -21,7 +21,7 @@ from stand_in import save_tiny_base
 
 from cascade.artifacts import Run, Store
 from cascade.config import Config, PromptStyle, check_config
-from cascade.errors import DataError
+from cascade.errors import ConfigError, DataError
 from cascade.models.student import Student
 from cascade.tasks import Example, Message, Task
 from cascade.training.looks import Look
@@ -299,6 +299,17 @@ def test_a_training_that_has_broken_down_ends_and_leaves_the_sound_checkpoint(
     assert fake.checkpoint is not None
     state = torch.load(Path(fake.checkpoint.path) / "state")
     assert all(bool(w.isfinite().all()) for w in state["weights"].values())
+
+
+def test_where_the_memory_ends_it_says_what_to_change(
+    base: str, fake: FakeRay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(TorchEngine, "__init__", full)
+    with pytest.raises(ConfigError, match=r"execution\.gpu_share.*Tried to allocate"):
+        train(assign(base, tmp_path, {"tasks": 0}))
 
 
 def test_an_adapter_that_is_not_finite_is_never_saved(
