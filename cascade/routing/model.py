@@ -41,7 +41,7 @@ FOLLOW_UP = "follow-up"
 RESERVED = (KNOWN, FOLLOW_UP)
 """The outputs that are no candidates, in their order behind these."""
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _MOST_TURNS = 8
 """A conversation is read back so many user messages at most."""
 _WEIGHTS, _MANIFEST = "router.safetensors", "manifest.json"

@@ -254,7 +254,7 @@ def test_damaged_routers_are_refused(trained: tuple[RouterModel, RouterReport], 
     with pytest.raises(FormatError, match="damaged"):
         RouterModel.load(tmp_path)
     weights.write_bytes(good)
-    for change in ({"format_version": 3}, {"hidden": 17}, {"candidates": None}, {"threshold": "x"}):
+    for change in ({"format_version": 99}, {"hidden": 17}, {"candidates": None}, {"threshold": "x"}):
         manifest.write_text(json.dumps(said | change))
         with pytest.raises(FormatError):
             RouterModel.load(tmp_path)
