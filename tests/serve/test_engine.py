@@ -205,10 +205,11 @@ async def test_the_batches_stay_within_their_bounds(make_engine, work, reference
 async def test_a_long_answer_is_parked_and_goes_on_where_it_was(make_engine, work, reference, monkeypatch):
     engine = make_engine(patience_s=0.0)
     long, short = work("letters", "a long one", 450), work("sums", "a short one", 3)
-    both_there, stepped = threading.Event(), []
+    begun, both_there, stepped = threading.Event(), threading.Event(), []
     original = Batch.step
 
     def step(batch, on_token=None):
+        begun.set()
         assert both_there.wait(30)
         stepped.append(batch.rows[0].request.max_tokens)
         return original(batch, on_token)
@@ -216,7 +217,7 @@ async def test_a_long_answer_is_parked_and_goes_on_where_it_was(make_engine, wor
     with monkeypatch.context() as patched:
         patched.setattr(Batch, "step", step)
         first = asyncio.create_task(collect(engine, long))
-        await until_load(engine, (1, 0))
+        assert await asyncio.to_thread(begun.wait, 30)  # its prompt is read: before, the other may take a turn
         second = asyncio.create_task(collect(engine, short))
         await until_load(engine, (1, 1))
         both_there.set()
