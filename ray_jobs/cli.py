@@ -82,9 +82,10 @@ def plan(
     ] = 0,
 ) -> None:
     """Show the steps, the tasks, and what the teachers should be asked and cost; spends only on --sample."""
+    loaded = _load(config)
     from ray_jobs.commands.plan import print_plan
 
-    print_plan(config, sample)
+    print_plan(loaded, sample)
 
 
 @app.command("export-dataset")
@@ -164,9 +165,10 @@ def canary(
     promote: Annotated[bool, typer.Option("--promote", help="make VERSION the current one, and end a canary")] = False,
 ) -> None:
     """Try a version of the domain's modifier on a share of its requests; servers follow within seconds."""
+    loaded = _load(config)
     from ray_jobs.commands.canary import canary
 
-    canary(config, version, weight, promote)
+    canary(loaded, version, weight, promote)
 
 
 @app.command("compress")

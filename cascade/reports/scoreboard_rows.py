@@ -77,19 +77,15 @@ ENTRIES = [
     Entry("MMLU, cloze", "mmlu", "hub", {"form": "cloze", "normalise": True, "topic": True}, "mmlu"),
     Entry("ARC-Challenge, 0 shots", "arc", "hub", local="arc"),
     Entry("BBH, 3 shots", "bbh", "hub; shots: wheel lm-eval", local="bbh"),
-    Entry(
-        "reasoning-gym, 12 families",
-        "reasoning_gym",
-        "package reasoning-gym",
-        {"generators": [{"name": name} for name in REASONING_GYM]},
-        sampled=600,
-    ),
-    Entry(
-        "reasoning-gym, logic families",
-        "reasoning_gym",
-        "package reasoning-gym",
-        {"generators": [{"name": name} for name in LOGIC]},
-        sampled=600,
+    *(
+        Entry(
+            f"reasoning-gym, {which} families",
+            "reasoning_gym",
+            "package reasoning-gym",
+            {"generators": [{"name": name} for name in names]},
+            sampled=600,
+        )
+        for which, names in (("12", REASONING_GYM), ("logic", LOGIC))
     ),
     *(Entry(f"BFCL {name}", "bfcl", "wheel bfcl-eval", {"categories": [name], "split_rule": "none"}) for name in _BFCL),
 ]

@@ -9,17 +9,16 @@ from rich.table import Table
 
 from cascade import modifiers
 from cascade.artifacts import Store
-from cascade.config import load_config
+from cascade.config import Config
 from cascade.errors import ConfigError
 
 
-def canary(path: str, version: str | None, weight: float | None, promote: bool) -> None:
+def canary(config: Config, version: str | None, weight: float | None, promote: bool) -> None:
     """Give a version a share of the requests, or all, if one is named; print all versions.
 
     Raises:
-        CascadeError: the config cannot be used, there is no such version, or it is not said what to do with it.
+        CascadeError: there is no such version, or it is not said what to do with it.
     """
-    config = load_config(path)
     store = Store(config.storage)
     if (version is not None) != (promote or weight is not None) or (promote and weight is not None):
         raise ConfigError("give VERSION with either --weight or --promote; `cascade canary CONFIG` shows the versions")

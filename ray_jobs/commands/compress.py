@@ -22,13 +22,11 @@ def compress_adapter(folder: str, file: str, share: float, values: str | None, b
         raise ConfigError(f"--share must be in (0, 1] and --values one of {', '.join(get_args(Values))}")
     if base not in ("bfloat16", "float16", "float32", "int8"):
         raise ConfigError(f"--base is the type of the base, bfloat16, float16, float32 or int8, not {base}")
-    wanted, form = (
-        Compression(max_ratio=share, max_resident_ratio=share),
-        (4 if base == "float32" else 2, base == "int8"),
-    )
+    wanted = Compression(max_ratio=share, max_resident_ratio=share)
+    number, int8 = 4 if base == "float32" else 2, base == "int8"
     adapter, compressed = compress_folder(
-        folder, file, wanted=wanted, values=cast(Values | None, values), bytes_per_number=form[0], int8=form[1]
+        folder, file, wanted=wanted, values=cast(Values | None, values), bytes_per_number=number, int8=int8
     )
     full, disk = fp16_bytes(adapter), disk_bytes(compressed)
-    held = resident_bytes(compressed, bytes_per_number=form[0], int8=form[1])
+    held = resident_bytes(compressed, bytes_per_number=number, int8=int8)
     print(f"{file}: {disk} bytes ({disk / full:.1%} of {full} in fp16), {held} in memory ({held / full:.1%})")

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from rich.console import Console
 from rich.table import Table
 
-from cascade.config import ANSWER_KEY, load_config
+from cascade.config import ANSWER_KEY, Config
 from cascade.errors import ConfigError
 from cascade.tasks import Task
 from cascade.teachers import MOST_CALLS
@@ -23,17 +23,15 @@ ASSUMED_FAILURES = 0.9
 """Share of the tasks that a base is taken to fail as long as it has not been tested."""
 
 
-def print_plan(path: str, sample: int) -> None:
+def print_plan(config: Config, sample: int) -> None:
     """Print the steps, the tasks and the expected cost of a config.
 
     Args:
-        path: of the config.
         sample: calls to buy first.
 
     Raises:
-        CascadeError: the config, its tasks or, where calls are bought, a teacher cannot be used.
+        CascadeError: the tasks or, where calls are bought, a teacher cannot be used.
     """
-    config = load_config(path)
     runs = Runs(config)
     console = Console()
     rate: float | None = None
