@@ -4,6 +4,9 @@
 
 What is recorded before a batch is created lets a later process find it at the endpoint (by a mark in its metadata)
 and wait for it instead of submitting it again, whenever the first one was killed.
+
+Batches are submitted one after another. One that finds the endpoint's queue full waits until another one of ours has
+ended, and those behind it wait too; if none is under way it is tried again later, or cut.
 """
 
 from __future__ import annotations
@@ -11,77 +14,40 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import time
 import uuid
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Collection, Coroutine, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import openai
 from openai.types import Batch
 
-from cascade.artifacts import Store
 from cascade.config import Teacher
 from cascade.errors import TeacherError
-from cascade.tasks import Message
+from cascade.teachers import batch_limits
+from cascade.teachers.batch_limits import BatchRequest, cut, error_of, found_no_room, stated_limit, tokens_of
+from cascade.teachers.batch_record import Record, Records
 from cascade.teachers.budget import price_usd
 from cascade.teachers.endpoint import EndpointClient, Failure, read_response
 from cascade.teachers.ledger import Ledger, LedgerEntry, Sent
 
-FOLDER = "batches"
 GATHER_S = 5.0
 """A batch is submitted when so many seconds have brought no further request."""
 POLL_S = 30.0
 """Seconds between two looks at a batch."""
 _MARK = "cascade_batch"
-_MOST_REQUESTS = 50_000
-_MOST_BYTES = 150_000_000
-_TRIES = 5
+_TRIES = 8
+_LONGEST_WAIT_S = 3600.0
+_TRIES_ALONE = 30
+"""How often a batch is submitted to a full queue that holds none of ours: after a day all others should have ended."""
+_CUT_AFTER = 3
+_MOST_OFF = 4
+"""How many tokens there may be to one of our estimate: one a character."""
 _ENDED = ("completed", "failed", "expired", "cancelled")
 _log = logging.getLogger(__name__)
 Outcome = tuple[LedgerEntry, Failure | None]
-
-
-@dataclass(frozen=True)
-class BatchRequest:
-    """One request of a batch.
-
-    Attributes:
-        key: `conversation.request_key`; its name in the batch.
-        identity: the fields of its ledger row that are known before it is sent.
-        worst_usd: the most that it can cost, at the price of a batch.
-    """
-
-    key: str
-    messages: tuple[Message, ...]
-    parameters: Mapping[str, Any]
-    identity: Mapping[str, Any]
-    worst_usd: float
-
-    def line(self, model: str) -> bytes:
-        """Its line of the file that is uploaded."""
-        body = {"model": model, "messages": [m.as_dict() for m in self.messages], **self.parameters}
-        call = {"custom_id": self.key, "method": "POST", "url": "/v1/chat/completions", "body": body}
-        return json.dumps(call).encode() + b"\n"
-
-
-@dataclass
-class _Record:
-    """What the store knows of a batch: enough to find it, and to write its rows.
-
-    Attributes:
-        remote: its id at the endpoint, "" as long as nobody knows whether it was created.
-        requests: key -> identity of the ledger row.
-    """
-
-    id: str
-    tier: int
-    model: str
-    endpoint: str
-    requests: dict[str, dict[str, Any]]
-    remote: str = ""
-    done: bool = False
-    created: float = field(default_factory=time.time)
 
 
 class BatchQueue:
@@ -97,13 +63,18 @@ class BatchQueue:
     ) -> None:
         self._teacher, self._endpoint, self._ledger = teacher, endpoint, ledger
         self._domain, self._tier = domain, tier
-        self._store: Store = ledger.store
+        self._whose = (tier, teacher.name, endpoint.endpoint.base_url)
+        self._records = Records(ledger.store, domain)
         self._queue: list[BatchRequest] = []
         self._last_added = 0.0
         self._futures: dict[str, asyncio.Future[Outcome]] = {}
         self._work: set[asyncio.Task[None]] = set()
         self._gathering: asyncio.Task[None] | None = None
         self._resumed: asyncio.Task[None] | None = None
+        self._door = asyncio.Lock()
+        self._under_way = 0  # batches in the endpoint's queue
+        self._ended = asyncio.Event()
+        self._most_tokens = math.inf
 
     async def resume(self) -> None:
         """Find the batches of earlier processes that have not been fetched. Called again, it waits for the first."""
@@ -139,73 +110,168 @@ class BatchQueue:
     async def _gather(self) -> None:
         while True:
             wait = self._last_added + GATHER_S - time.monotonic()
-            if wait > 0 and len(self._queue) < _MOST_REQUESTS:
+            if wait > 0 and len(self._queue) < batch_limits.MOST_REQUESTS:
                 await asyncio.sleep(min(wait, 1.0))
                 continue
             self._gathering = None
-            await self._submit_all()
+            queue, self._queue = self._queue, []
+            self._start_all(queue, self._most_tokens)
             return
 
-    async def _submit_all(self) -> None:
-        queue, self._queue = self._queue, []
-        lines: list[bytes] = []
-        requests: list[BatchRequest] = []
-        for request in queue:
-            line = request.line(self._teacher.name)
-            if requests and (len(requests) == _MOST_REQUESTS or sum(map(len, lines)) + len(line) > _MOST_BYTES):
-                self._start(self._submit(requests, b"".join(lines)))
-                requests, lines = [], []
-            requests.append(request)
-            lines.append(line)
-        if requests:
-            self._start(self._submit(requests, b"".join(lines)))
+    def _start_all(self, requests: list[BatchRequest], most_tokens: float) -> None:
+        for part in cut(requests, self._teacher.name, most_tokens):
+            self._start([r.key for r in part], self._submit(part))
 
-    def _start(self, work: Any) -> None:
-        task = asyncio.ensure_future(work)
+    def _start(self, keys: Collection[str], work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(self._do(keys, work))
         self._work.add(task)
         task.add_done_callback(self._work.discard)
 
-    async def _submit(self, requests: list[BatchRequest], content: bytes) -> None:
-        identities = {r.key: dict(r.identity) for r in requests}
-        record = _Record(uuid.uuid4().hex, self._tier, self._teacher.name, self._endpoint.endpoint.base_url, identities)
+    async def _do(self, keys: Collection[str], work: Coroutine[Any, Any, None]) -> None:
+        """Work on the batch of some requests. Its error is told to all who wait for one of them, now or later."""
         try:
-            await asyncio.to_thread(self._keep, record)
-            sent = [Sent(r.key, self._domain, self._tier, r.worst_usd, record.id) for r in requests]
-            await asyncio.gather(*(self._ledger.arecord(row) for row in sent))
-            batch = await self._create(record, content)
-        except (openai.OpenAIError, OSError) as error:
-            await self._give_up(record, error)
-            return
-        await self._await(record, batch)
+            await work
+        except Exception as error:
+            for future in (self._futures[key] for key in keys if key in self._futures):
+                if not future.done():
+                    future.set_exception(error)
+                    future.exception()  # there may be nobody yet
 
-    async def _create(self, record: _Record, content: bytes) -> Batch:
+    async def _submit(self, requests: list[BatchRequest]) -> None:
+        async with self._door:
+            if len(requests) > 1 and tokens_of(requests) > self._most_tokens:  # as is known by now
+                self._start_all(requests, self._most_tokens)
+                return
+            record = await self._open(requests)
+            taken = await self._enqueue(record, requests)
+        if isinstance(taken, Batch):
+            await self._await(record, taken)
+        elif isinstance(taken, Failure):
+            await self._finish(record, {}, taken)
+        else:
+            await self._close(record, {}, Failure("limited", "the batch was cut"))
+            self._start_all(requests, taken)
+
+    async def _open(self, requests: list[BatchRequest]) -> Record:
+        """Record that a batch is about to be submitted."""
+        identities = {r.key: dict(r.identity) for r in requests}
+        record = Record(uuid.uuid4().hex, *self._whose, identities)
+        await asyncio.to_thread(self._records.keep, record)
+        sent = [Sent(r.key, self._domain, self._tier, r.worst_usd, record.id) for r in requests]
+        await asyncio.gather(*(self._ledger.arecord(row) for row in sent))
+        return record
+
+    async def _enqueue(self, record: Record, requests: list[BatchRequest]) -> Batch | Failure | float:
+        """Submit a batch until the queue has room for it.
+
+        Returns:
+            The batch; or why its requests cannot be submitted; or to batches of how many tokens they are to be cut.
+        """
+        if self._endpoint.refusal:
+            return Failure("unusable", self._endpoint.refusal)
+        content = b"".join(r.line(self._teacher.name) for r in requests)
+        if len(content) > batch_limits.MOST_BYTES:
+            return Failure("refused", f"no batch takes a request of {len(content):,} bytes")
+        tokens, is_single, alone = tokens_of(requests), len(requests) == 1, 0
+        while is_single or tokens <= self._most_tokens:
+            others = self._under_way
+            self._ended.clear()
+            offered = await self._offer(record, content)
+            if not isinstance(offered, str):
+                return offered
+            _log.warning("tier %d: %s; a batch of %d requests waits", self._tier, offered, len(requests))
+            if others:
+                await self._ended.wait()
+                continue
+            alone += 1
+            if self._is_beyond(tokens, is_single, alone):
+                break
+            if alone == _TRIES_ALONE:
+                return self._refuse(
+                    f"for a day the queue had no room for a batch, though none of this run's: {offered}"
+                )
+            await asyncio.sleep(min(POLL_S * 2.0 ** (alone - 1), _LONGEST_WAIT_S))
+        if is_single:
+            return Failure("refused", f"about {tokens:,} tokens are too many for batches; set mode: live ({offered})")
+        return self._most_tokens if tokens > self._most_tokens else tokens / 2
+
+    def _is_beyond(self, tokens: int, is_single: bool, alone: int) -> bool:
+        """Whether a batch that was refused though none of ours is under way has too many tokens: else it may be that
+        batches of others fill the queue.
+        """
+        patience = _TRIES_ALONE if is_single else _CUT_AFTER
+        return tokens > self._most_tokens or (alone >= patience and _MOST_OFF * tokens > self._most_tokens)
+
+    async def _offer(self, record: Record, content: bytes) -> Batch | Failure | str:
+        """Submit a batch once.
+
+        Returns:
+            The batch as it was taken in (or failed for another reason than a full queue); what the endpoint says of
+            its full queue; or why it takes no batches.
+        """
+        try:
+            batch = await self._create(record, content)
+        except openai.OpenAIError as error:
+            if not isinstance(error, openai.APIStatusError) or error.code != batch_limits.QUEUE_FULL:
+                return self._not_submitted(error)
+            said = str(error)
+        else:
+            batch = await self._poll(record, batch, lambda b: b.status != "validating")
+            if not found_no_room(batch):
+                return batch
+            said = error_of(batch)
+        record.remote = ""  # of the next try
+        await asyncio.to_thread(self._records.keep, record)
+        if (limit := stated_limit(said)) < math.inf:
+            self._most_tokens = limit
+        return said
+
+    def _not_submitted(self, error: openai.OpenAIError) -> Failure:
+        """
+        Raises:
+            TeacherError: nobody knows whether it was.
+        """
+        why = f"the batch could not be submitted: {error}"
+        if not isinstance(error, openai.APIStatusError) or self._endpoint.status(error).kind == "broken":
+            raise TeacherError(
+                f"tier {self._tier} ({self._teacher.name}): {self._endpoint.endpoint.base_url}: {why}. "
+                "All answers bought so far are kept; run again, and it is looked for before another is submitted"
+            ) from error
+        return self._refuse(f"{self._endpoint.status(error).detail}: {why}")
+
+    def _refuse(self, why: str) -> Failure:
+        """The endpoint takes no such batch: that concerns no single request, and stops the run."""
+        failure = Failure("unusable", why)
+        self._endpoint.judge(failure)
+        return failure
+
+    async def _create(self, record: Record, content: bytes) -> Batch:
         """Upload and create; what a broken connection leaves open is looked up before anything is tried again."""
         api = self._endpoint.api
-        file_id = ""
         for attempt in range(1, _TRIES + 1):
             try:
-                if not file_id:
-                    file_id = (await api.files.create(file=(f"{record.id}.jsonl", content), purpose="batch")).id
+                if not record.file:
+                    record.file = (await api.files.create(file=(f"{record.id}.jsonl", content), purpose="batch")).id
                 batch = await self._find(record.id) if attempt > 1 else None
                 batch = batch or await api.batches.create(
-                    input_file_id=file_id,
+                    input_file_id=record.file,
                     endpoint="/v1/chat/completions",
                     completion_window="24h",
                     metadata={_MARK: record.id},
                 )
                 record.remote = batch.id
-                await asyncio.to_thread(self._keep, record)
+                await asyncio.to_thread(self._records.keep, record)
                 return batch
-            except (openai.APIConnectionError, openai.InternalServerError, openai.RateLimitError):
-                if attempt == _TRIES:
+            except (openai.APIConnectionError, openai.InternalServerError, openai.RateLimitError) as error:
+                if attempt == _TRIES or error.code == batch_limits.QUEUE_FULL:
                     raise
                 await asyncio.sleep(self._endpoint.backoff(attempt))
         raise AssertionError("unreachable")
 
     async def _find(self, mark: str) -> Batch | None:
-        """A batch at the endpoint by our mark."""
+        """A batch at the endpoint by our mark. One that failed is none: it did nothing, another may have followed."""
         async for batch in self._endpoint.api.batches.list(limit=100):
-            if (batch.metadata or {}).get(_MARK) == mark:
+            if (batch.metadata or {}).get(_MARK) == mark and batch.status != "failed":
                 return batch
         return None
 
@@ -224,65 +290,97 @@ class BatchQueue:
             ) from error
 
     async def _find_open(self) -> None:
-        for record in await asyncio.to_thread(self._open_records):
+        found = []  # all of them before anything is done: after an error this begins anew
+        for record in await asyncio.to_thread(self._records.unfinished, *self._whose):
             batch = await (
                 self._endpoint.api.batches.retrieve(record.remote) if record.remote else self._find(record.id)
             )
+            found.append((record, batch))
+        for record, batch in found:
             if batch is None:  # killed before it was created
                 await self._finish(record, {}, Failure("broken", "killed before the batch was submitted"))
                 continue
             record.remote = batch.id
             for key in record.requests:
                 self._expect(key)
-            self._start(self._await(record, batch))
+            self._start(record.requests, self._await(record, batch))
 
-    async def _await(self, record: _Record, batch: Batch) -> None:
-        while batch.status not in _ENDED:
+    async def _await(self, record: Record, batch: Batch) -> None:
+        self._under_way += 1
+        try:
+            batch = await self._poll(record, batch, lambda b: b.status in _ENDED)
+        finally:
+            self._under_way -= 1
+            self._ended.set()
+        results: dict[str, dict[str, Any]] = {}
+        for file_id in filter(None, (batch.output_file_id, batch.error_file_id)):
+            results |= await self._read(record, file_id)
+        if found_no_room(batch):  # of an earlier process
+            missing = Failure("limited", error_of(batch))
+        elif batch.status == "failed":
+            missing = self._refuse(
+                f"{self._endpoint.endpoint.base_url} did not take batch {batch.id}: {error_of(batch)}"
+            )
+        else:
+            missing = Failure("broken", f"batch {batch.id} {batch.status} without it")
+        await self._finish(record, results, missing)
+
+    async def _poll(self, record: Record, batch: Batch, is_over: Callable[[Batch], bool]) -> Batch:
+        """Look at a batch from time to time until something is over."""
+        while not is_over(batch):
             await asyncio.sleep(POLL_S)
             try:
                 batch = await self._endpoint.api.batches.retrieve(record.remote)
             except openai.OpenAIError as error:
+                self._check_not_lost(record, error)
                 _log.warning("batch %s: cannot be looked at now (%s); trying again", record.remote, error)
-        results: dict[str, dict[str, Any]] = {}
-        for file_id in filter(None, (batch.output_file_id, batch.error_file_id)):
-            results |= await self._read(file_id)
-        failures = ", ".join(e.message or "" for e in (batch.errors.data if batch.errors else None) or ())
-        kind: Any = "refused" if batch.status == "failed" else "broken"
-        await self._finish(record, results, Failure(kind, f"batch {batch.id} {batch.status} without it: {failures}"))
+        return batch
 
-    async def _read(self, file_id: str) -> dict[str, dict[str, Any]]:
+    async def _read(self, record: Record, file_id: str) -> dict[str, dict[str, Any]]:
         """Lines of a result file by request key; tried until it comes, since it is paid for."""
         attempt = 0
         while True:
             try:
                 content = await self._endpoint.api.files.content(file_id)
-                rows = [json.loads(line) for line in content.text.splitlines() if line.strip()]
+                rows = [json.loads(line) for line in content.text.split("\n") if line.strip()]
                 return {row["custom_id"]: row for row in rows}
             except (openai.OpenAIError, ValueError, KeyError) as error:
+                self._check_not_lost(record, error)
                 attempt += 1
                 _log.warning("batch results %s: %s; trying again", file_id, error)
                 await asyncio.sleep(self._endpoint.backoff(attempt))
 
-    async def _finish(self, record: _Record, results: Mapping[str, dict[str, Any]], missing: Failure) -> None:
+    async def _finish(self, record: Record, results: Mapping[str, dict[str, Any]], missing: Failure) -> None:
         """Write all rows of a batch, then tell those who wait for them."""
-        outcomes = {key: self._outcome(record, key, results.get(key), missing) for key in record.requests}
-        await asyncio.gather(*(self._ledger.arecord(entry) for entry, _ in outcomes.values()))
-        record.done = True
-        await asyncio.to_thread(self._keep, record)
-        for key, outcome in outcomes.items():
+        for key, outcome in (await self._close(record, results, missing)).items():
             future = self._futures.pop(key, None)
             if future is not None and not future.done():
                 future.set_result(outcome)
 
-    async def _give_up(self, record: _Record, error: Exception) -> None:
-        if isinstance(error, openai.APIStatusError):
-            failure = self._endpoint.status(error)
-        else:
-            failure = Failure("broken", f"the batch could not be submitted: {error}")
-        self._endpoint.judge(failure)
-        await self._finish(record, {}, failure)
+    async def _close(
+        self, record: Record, results: Mapping[str, dict[str, Any]], missing: Failure
+    ) -> dict[str, Outcome]:
+        """Write all rows of a batch, less those that an earlier process wrote before it was killed."""
+        outcomes = {key: self._outcome(record, key, results.get(key), missing) for key in record.requests}
+        new = (entry for key, (entry, _) in outcomes.items() if not self._ledger.has_row(record.id, key))
+        await asyncio.gather(*(self._ledger.arecord(entry) for entry in new))
+        record.done = True
+        await asyncio.to_thread(self._records.keep, record)
+        return outcomes
 
-    def _outcome(self, record: _Record, key: str, row: dict[str, Any] | None, missing: Failure) -> Outcome:
+    def _check_not_lost(self, record: Record, error: Exception) -> None:
+        """
+        Raises:
+            TeacherError: what failed so will not do better at the next try.
+        """
+        if isinstance(error, openai.APIStatusError) and self._endpoint.status(error).kind in ("refused", "unusable"):
+            raise TeacherError(
+                f"tier {self._tier}: what became of batch {record.remote} cannot be fetched from "
+                f"{self._endpoint.endpoint.base_url} ({error}). It is not submitted again, so that it is not paid "
+                f"twice; to do without it, delete {self._records.uri(record)}"
+            ) from error
+
+    def _outcome(self, record: Record, key: str, row: dict[str, Any] | None, missing: Failure) -> Outcome:
         identity = record.requests[key] | {"batch": record.id, "created": time.time()}
         response = (row or {}).get("response") or {}
         failure = missing
@@ -293,21 +391,9 @@ class BatchQueue:
                 failure = Failure("broken", f"nonsense in a batch: {error}"[:300])
             else:
                 tokens = (result.prompt_tokens, result.completion_tokens, result.cached_tokens)
-                price = price_usd(self._teacher, *tokens) * self._teacher.batch_price_share
-                return LedgerEntry(**identity, **asdict(result), price_usd=price), None
+                return LedgerEntry(**identity, **asdict(result), price_usd=price_usd(self._teacher, *tokens)), None
         elif row is not None:
             status, said = response.get("status_code"), str(row.get("error") or response.get("body"))[:300]
             kind: Any = "refused" if status and 400 <= status < 500 and status not in (408, 429) else "broken"
             failure = Failure(kind, f"in a batch: {status}: {said}")
         return LedgerEntry(**identity, outcome="error", detail=failure.detail), failure
-
-    def _keep(self, record: _Record) -> None:
-        self._store.write_json(f"{FOLDER}/{self._domain}/{record.id}.json", asdict(record))
-
-    def _open_records(self) -> list[_Record]:
-        folder = f"{FOLDER}/{self._domain}"
-        found = [
-            _Record(**self._store.read_json(f"{folder}/{n}")) for n in self._store.list(folder) if n.endswith(".json")
-        ]
-        mine = (self._tier, self._teacher.name, self._endpoint.endpoint.base_url)
-        return [r for r in found if not r.done and (r.tier, r.model, r.endpoint) == mine]

@@ -36,15 +36,20 @@ class Budget(Protocol):
 
 
 def price_usd(teacher: Teacher, prompt_tokens: int, completion_tokens: int, cached_tokens: int = 0) -> float:
-    """US dollars for one request; `cached_tokens` are those of the prompt tokens that were cached."""
+    """US dollars for one request, as the teacher is asked: live or in a batch.
+
+    Args:
+        cached_tokens: those of the prompt tokens that were cached.
+    """
     cached_price = teacher.cached_input_usd_per_million
     cached_price = teacher.input_usd_per_million if cached_price is None else cached_price
     cached = min(cached_tokens, prompt_tokens)
-    return (
+    live = (
         (prompt_tokens - cached) * teacher.input_usd_per_million
         + cached * cached_price
         + completion_tokens * teacher.output_usd_per_million
     ) / 1e6
+    return live * (teacher.batch_price_share if teacher.mode == "batch" else 1.0)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ anything else happens to it; a request that the ledger knows is answered from th
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,8 @@ from weakref import WeakValueDictionary
 from cascade.config import ANSWER_KEY, Endpoint, Teacher
 from cascade.errors import TeacherError
 from cascade.tasks import Completion, FinishReason, Message, Task, message_hash
-from cascade.teachers.batch import BatchQueue, BatchRequest
+from cascade.teachers.batch import BatchQueue
+from cascade.teachers.batch_limits import BatchRequest
 from cascade.teachers.budget import Budget, price_usd
 from cascade.teachers.conversation import (
     estimate_prompt_tokens,
@@ -209,7 +211,6 @@ class TeacherClient:
             for e in self.teacher.endpoints
         }
         worst = price_usd(self.teacher, most_prompt_tokens(messages), self.teacher.max_tokens)
-        worst *= self.teacher.batch_price_share if self._batches else 1.0
         return _Request(task, attempt, len(follow_up) // 2, messages, parameters, keys, worst)
 
     def _known(self, request: _Request) -> LedgerEntry | None:
@@ -217,7 +218,7 @@ class TeacherClient:
 
     async def _buy(self, request: _Request) -> LedgerEntry:
         """Try one endpoint or another until one responds or the retries are used up."""
-        failures, began, failed = 0, time.monotonic(), None
+        failures, limited_since, failed = 0, math.inf, None
         while True:
             async with self._pool.deal(failed) as endpoint:
                 ask = self._batched if self._batches else self._try
@@ -225,8 +226,11 @@ class TeacherClient:
             if failure is None or failure.kind == "refused":
                 return entry
             failed = endpoint
-            if failure.kind == "limited" and time.monotonic() - began > _PATIENCE_S:
-                return entry
+            if failure.kind == "limited":
+                limited_since = min(limited_since, time.monotonic())
+                if time.monotonic() - limited_since > _PATIENCE_S:
+                    self._pool.check_anyone_answers(since=limited_since)
+                    return entry
             if failure.kind == "broken":
                 failures += 1
                 if failures > self.teacher.retries:
@@ -251,6 +255,8 @@ class TeacherClient:
         """One request of a batch. What is in a batch of an earlier process is waited for; the budget knows of it."""
         assert self._batches is not None
         await self._batches.resume()
+        if (known := self._known(request)) is not None:  # its batch came back while others were looked for
+            return known, None
         identity = self._identity(endpoint, request)
         key = identity["key"]
         part = BatchRequest(key, request.messages, request.parameters, identity, request.worst_usd)

@@ -13,7 +13,7 @@ from cascade.config import Teacher
 from cascade.tasks import Message, Task
 
 _HEAD = 1024
-_REASONING_MODEL = re.compile(r"(^|/)(gpt-[5-9]|o[1-9])")
+_REASONING_MODEL = re.compile(r"(^|[/:])(gpt-[5-9]|o[1-9])")
 _THINK = re.compile(r"<(think|thinking|reasoning)>.*?</\1>", re.DOTALL | re.IGNORECASE)
 _THINK_END = re.compile(r"^.*</(?:think|thinking|reasoning)>", re.DOTALL | re.IGNORECASE)
 _THINK_OPEN = re.compile(r"<(?:think|thinking|reasoning)>.*$", re.DOTALL | re.IGNORECASE)

@@ -26,7 +26,7 @@ class CascadeReport:
         shares: tier -> share of the failures that went no further than it.
         share_intervals: their Wilson intervals of 95 %.
         unsolved_share: what no tier settled.
-        cost_usd: of all requests.
+        cost_usd: of all requests, with what those that broke off are expected to have cost.
         cost_single_teacher_usd: all failures by the last tier alone, see `single_teacher_cost`.
         saving: 1 - cost_usd / cost_single_teacher_usd; 0 if that would have cost nothing.
         saving_interval: 95 % bootstrap over tasks.
@@ -66,7 +66,7 @@ def tier_report(
         passed[tier] = defaultdict(bool)
         for verdict in verdicts.get(tier, ()):
             passed[tier][verdict.task_id] |= verdict.passed
-    rows = [e for e in entries if e.responded and e.task_id in passed.get(e.tier, ())]
+    rows = [e for e in entries if e.task_id in passed.get(e.tier, ())]
     settled = settled_tiers(passed)
     tiers = tuple(_tier_row(t, teachers[t - 1], passed, settled, rows) for t in passed)
     failures = list(dict.fromkeys(task_id for asked in passed.values() for task_id in asked))
@@ -113,7 +113,8 @@ def _tier_row(
     rows: Sequence[LedgerEntry],
 ) -> TierRow:
     """What a tier did, and which tasks were sent past it."""
-    own = [r for r in rows if r.tier == tier]
+    paid = sum(r.price_usd for r in rows if r.tier == tier)
+    own = [r for r in rows if r.tier == tier and r.responded]
     asked = passed[tier]
     above = {task_id for later, tasks in passed.items() if later > tier for task_id in tasks}
     return TierRow(
@@ -126,7 +127,7 @@ def _tier_row(
         requests=len(own),
         input_tokens=sum(r.prompt_tokens for r in own),
         output_tokens=sum(r.completion_tokens for r in own),
-        cost_usd=sum(r.price_usd for r in own),
+        cost_usd=paid,
         skipped=len(above - asked.keys()),
         repairs=sum(r.round > 0 and not r.judge for r in own),
         judge_requests=sum(r.judge for r in own),
@@ -153,7 +154,7 @@ def _single_cost(rows: Sequence[LedgerEntry], teacher: Teacher, tier: int) -> fl
     there = [r.price_usd for r in rows if r.tier == tier]
     if there:
         return sum(there)
-    first = [r for r in rows if not r.judge and r.round == 0]
+    first = [r for r in rows if r.responded and not r.judge and r.round == 0]
     priced = [price_usd(teacher, r.prompt_tokens, r.completion_tokens, r.cached_tokens) for r in first]
     judged = {(r.tier, r.attempt, r.round) for r in rows if r.judge}
     judging = sum(r.price_usd for r in rows if r.judge) / len(judged) if judged else 0.0

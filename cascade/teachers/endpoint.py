@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import email.utils
+import math
 import os
 import random
 import time
@@ -26,6 +28,12 @@ _BACKOFF_S = 0.5
 _LONGEST_BACKOFF_S = 30.0
 _LONGEST_RETRY_AFTER_S = 600.0
 _REFUSED_IN_A_ROW = 20
+_PATIENCE = 1.1
+_NOT_SENT: Any = {"OpenAI-Organization": openai.Omit(), "OpenAI-Project": openai.Omit()}
+"""Headers that the SDK would take from the environment, whoever is asked."""
+_CUT = ("length", "model_length")
+_BROKEN_OFF = ("error", "insufficient_system_resource", "abort")
+"""Words of OpenRouter, DeepSeek and vLLM for a generation that failed on their side, in a response with status 200."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +75,7 @@ class EndpointClient:
     Attributes:
         refusal: why the endpoint is out for good, "" if it is not.
         trouble: its last failure.
+        answered_at: when it last gave a response, by the monotonic clock.
     """
 
     def __init__(self, endpoint: Endpoint, url: str, teacher: Teacher, limiter: Limiter) -> None:
@@ -74,7 +83,7 @@ class EndpointClient:
         self.refusal = self.trouble = ""
         self._url, self._teacher = url, teacher
         self._failures = self._refused = 0
-        self._failed_at = 0.0
+        self._failed_at, self.answered_at = 0.0, -math.inf
         self._client: openai.AsyncOpenAI | None = None
 
     @property
@@ -97,14 +106,18 @@ class EndpointClient:
         try:
             body = {"model": self._teacher.name, "messages": [m.as_dict() for m in messages], **parameters}
             # `chat.completions.create` would send the same, after checking types for a millisecond
-            raw = await self.api.post(
-                "/chat/completions", body=body, options={"headers": self._headers()}, cast_to=object
-            )
+            # and its timeout counts from byte to byte, which the blank lines of a busy endpoint put off for ever
+            async with asyncio.timeout(_PATIENCE * self._teacher.timeout_s):
+                raw = await self.api.post(
+                    "/chat/completions", body=body, options={"headers": self._headers()}, cast_to=object
+                )
             result: Response | Failure = read_response(raw, messages, time.monotonic() - began)
         except openai.APIStatusError as error:
             result = self.status(error)
         except openai.APIConnectionError as error:  # a timeout is one too
             result = self._broke_off(error)
+        except TimeoutError:
+            result = self._late()
         except (openai.OpenAIError, ValueError) as error:
             result = Failure("broken", f"nonsense from {self._url}: {error}", charged=True)
         self.judge(result)
@@ -128,6 +141,7 @@ class EndpointClient:
                 api_key=key or "none",
                 max_retries=0,
                 timeout=self._teacher.timeout_s,
+                default_headers=_NOT_SENT,
                 http_client=openai.DefaultAioHttpClient(trust_env=not local),  # half the CPU of the default
             )
         return self._client
@@ -135,20 +149,21 @@ class EndpointClient:
     def _broke_off(self, error: openai.APIConnectionError) -> Failure:
         sent = _was_sent(error)
         if sent and isinstance(error, openai.APITimeoutError):
-            late = f"no answer from {self._url} within {self._teacher.timeout_s:g} s"
-            return Failure("broken", late, charged=True)
+            return self._late()
         return Failure("broken", f"cannot reach {self._url}: {error.__cause__ or error}", charged=sent)
 
+    def _late(self) -> Failure:
+        return Failure("broken", f"no answer from {self._url} within {self._teacher.timeout_s:g} s", charged=True)
+
     def _headers(self) -> dict[str, openai.Omit]:
-        """Headers not to send: the SDK takes organization and key from the environment, whoever is asked."""
-        names = ["OpenAI-Organization", "OpenAI-Project"]
-        return {name: openai.Omit() for name in [*names, *([] if self.endpoint.api_key_env else ["Authorization"])]}
+        """Headers not to send: the SDK wants a key, whoever is asked."""
+        return {} if self.endpoint.api_key_env else {"Authorization": openai.Omit()}
 
     def status(self, error: openai.APIStatusError) -> Failure:
         """What an error status means."""
         status, said = error.status_code, _message(error)
         where = f"{self._url} (model {self._teacher.name})"
-        if status in (401, 403):
+        if status == 401 or (status == 403 and not _is_flagged(error)):
             variable = self.endpoint.api_key_env
             mend = f"check the environment variable {variable}" if variable else "set api_key_env for this endpoint"
             return Failure("unusable", f"{where} refuses the API key ({status}: {said}); {mend}")
@@ -167,6 +182,7 @@ class EndpointClient:
         """Keep account of failures in a row."""
         if isinstance(result, Response):
             self._failures, self._refused, self.trouble = 0, 0, ""
+            self.answered_at = time.monotonic()
             return
         self.trouble = result.detail
         if result.kind == "unusable":
@@ -182,22 +198,26 @@ class EndpointClient:
 def read_response(raw: Any, messages: Sequence[Message], seconds: float) -> Response:
     """What a chat completion, as parsed JSON, says and costs. Tokens that the endpoint does not report are estimated.
 
-    Reasoning that comes apart from the content is put before it, in <think>.
+    Reasoning that comes apart from the content is put before it, in <think>. Some count its tokens in the total alone.
 
     Raises:
-        ValueError: it is no chat completion, e.g. an error in a response with status 200.
+        ValueError: it is no whole chat completion, e.g. an error in a response with status 200.
     """
     choices = raw.get("choices") if isinstance(raw, dict) else None
     choice = choices[0] if isinstance(choices, list) and choices else None
     if not isinstance(choice, dict) or not isinstance(message := choice.get("message"), dict):
         raise ValueError(f"not a chat completion: {str(raw)[:200]}")
     content, reason = _text(message.get("content")), str(choice.get("finish_reason") or "")
+    if reason in _BROKEN_OFF:
+        raise ValueError(f"the generation broke off ({reason}): {str(choice.get('error') or content)[:200]}")
     reasoning = _text(message.get("reasoning_content") or message.get("reasoning"))
     usage = _mapping(raw.get("usage"))
     cached = _mapping(usage.get("prompt_tokens_details")).get("cached_tokens")
     cached = usage.get("prompt_cache_hit_tokens") if cached is None else cached  # DeepSeek's word for it
+    prompt_tokens = _count(usage.get("prompt_tokens"), estimate_prompt_tokens(messages))
+    completion_tokens = _count(usage.get("completion_tokens"), estimate_tokens(reasoning + content))
     outcome: RequestOutcome = "answered"
-    if reason == "length":
+    if reason in _CUT:
         outcome = "cut"
     elif not content.strip() or reason == "content_filter":
         outcome = "empty"
@@ -205,15 +225,17 @@ def read_response(raw: Any, messages: Sequence[Message], seconds: float) -> Resp
         text=f"<think>\n{reasoning}\n</think>\n{content}" if reasoning else content,
         outcome=outcome,
         finish_reason=reason,
-        prompt_tokens=_count(usage.get("prompt_tokens"), estimate_prompt_tokens(messages)),
+        prompt_tokens=prompt_tokens,
         cached_tokens=_count(cached, 0),
-        completion_tokens=_count(usage.get("completion_tokens"), estimate_tokens(reasoning + content)),
+        completion_tokens=max(completion_tokens, _count(usage.get("total_tokens"), 0) - prompt_tokens),
         seconds=seconds,
     )
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds of a Retry-After (or retry-after-ms) header, given as a number or a date; None without one."""
+    """Seconds of a Retry-After (or retry-after-ms) header, given as a number or a date; None if it names no time to
+    come, as a date does where the clocks differ.
+    """
     milliseconds, value = headers.get("retry-after-ms"), headers.get("retry-after")
     try:
         if milliseconds:
@@ -226,13 +248,18 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
             return None
     except ValueError:
         return None
-    return min(max(seconds, 0.0), _LONGEST_RETRY_AFTER_S)
+    return min(seconds, _LONGEST_RETRY_AFTER_S) if seconds > 0 else None
 
 
 def _was_sent(error: openai.APIConnectionError) -> bool:
     """Whether a request that broke off had reached the endpoint, as far as one can tell."""
     unsent = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout)
     return not isinstance(error.__cause__, unsent)
+
+
+def _is_flagged(error: openai.APIStatusError) -> bool:
+    """Whether it was this request's content that a moderator refused: OpenRouter says so with 403 and the reasons."""
+    return bool(_mapping(_mapping(error.body).get("metadata")).get("reasons"))
 
 
 def _message(error: openai.APIStatusError) -> str:

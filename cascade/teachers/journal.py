@@ -202,7 +202,7 @@ def compact(store: Store, folder: str, at_least: int = 64) -> int:
                 continue  # another compaction was quicker
             found.append(name)
             if data and not data.endswith(b"\n"):
-                raise DataError(f"{store.uri}/{name} does not end with a line break: it is no part of a ledger")
+                raise DataError(f"{store.uri_of(name)} does not end with a line break: it is no part of a ledger")
             mine: dict[str, list[bytes]] = {}
             for origin, _, line in lines(name, data):
                 mine.setdefault(origin, []).append(line)

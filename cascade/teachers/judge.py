@@ -18,7 +18,7 @@ SYSTEM = (
     "Neither length nor the order in which the answers stand says anything of their worth. Think in a few sentences, "
     "then end with one line: Verdict: A, or Verdict: B, or Verdict: tie."
 )
-_VERDICT = re.compile(r"verdict\W*\b(A|B|tie)\b", re.IGNORECASE)
+_VERDICT = re.compile(r"verdict\W*\b(?:a(?:nswer)?\s+)?(A|B|tie)\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)

@@ -258,6 +258,11 @@ class Ledger:
                 self.refresh()  # its object was compacted
         return None
 
+    def has_row(self, batch: str, key: str) -> bool:
+        """Whether it is known what became of a request of a batch."""
+        with self._lock:
+            return (batch, key) in self._closed
+
     def __contains__(self, key: str) -> bool:
         with self._lock:
             return key in self._answers

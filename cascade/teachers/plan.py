@@ -18,7 +18,7 @@ from cascade.config import Config, Teacher
 from cascade.scoring.statistics import Interval
 from cascade.tasks import Task
 from cascade.teachers.budget import price_usd
-from cascade.teachers.conversation import estimate_tokens, most_prompt_tokens, teacher_messages
+from cascade.teachers.conversation import estimate_tokens, teacher_messages
 from cascade.teachers.ledger import LedgerEntry
 
 EXPECTED_SHARES = (0.65, 0.225, 0.125)
@@ -37,11 +37,10 @@ class PlanRow:
 
     Attributes:
         tasks: failures that reach the tier.
-        calls: requests, further samples included.
+        calls: requests, further samples and the later steps of conversations included.
         prompt_tokens: over all calls, as `completion_tokens`.
         measured: number of earlier answers in the ledger that the tokens are taken from; 0: they are guessed.
         cost_usd: expected.
-        worst_cost_usd: if every sample were drawn and every answer as long as allowed, for the same tasks.
         budget_usd: the tier's limit, or the domain's.
         minutes: the least that the endpoints' limits allow.
     """
@@ -54,7 +53,6 @@ class PlanRow:
     completion_tokens: int
     measured: int
     cost_usd: float
-    worst_cost_usd: float
     budget_usd: float
     minutes: float
 
@@ -91,11 +89,10 @@ class _Call:
     completions: tuple[int, ...]
 
     def price(self, teacher: Teacher, completion_factor: float = 1.0) -> float:
-        """US dollars; through the Batch API if that is how the tier is asked."""
+        """US dollars."""
         micro = 1_000_000  # tokens are whole numbers, means are not
         tokens = (self.prompt, self.completion * completion_factor, self.prompt * self.cached)
-        usd = price_usd(teacher, *(round(t * micro) for t in tokens)) / micro
-        return usd * (teacher.batch_price_share if teacher.mode == "batch" else 1.0)
+        return price_usd(teacher, *(round(t * micro) for t in tokens)) / micro
 
 
 def plan(
@@ -111,7 +108,8 @@ def plan(
     """Expected calls, tokens and cost of each tier, without spending anything.
 
     Args:
-        tasks: the training tasks, or a sample of them: their prompts are measured.
+        tasks: the training tasks, or a sample of them: their prompts are measured. Conversations are taken to go as
+            the right ones do.
         failure_rate: share of the tasks that the base fails, known or guessed.
         n_tasks: number of training tasks; None: as many as given.
         ledger: earlier rows; from 2 answers of a tier's teacher on, theirs are the completion tokens, the share of
@@ -125,23 +123,25 @@ def plan(
     for entry in ledger:
         if entry.responded and not entry.judge and not entry.round:
             measured[entry.teacher].append(entry)
-    calls = [_mean_call(t, tasks, measured[t.name], count_tokens) for t in config.tiers]
+    steps = [s for t in tasks for s in (benchmarks.right_steps(t) if t.max_turns > 1 else (t,))]
+    asked = failures * len(steps) / max(1, len(tasks))
+    calls = [_mean_call(t, steps, measured[t.name], count_tokens) for t in config.tiers]
     beliefs = _beliefs(config.tiers, settled or {})
     solved = [_share(belief) for belief in beliefs]
-    counts = calls_of_tiers(failures, solved, config.tiers)
+    counts = calls_of_tiers(asked, solved, config.tiers)
     entering, rows = failures, []
     for tier, (teacher, call, count) in enumerate(zip(config.tiers, calls, counts, strict=True), 1):
         budget = config.budget_usd if teacher.budget_usd is None else teacher.budget_usd
-        rows.append(_plan_row(tier, teacher, tasks, entering, count, call, budget))
+        rows.append(_plan_row(tier, teacher, entering, count, call, budget))
         entering *= 1 - solved[tier - 1]
-    return Plan(tuple(rows), _interval(failures, beliefs, calls, rows, config.tiers))
+    return Plan(tuple(rows), _interval(asked, beliefs, calls, rows, config.tiers))
 
 
 def calls_of_tiers(failures: float, solved: Sequence[float], tiers: Sequence[Teacher]) -> list[float]:
     """Requests of each tier, of which a task goes on to the next where it is not solved.
 
     Args:
-        failures: tasks that reach tier 1.
+        failures: tasks that reach tier 1, or steps of them.
         solved: share of the tasks that each tier is asked which it settles within its samples.
     """
     calls, entering = [], failures
@@ -180,25 +180,22 @@ def _share(belief: tuple[float, float]) -> float:
 
 
 def _mean_call(
-    teacher: Teacher, tasks: Sequence[Task], measured: Sequence[LedgerEntry], count_tokens: Callable[[str], int]
+    teacher: Teacher, steps: Sequence[Task], measured: Sequence[LedgerEntry], count_tokens: Callable[[str], int]
 ) -> _Call:
-    lengths = {t.id: _prompt_tokens(t, teacher, count_tokens) for t in tasks}
-    prompt = _mean(list(lengths.values()))
+    lengths = [_prompt_tokens(s, teacher, count_tokens) for s in steps]
+    prompt = _mean(lengths)
     if len(measured) < _MEASURED_FROM:
-        return _Call(prompt, _guess_completion(teacher, tasks, count_tokens), 0.0, ())
+        return _Call(prompt, _guess_completion(teacher, steps, count_tokens), 0.0, ())
+    first = {s.id: n for s, n in zip(reversed(steps), reversed(lengths), strict=True)}
     completions = tuple(e.completion_tokens for e in measured)
-    return _Call(prompt * _prompt_ratio(measured, lengths), _mean(completions), _cached_share(measured), completions)
+    return _Call(prompt * _prompt_ratio(measured, first), _mean(completions), _cached_share(measured), completions)
 
 
 def _prompt_tokens(task: Task, teacher: Teacher, count_tokens: Callable[[str], int]) -> int:
     return sum(_FRAME_TOKENS + count_tokens(m.content) for m in teacher_messages(task, teacher))
 
 
-def _plan_row(
-    tier: int, teacher: Teacher, tasks: Sequence[Task], entering: float, calls: float, call: _Call, budget: float
-) -> PlanRow:
-    worst_tokens = _mean([most_prompt_tokens(teacher_messages(t, teacher)) for t in tasks])
-    worst = price_usd(teacher, round(worst_tokens), teacher.max_tokens)
+def _plan_row(tier: int, teacher: Teacher, entering: float, calls: float, call: _Call, budget: float) -> PlanRow:
     requests = sum(e.requests_per_minute for e in teacher.endpoints)
     tokens = sum(e.tokens_per_minute for e in teacher.endpoints)
     return PlanRow(
@@ -210,14 +207,13 @@ def _plan_row(
         completion_tokens=round(calls * call.completion),
         measured=len(call.completions),
         cost_usd=calls * call.price(teacher),
-        worst_cost_usd=round(entering) * teacher.samples * (1 + teacher.repair_rounds) * worst,
         budget_usd=budget,
         minutes=max(calls / requests, calls * (call.prompt + call.completion) / tokens),
     )
 
 
 def _interval(
-    failures: float,
+    asked: float,
     beliefs: Sequence[tuple[float, float]],
     calls: Sequence[_Call],
     rows: Sequence[PlanRow],
@@ -237,7 +233,7 @@ def _interval(
     rng, costs = np.random.default_rng(0), []
     for _ in range(_DRAWS):
         solved = [rng.beta(*b) if all(b) else _share(b) for b in beliefs]
-        counts = calls_of_tiers(failures, solved, tiers)
+        counts = calls_of_tiers(asked, solved, tiers)
         error = [
             spread * rng.standard_t(freedom) / math.sqrt(len(c.completions)) if c.completions else 0 for c in calls
         ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -71,12 +72,15 @@ class EndpointPool:
             line.dealt -= 1
             self._wake()
 
-    def check_anyone_answers(self) -> None:
+    def check_anyone_answers(self, since: float = -math.inf) -> None:
         """
+        Args:
+            since: by the monotonic clock.
+
         Raises:
-            TeacherError: every endpoint is out for good or down.
+            TeacherError: every endpoint is out for good, down, or has answered nothing since then.
         """
-        if all(e.refusal or e.is_down for e in self.endpoints):
+        if all(e.refusal or e.is_down or e.answered_at < since for e in self.endpoints):
             reasons = "; ".join(e.refusal or e.trouble for e in self.endpoints)
             raise TeacherError(
                 f"{self._who}: nobody answers any more: {reasons}. "

@@ -70,7 +70,9 @@ class _Sampled:
         chosen: list[Task] = []
         for _, alike in groupby(left, key=lambda t: rank[t.id]):
             chosen += evenly_by_length(list(alike), count - len(chosen))
-        found = await asyncio.gather(*(client.answer(task) for task in chosen))
+        asked = [asyncio.ensure_future(client.answer(task)) for task in chosen]
+        await asyncio.gather(*asked, return_exceptions=True)  # what is in flight is paid, whatever befalls another
+        found = [answer.result() for answer in asked]
         self._solved |= {(t.id, tier): _passes(t, a) for t, a in zip(chosen, found, strict=True)}
         self.answers += found
 

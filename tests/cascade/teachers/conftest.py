@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
-import socket
-import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -14,6 +12,8 @@ from typing import Any
 
 import pytest
 import uvicorn
+from mock_openai import MockOpenAI
+from served import served
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -23,6 +23,8 @@ from three_tiers import PRICES
 from cascade import benchmarks
 from cascade.config import Teacher
 from cascade.tasks import Completion, Message, Task, Verdict
+from cascade.teachers import batch
+from cascade.teachers.endpoint import EndpointClient
 
 
 class SumBenchmark:
@@ -148,22 +150,27 @@ class FakeServer:
 @pytest.fixture
 def serve_app() -> Iterator[Callable[[Starlette], str]]:
     """Serves an application until the test ends; returns its URL."""
-    servers: list[tuple[uvicorn.Server, threading.Thread]] = []
+    with contextlib.ExitStack() as stack:
 
-    def start(app: Starlette) -> str:
-        listener = socket.create_server(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-        thread.start()
-        while not server.started:
-            time.sleep(0.01)
-        servers.append((server, thread))
-        return f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        def start(app: Starlette) -> str:
+            server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
+            return f"{stack.enter_context(served(server))}/v1"
 
-    yield start
-    for server, thread in servers:
-        server.should_exit = True
-        thread.join(5)
+        yield start
+
+
+@pytest.fixture
+def quick_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches are put together and looked at without long waits."""
+    monkeypatch.setattr(batch, "GATHER_S", 0.05)
+    monkeypatch.setattr(batch, "POLL_S", 0.01)
+    monkeypatch.setattr(EndpointClient, "backoff", lambda self, failures: 0.01)
+
+
+@pytest.fixture
+def serve_mock(serve_app, make_teacher: Callable[..., Teacher]) -> Callable[[MockOpenAI], Teacher]:
+    """Serves a mock; returns a teacher that asks it in batches."""
+    return lambda mock: make_teacher(serve_app(mock.app()), mode="batch", batch_price_share=0.5)
 
 
 @pytest.fixture

@@ -1,28 +1,26 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
-from pathlib import Path
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
 
 import pytest
-from mock_openai import MockOpenAI, Settings
+from batch_clients import opened
+from mock_openai import MockOpenAI, Settings, error
+from starlette.requests import Request
+from starlette.responses import Response
 
 from cascade.artifacts import Store
 from cascade.config import Teacher
+from cascade.errors import TeacherError
+from cascade.tasks import Message
 from cascade.teachers import batch
-from cascade.teachers.budget import BudgetState, LocalBudget
-from cascade.teachers.client import TeacherClient
-from cascade.teachers.endpoint import EndpointClient
+from cascade.teachers.batch_record import Record, Records
 from cascade.teachers.ledger import Ledger
 
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch, "GATHER_S", 0.05)
-    monkeypatch.setattr(batch, "POLL_S", 0.05)
-    monkeypatch.setattr(EndpointClient, "backoff", lambda self, failures: 0.01)
+Handler = Callable[[Request], Awaitable[Response]]
+pytestmark = pytest.mark.usefixtures("quick_batches")
 
 
 @pytest.fixture
@@ -37,18 +35,8 @@ def teacher(server: MockOpenAI, make_teacher: Callable[..., Teacher]) -> Teacher
     return make_teacher(server.url, mode="batch", batch_price_share=0.5)  # type: ignore[attr-defined]
 
 
-@contextlib.asynccontextmanager
-async def opened(path: Path, teacher: Teacher) -> AsyncIterator[TeacherClient]:
-    ledger = Ledger(Store(str(path)))
-    budget = LocalBudget(BudgetState("reasoning", 100.0))
-    async with TeacherClient(teacher, 1, "reasoning", ledger, budget) as client:
-        client.seen = budget.state  # type: ignore[attr-defined]
-        yield client
-    ledger.close()
-
-
-def _wait_for_a_batch(server: MockOpenAI) -> None:
-    while not server.counts.batches:
+def _wait_for_a_batch(server: MockOpenAI, before: int = 0) -> None:
+    while server.counts.batches <= before:
         time.sleep(0.01)
     time.sleep(0.1)
 
@@ -68,6 +56,31 @@ async def test_all_questions_go_in_one_batch_at_half_price(server, teacher, make
         assert (await client.answer(make_task(3))).from_ledger
         assert (await client.answer(make_task(99))).ok
     assert server.counts.batches == 2
+
+
+async def test_no_name_of_another_account_goes_with_a_batch(serve_mock, make_task, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("OPENAI_ORG_ID", "somebody")
+    mock, seen = MockOpenAI(Settings(batch_s=0.1)), set()
+
+    def handle(handler: Handler) -> Handler:
+        async def look(request: Request) -> Response:
+            seen.update(request.headers)
+            return await handler(request)
+
+        return look
+
+    for name in ("upload", "create_batch", "show_batch", "download"):
+        monkeypatch.setattr(mock, name, handle(getattr(mock, name)))
+    async with opened(tmp_path, serve_mock(mock)) as client:
+        assert (await client.answer(make_task(1))).ok
+    assert "host" in seen
+    assert "openai-organization" not in seen
+
+
+async def test_an_answer_with_an_end_of_line_of_another_kind_is_read(server, teacher, make_task, tmp_path) -> None:
+    task = replace(make_task(1), messages=(Message("user", "one\u2028two\x85three"),))
+    async with opened(tmp_path, teacher) as client:
+        assert (await asyncio.wait_for(client.answer(task), 20)).text == "answer to one\u2028two\x85three"
 
 
 @pytest.mark.parametrize("forgotten", [False, True], ids=["id known", "killed before the id was stored"])
@@ -99,7 +112,7 @@ async def test_killed_before_the_batch_existed_it_is_submitted_then(server, teac
     async with opened(tmp_path, teacher) as client:
         request = client._request(make_task(1), 0)
         identity = client._identity(client._pool.endpoints[0], request)
-    record = batch._Record("b1", 1, teacher.name, server.url, {identity["key"]: identity})
+    record = Record("b1", 1, teacher.name, server.url, {identity["key"]: identity})
     store.write_json("batches/reasoning/b1.json", record.__dict__)
     Ledger(store).record(batch.Sent(identity["key"], "reasoning", 1, 5.0, "b1"))
     async with opened(tmp_path, teacher) as client:
@@ -117,3 +130,135 @@ async def test_what_fails_within_a_batch_goes_into_the_next(server, teacher, mak
     assert server.counts.batches > 1
     assert max(server.counts.answered.values()) == 1
     assert Ledger(Store(str(tmp_path))).spent_at_most() == pytest.approx(server.counts.charged_usd)
+
+
+def _answering(fault: Callable[[], Response | None], handler: Handler) -> Handler:
+    async def answer(request: Request) -> Response:
+        return fault() or await handler(request)
+
+    return answer
+
+
+async def test_a_batch_that_is_not_taken_stops_the_run(serve_mock, make_task, tmp_path) -> None:
+    mock, why = MockOpenAI(Settings()), "line 1 is no request"
+    failed = {"status": "failed", "errors": {"object": "list", "data": [{"code": "x", "message": why}]}}
+    look = mock._look
+    mock._look = lambda b: look(b) | failed  # type: ignore[method-assign]
+    async with opened(tmp_path, serve_mock(mock)) as client:
+        asked = (client.answer(make_task(n)) for n in range(2))
+        answers = await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), 20)
+    assert all(isinstance(a, TeacherError) and why in str(a) for a in answers)
+    assert Ledger(Store(str(tmp_path))).spent_at_most() == 0
+
+
+async def test_what_can_not_be_submitted_stops_the_run_and_is_looked_for_in_the_next(
+    serve_mock, make_task, tmp_path
+) -> None:
+    mock, faults = MockOpenAI(Settings(batch_s=0.1)), 8
+    create = mock.create_batch
+
+    async def broken(request: Request) -> Response:
+        nonlocal faults
+        faults -= 1
+        if not faults:
+            await create(request)  # the last one does arrive
+        return error(500, "try later") if faults >= 0 else await create(request)
+
+    mock.create_batch = broken  # type: ignore[method-assign]
+    teacher = serve_mock(mock)
+    async with opened(tmp_path, teacher) as client:
+        with pytest.raises(TeacherError, match=r"could not be submitted.*run again"):
+            await asyncio.wait_for(client.answer(make_task(1)), 20)
+    async with opened(tmp_path, teacher) as client:
+        assert (await asyncio.wait_for(client.answer(make_task(1)), 20)).ok
+    assert mock.counts.batches == 1
+    assert max(mock.counts.answered.values()) == 1
+
+
+async def test_results_that_are_gone_stop_the_run_and_are_not_paid_again(serve_mock, make_task, tmp_path) -> None:
+    mock = MockOpenAI(Settings(batch_s=0.1))
+    mock.download = _answering(lambda: error(404, "no such file"), mock.download)  # type: ignore[method-assign]
+    teacher = serve_mock(mock)
+    for _ in range(2):
+        async with opened(tmp_path, teacher) as client:
+            for _ in range(2):
+                with pytest.raises(
+                    TeacherError, match=r"cannot be fetched.*no such file.*delete .*/batches/reasoning/"
+                ):
+                    await asyncio.wait_for(client.answer(make_task(1)), 20)
+    assert mock.counts.batches == 1
+    assert Ledger(Store(str(tmp_path))).spent_at_most() > 0
+
+
+async def test_a_full_disk_is_told_to_those_who_wait(server, teacher, make_task, tmp_path, monkeypatch) -> None:
+    async def full(row: object) -> None:
+        raise OSError("no space left")
+
+    async with opened(tmp_path, teacher) as client:
+        monkeypatch.setattr(client._ledger, "arecord", full)
+        with pytest.raises(OSError, match="no space left"):
+            await asyncio.wait_for(client.answer(make_task(1)), 20)
+
+
+async def test_batches_are_counted_once_though_looking_for_them_failed_half_way(
+    serve_mock, make_task, tmp_path
+) -> None:
+    mock, looks = MockOpenAI(Settings(batch_s=0.5, prices=[10.0, 10.0, 100.0])), 0
+
+    def second() -> Response | None:
+        nonlocal looks
+        looks += 1
+        return error(500, "try later") if looks == 2 else None
+
+    teacher = serve_mock(mock)
+    for number in range(2):
+        async with opened(tmp_path, teacher) as client:
+            asked = asyncio.ensure_future(client.answer(make_task(number)))
+            await asyncio.to_thread(_wait_for_a_batch, mock, number)
+            asked.cancel()
+            await asyncio.gather(asked, return_exceptions=True)
+    mock.show_batch = _answering(second, mock.show_batch)  # type: ignore[method-assign]
+    moved = serve_mock(mock).endpoints[0].base_url
+    async with opened(tmp_path, teacher, resolve={teacher.endpoints[0].base_url: moved}) as client:
+        with pytest.raises(TeacherError, match="nothing is submitted"):
+            await client.answer(make_task(0))
+        answers = await asyncio.gather(*(client.answer(make_task(n)) for n in range(2)))
+    assert all(a.ok for a in answers)
+    ledger = Ledger(Store(str(tmp_path)))
+    assert ledger.spent() == ledger.spent_at_most() == pytest.approx(mock.counts.charged_usd)
+
+
+async def test_rows_that_were_written_before_a_kill_are_not_written_again(server, teacher, make_task, tmp_path) -> None:
+    store = Store(str(tmp_path))
+    async with opened(tmp_path, teacher) as client:
+        await client.answer(make_task(1))
+    (name,) = store.list("batches/reasoning")
+    record = store.read_json(f"batches/reasoning/{name}")
+    store.write_json(f"batches/reasoning/{name}", record | {"done": False})
+    async with opened(tmp_path, teacher) as client:
+        await client.answer(make_task(2))
+    assert [store.read_json(f"batches/reasoning/{n}")["done"] for n in store.list("batches/reasoning")] == [True] * 2
+    assert Ledger(store).spent() == pytest.approx(server.counts.charged_usd)
+
+
+async def test_a_batch_that_comes_back_while_others_are_looked_for_is_not_submitted_again(
+    server, teacher, make_task, tmp_path, monkeypatch
+) -> None:
+    store, keep = Store(str(tmp_path)), Records.keep
+    async with opened(tmp_path, teacher) as client:
+        first = asyncio.ensure_future(client.answer(make_task(1)))
+        await asyncio.to_thread(_wait_for_a_batch, server)
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+    (name,) = store.list("batches/reasoning")
+    Records(store, "reasoning").keep(Record("zz-never-created", 1, teacher.name, teacher.endpoints[0].base_url, {}))
+
+    def slow(self: Records, record: Record) -> None:
+        while record.id.startswith("zz") and not store.read_json(f"batches/reasoning/{name}")["done"]:
+            time.sleep(0.01)
+        keep(self, record)
+
+    monkeypatch.setattr(Records, "keep", slow)
+    async with opened(tmp_path, teacher) as client:
+        assert (await asyncio.wait_for(client.answer(make_task(1)), 20)).ok
+    assert server.counts.batches == 1

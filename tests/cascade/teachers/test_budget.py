@@ -93,3 +93,4 @@ def test_cached_tokens_have_their_own_price(make_teacher) -> None:
     teacher = make_teacher("http://x/v1", cached_input_usd_per_million=1.0)
     assert price_usd(teacher, 1000, 100, cached_tokens=400) == pytest.approx((600 * 10 + 400 * 1 + 100 * 100) / 1e6)
     assert price_usd(make_teacher("http://x/v1"), 1000, 0, 400) == pytest.approx(0.01)
+    assert price_usd(make_teacher("http://x/v1", mode="batch", batch_price_share=0.4), 1000, 0) == pytest.approx(0.004)

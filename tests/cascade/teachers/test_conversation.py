@@ -68,6 +68,7 @@ def test_teacher_gets_one_system_message_and_no_prefill(make_task, make_teacher)
         ("gpt-5", "max_completion_tokens"),
         ("openai/gpt-5-mini", "max_completion_tokens"),
         ("o3", "max_completion_tokens"),
+        ("ft:o4-mini-2025-04-16:somebody", "max_completion_tokens"),
         ("gpt-4o", "max_tokens"),
         ("qwen/qwen3-coder-480b", "max_tokens"),
     ],

@@ -104,6 +104,23 @@ def test_retries_and_judges_count_on_both_sides(tiers) -> None:
     assert report.cost_usd == pytest.approx(sum(r.price_usd for r in cheap + dear))
 
 
+def test_what_broke_off_is_paid_but_says_nothing_of_an_answers_length(tiers) -> None:
+    broken = {"outcome": "error", "prompt_tokens": 0, "completion_tokens": 0, "price_usd": 0.5}
+    rows = [row(1, "a", 100), row(1, "a", **broken), row(3, "b", 100), row(3, "b", **broken)]
+    report = tier_report(rows, {1: verdicts(1, a="pass"), 3: verdicts(3, b="pass")}, tiers)
+    assert report.cost_usd == pytest.approx(sum(r.price_usd for r in rows))
+    assert [t.requests for t in report.tiers] == [1, 0, 1]
+    assert sum(t.cost_usd for t in report.tiers) == pytest.approx(report.cost_usd)
+    assert report.single["a"] == pytest.approx(price_usd(tiers[2], 100, 100))
+    assert report.single["b"] == pytest.approx(0.5 + 200 / 1e6)
+
+
+def test_the_teacher_compared_with_is_as_cheap_as_its_batches(tiers) -> None:
+    batched = tiers[2].model_copy(update={"mode": "batch", "batch_price_share": 0.5})
+    costs = [single_teacher_cost([row(1, "a", 100)], ["a"], teacher, 3)["a"] for teacher in (tiers[2], batched)]
+    assert costs[1] == pytest.approx(costs[0] / 2)
+
+
 def test_cached_tokens_are_as_cheap_for_the_teacher_compared_with(tiers) -> None:
     dear = tiers[2].model_copy(update={"cached_input_usd_per_million": 0.1})
     costs = single_teacher_cost([row(1, "a", 1000, cached_tokens=600)], ["a"], dear, 3)

@@ -8,8 +8,6 @@ import random
 import pytest
 
 from cascade import benchmarks
-from cascade.benchmarks.mixture import load_tasks
-from cascade.config import check_config
 from cascade.tasks import Completion, Message, Task, Verdict
 from cascade.teachers.answer_key import wrong_answer
 from cascade.teachers.feedback import feedback, has_few_answers
@@ -130,19 +128,10 @@ def test_broken_scorers_and_slow_programs() -> None:
 def test_no_feedback_on_procedural_tasks_holds_the_answer() -> None:
     """Over many families: whatever wrong answer is given, the right one is in what is told only if it was said."""
     families = ("chain_sum", "gcd", "word_sequence_reversal", "letter_counting")
-    source = {"benchmark": "reasoning_gym", "options": {"generators": [{"name": n} for n in families]}}
-    tier = {"endpoints": [{"base_url": "http://x"}], "input_usd_per_million": 1, "output_usd_per_million": 1}
-    config = check_config(
-        {
-            "domain": "d",
-            "base": {"model": "m"},
-            "tasks": {s: {"count": 40, "sources": [source]} for s in ("train", "validation", "test")},
-            "tiers": [{"name": "t", **tier}] * 3,
-            "budget_usd": 1,
-        }
-    )
+    options = {"generators": [{"name": n} for n in families]}
     told_of = 0
-    for number, task in enumerate(load_tasks(config, "train")):
+    tasks = benchmarks.get("reasoning_gym").load("train", domain="d", options=options, seed=17, count=40)
+    for number, task in enumerate(tasks):
         right = benchmarks.get(task.benchmark).reference_answer(task)
         wrong = wrong_answer(right, (), random.Random(number))
         verdict = judged(task, wrong)

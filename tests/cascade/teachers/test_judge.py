@@ -84,6 +84,8 @@ async def test_a_tasks_own_rubric_comes_first(ask) -> None:
 def test_the_last_verdict_of_a_text_counts() -> None:
     assert read_preference("Verdict: A? No. Verdict: B") == "B"
     assert read_preference("verdict - TIE") == "tie"
+    assert read_preference("Verdict: a tie") == "tie"
+    assert read_preference("Verdict: Answer A") == "A"
     assert read_preference("Answer A is better") == ""
     assert judge_messages(open_task(), "r", "", "b")[1].content.count("(empty)") == 1
 

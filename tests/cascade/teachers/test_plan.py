@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cascade import benchmarks
 from cascade.config import ANSWER_KEY, check_config
+from cascade.tasks import Message
 from cascade.teachers.ledger import LedgerEntry
 from cascade.teachers.plan import expected_calls, expected_samples, plan
 
@@ -56,7 +59,6 @@ def test_the_plan_follows_shares_prompts_and_prices(tiers, make_task) -> None:
     assert rows[0].completion_tokens == 9000 * 25
     assert rows[0].cost_usd == pytest.approx(9000 * 33 * 0.05 / 1e6)
     assert rows[2].cost_usd == pytest.approx(1125 * 33 / 1e6)
-    assert all(r.worst_cost_usd > r.cost_usd for r in rows)
     assert rows[0].budget_usd == 9.0
     measured = plan(config(tiers), tasks, n_tasks=10_000, ledger=[row(1, 40) for n in range(5)]).rows
     assert (measured[0].measured, measured[1].measured) == (5, 0)
@@ -73,6 +75,24 @@ def test_the_plan_knows_what_an_answer_key_will_say(make_teacher, make_task) -> 
     assert rows[0].calls == round(100 * 0.5 / (1 - 0.5**0.5))
     assert rows[1].calls == 50
     assert rows[0].completion_tokens == rows[0].calls
+
+
+def test_every_step_of_a_conversation_is_a_request(tiers, make_task, monkeypatch) -> None:
+    def steps(task):
+        said = (Message("assistant", "12345678"), Message("user", "And then?"))
+        return [replace(task, messages=(*task.messages, *(said * n))) for n in range(3)]
+
+    monkeypatch.setattr(benchmarks, "right_steps", steps)
+    tasks = [make_task(n) for n in range(10, 20)]
+    talks = [replace(t, max_turns=8) for t in tasks]
+    single, talking = (plan(config(tiers), t, failure_rate=1.0).rows for t in (tasks, talks))
+    assert [r.tasks for r in talking] == [r.tasks for r in single]
+    assert talking[0].calls == 3 * single[0].calls == 30
+    assert talking[0].prompt_tokens == 3 * single[0].prompt_tokens + 10 * (1 + 2) * (4 + 2 + 4 + 3)
+    first = [replace(row(1, 40), task_id=t.id, prompt_tokens=16) for t in tasks]  # twice as many as estimated
+    assert plan(config(tiers), talks, failure_rate=1.0, ledger=first).rows[0].prompt_tokens == pytest.approx(
+        2 * talking[0].prompt_tokens
+    )
 
 
 def test_the_plan_counts_repairs_and_samples_drawn_at_once(tiers, make_teacher) -> None:

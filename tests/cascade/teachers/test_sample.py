@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from cascade.artifacts import Store
 from cascade.config import Config, check_config
+from cascade.errors import BudgetExceeded
+from cascade.tasks import Message
 from cascade.teachers.ledger import Ledger
 from cascade.teachers.plan import plan
 from cascade.teachers.sample import allocate, buy_sample, evenly_by_length
@@ -45,6 +49,19 @@ def test_a_plan_knows_the_price_of_batches_and_of_cached_prompts(fake_server, ma
     live, batch = (make_config("http://x/v1", mode=mode) for mode in ("live", "batch"))
     for one, other in zip(plan(live, tasks).rows, plan(batch, tasks).rows, strict=True):
         assert other.cost_usd == pytest.approx(one.cost_usd / 2)
+
+
+async def test_what_is_in_flight_when_a_sample_is_broken_off_is_kept(
+    fake_server, make_config, make_task, tmp_path
+) -> None:
+    server = fake_server()
+    server.delay = 0.2
+    long = replace(make_task(3), messages=(Message("user", "x" * 1_000_000),))
+    ledger = Ledger(Store(str(tmp_path)))
+    with pytest.raises(BudgetExceeded):
+        await buy_sample(make_config(server.url), [make_task(1), make_task(2), long], ledger, 9)
+    assert len(server.calls) == len(ledger) == 2
+    assert ledger.unsettled == 0
 
 
 def test_a_sample_is_of_all_lengths(make_task) -> None:

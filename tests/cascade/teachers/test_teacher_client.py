@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import email.utils
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, StreamingResponse
 
 from cascade.artifacts import Store
 from cascade.config import ANSWER_KEY, Teacher
@@ -119,6 +120,65 @@ async def test_faults_are_tried_again(fake_server, make_teacher, make_task, open
         assert ledger.spent_at_most() > ledger.spent() > len(faults) * PRICE
 
 
+@pytest.mark.parametrize("word", ["error", "insufficient_system_resource", "abort"])
+async def test_an_answer_that_the_endpoint_broke_off_is_asked_for_again(
+    fake_server, make_teacher, make_task, open_client, choices, word: str
+) -> None:
+    server = fake_server()
+    server.script.append(choices("half an ans", word))
+    async with open_client(make_teacher(server.url)) as client:
+        assert (await client.answer(make_task(1))).text == "answer to What is 1 + 1?"
+
+
+async def test_blank_lines_of_a_busy_endpoint_do_not_put_the_timeout_off(
+    fake_server, make_teacher, make_task, open_client
+) -> None:
+    async def blank_lines() -> AsyncIterator[bytes]:
+        while True:
+            yield b"\n"
+            await asyncio.sleep(0.05)
+
+    server = fake_server()
+    server.script.append(StreamingResponse(blank_lines(), media_type="application/json"))
+    async with open_client(make_teacher(server.url, timeout_s=0.3)) as client:
+        assert (await asyncio.wait_for(client.answer(make_task(1)), 20)).ok
+    assert len(server.calls) == 2
+
+
+async def test_what_a_moderator_refuses_concerns_one_request_alone(
+    fake_server, make_teacher, make_task, open_client
+) -> None:
+    server = fake_server()
+    flagged = {"error": {"message": "flagged", "code": 403, "metadata": {"reasons": ["violence"]}}}
+    server.script.append(JSONResponse(flagged, 403))
+    async with open_client(make_teacher(server.url)) as client:
+        assert "does not accept the request (403: flagged)" in (await client.answer(make_task(1))).error
+        assert (await client.answer(make_task(2))).ok
+
+
+async def test_a_limit_that_lets_nothing_through_stops_the_run(
+    fake_server, make_teacher, make_task, open_client, monkeypatch
+) -> None:
+    monkeypatch.setattr("cascade.teachers.client._PATIENCE_S", 0.05)
+    server = fake_server()
+    server.script.extend([JSONResponse({"error": {"message": "1000 a day"}}, 429, {"Retry-After": "0.1"})] * 3)
+    async with open_client(make_teacher(server.url)) as client:
+        with pytest.raises(TeacherError, match=r"nobody answers any more.*1000 a day.*run again"):
+            await client.answer(make_task(1))
+
+
+async def test_waiting_for_a_place_uses_no_patience_up(
+    fake_server, make_teacher, make_task, open_client, monkeypatch
+) -> None:
+    monkeypatch.setattr("cascade.teachers.client._PATIENCE_S", 0.25)
+    server = fake_server()
+    server.script.extend([("sleep", 0.5), JSONResponse({"error": {}}, 429, {"Retry-After": "0.05"})])
+    async with open_client(make_teacher(server.url, max_concurrency=1)) as client:
+        answers = await asyncio.gather(*(client.answer(make_task(n)) for n in range(2)))
+    assert [a.error for a in answers] == ["", ""]
+    assert len(server.calls) == 3
+
+
 async def test_429_costs_no_retries_and_its_retry_after_is_kept(
     fake_server, make_teacher, make_task, open_client
 ) -> None:
@@ -185,6 +245,16 @@ async def test_cached_tokens_are_priced_as_such(
     async with open_client(make_teacher(server.url, cached_input_usd_per_million=1.0)) as client:
         assert (await client.answer(make_task(1))).cost_usd == pytest.approx((40 * 10 + 60) / 1e6)
     assert rows(tmp_path)[0].cached_tokens == 60
+
+
+async def test_reasoning_tokens_that_only_the_total_has_are_paid(
+    fake_server, make_teacher, make_task, open_client
+) -> None:
+    server = fake_server()
+    server.script.append({"usage": {"prompt_tokens": 100, "completion_tokens": 20, "total_tokens": 420}})
+    async with open_client(make_teacher(server.url)) as client:
+        answer = await client.answer(make_task(1))
+    assert (answer.completion_tokens, answer.cost_usd) == (320, pytest.approx((100 * 10 + 320 * 100) / 1e6))
 
 
 async def test_usage_that_is_not_reported_is_estimated(fake_server, make_teacher, make_task, open_client) -> None:
@@ -292,7 +362,7 @@ async def test_sixteen_at_once_never_pass_the_budget(
 ) -> None:
     server = fake_server()
     server.delay = 0.01
-    usage = {"prompt_tokens": 20, "completion_tokens": round(50 * share), "total_tokens": 50}
+    usage = {"prompt_tokens": 20, "completion_tokens": round(50 * share)}
     server.script.extend([{"usage": usage}] * 200)
     budget = 0.1
 
@@ -329,7 +399,10 @@ async def test_concurrency_stays_within_the_endpoints_limit(fake_server, make_te
 def test_retry_after_is_read_in_all_its_forms() -> None:
     assert retry_after({"retry-after": "7"}) == 7
     assert retry_after({"retry-after": "1.5", "retry-after-ms": "250"}) == 0.25
-    assert retry_after({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}) == 0
+    assert retry_after({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}) is None
+    in_a_minute = email.utils.formatdate(time.time() + 60, usegmt=True)
+    assert 0 < (retry_after({"retry-after": in_a_minute}) or 0) <= 60
+    assert retry_after({"retry-after": "0"}) is None
     assert retry_after({"retry-after": "soon"}) is None
     assert retry_after({"retry-after": "99999"}) == 600
     assert retry_after({}) is None
