@@ -5,29 +5,35 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import ray
+from filelock import FileLock, Timeout
 from ray.data import DataContext
 
 from cascade.artifacts import Run, Store
 from cascade.benchmarks import RUNS_CODE
 from cascade.benchmarks.protected import protected_tasks
 from cascade.config import Config, load_config
-from cascade.errors import ConfigError, exit_with_message
+from cascade.errors import CascadeError, ConfigError, exit_with_message
 from cascade.scoring.sandbox import WEAK_SWITCH, require_walls
 from ray_jobs import JOBS
 from ray_jobs._json_lines import ray_logs
+from ray_jobs._lease import Lease
 from ray_jobs._live_page import showing
 from ray_jobs._progress import Progress
 from ray_jobs._runs import Runs
 
 Metrics = dict[str, Any]
-SCRATCH = ("train", "progress.json")
-"""What jobs have in their run's folder until they are done: Ray Train's state, and notes of how far they are."""
+LOCK = "driver.lock"
+SCRATCH = ("train", "progress.json", LOCK)
+"""What jobs have in their run's folder until they are done: Ray Train's state, notes of how far they are, a lock."""
 
 
 @dataclass(frozen=True)
@@ -55,23 +61,67 @@ def run_job(name: str, work: Work, runs: Runs, progress: Progress | None = None)
     """
     run = runs.run(name)
     progress = progress or Progress()
-    if run.done:
-        clear_scratch(run)
-        progress.reused(name)
-        return run.metrics
-    job = Job(runs.config, runs, run, progress)
+    if not run.done:
+        with sole_driver(run) as alone:
+            if not run.done:  # nor has another process done it meanwhile
+                return _do(name, work, Job(runs.config, runs, run, progress), alone)
+    clear_scratch(run)
+    progress.reused(name)
+    return run.metrics
+
+
+def _do(name: str, work: Work, job: Job, alone: Callable[[], bool]) -> Metrics:
+    run = job.run
     before = run.manifest.get("seconds", 0.0)
     began = time.perf_counter()
-    run.start(runs.config)
-    progress.started(name)
+    run.start(job.config)
+    job.progress.started(name)
     try:
         metrics = work(job)
     finally:
-        run.note(seconds=before + time.perf_counter() - began)
+        if alone():
+            run.note(seconds=before + time.perf_counter() - began)
     run.finish(metrics)
     clear_scratch(run)
-    progress.finished(name, metrics)
+    job.progress.finished(name, metrics)
     return metrics
+
+
+@contextmanager
+def sole_driver(run: Run) -> Iterator[Callable[[], bool]]:
+    """Keep others from doing the same run meanwhile, which would pay for its answers twice.
+
+    On a file system by a lock, of which the kernel lets go when the process ends, however it does; elsewhere by a
+    `Lease`, which can be lost.
+
+    Yields:
+        Whether others are still kept from it.
+
+    Raises:
+        CascadeError: another process is at it, or has come to be at it.
+    """
+    with _lock(run) if run.store.is_local else Lease(run).held() as alone:
+        yield alone
+
+
+@contextmanager
+def _lock(run: Run) -> Iterator[Callable[[], bool]]:
+    folder = Path(run.store.path(run.folder))
+    lock = FileLock(folder / LOCK)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise CascadeError(
+            f"another process is doing {run.name} (in {run.store.uri_of(run.folder)}): wait until it has ended, or end "
+            "it; then this one goes on from what is done"
+        ) from None
+    except (OSError, NotImplementedError):  # no locks there, or not to be written to: whoever writes says so
+        pass
+    try:
+        yield lambda: True
+    finally:
+        lock.release()
 
 
 def clear_scratch(run: Run) -> None:
@@ -160,9 +210,18 @@ def check_sandbox(config: Config) -> None:
 
 
 def main(name: str, work: Work) -> None:
-    """`python -m ray_jobs.<job> --config FILE`: exit code 0 when done, 2 for something that the user must mend."""
+    """`python -m ray_jobs.<job> --config FILE`: its exit codes are those of `cascade`."""
     path = parse_config(name)
-    exit_with_message(lambda: run_one(name, work, load_config(path)))
+    exit_with_code(lambda: run_one(name, work, load_config(path)))
+
+
+def exit_with_code(action: Callable[[], object]) -> None:
+    """Run a command: exit code 2 for something that the user must mend, 130 for Ctrl-C, both without a traceback."""
+    try:
+        exit_with_message(action)
+    except KeyboardInterrupt:
+        print("interrupted: run it again, and it goes on where it was", file=sys.stderr)
+        sys.exit(130)
 
 
 def command_line(name: str) -> argparse.ArgumentParser:

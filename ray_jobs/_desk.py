@@ -214,6 +214,7 @@ class DeskClient:
 
     async def reserve(self, tier: int, usd: float) -> str:
         """See `cascade.teachers.budget.Budget.reserve`. The desk knows its tier."""
+        self._live()
         return str(await self._reservations.ask(usd))
 
     async def settle(self, lease: str, usd: float) -> None:
@@ -229,6 +230,10 @@ class DeskClient:
         self._news += news
         self._heard += [heard] if heard else []
         self._to_tell.set()
+        self._live()
+
+    def _live(self) -> None:
+        """Give signs of life from now on: a day may pass between what is set aside for a batch and its end."""
         self._telling = self._telling or asyncio.ensure_future(self._tell())
 
     async def _tell(self) -> None:

@@ -43,7 +43,7 @@ def export_dataset(runs: Runs, to: str | None) -> tuple[str, int]:
     target = runs.store.child(runs.config.domain) if to is None else Store(to if "://" in to else str(Path(to).parent))
     folder = FOLDER if to is None else Path(to).name if "://" not in to else FOLDER
     write_dataset(target, folder, rows, _provenance(runs))
-    return f"{target.uri}/{folder}", len(rows)
+    return target.uri_of(folder), len(rows)
 
 
 def _provenance(runs: Runs) -> Provenance:

@@ -59,7 +59,8 @@ class JsonLines(Progress):
         line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "level": level, "event": event}
         line |= {"domain": self.runs.config.domain, "run": self.run}
         line |= {"step": self.runs.run(job).name} if job else {}
-        print(json.dumps(line | more, ensure_ascii=False, default=str), file=self.stream, flush=True)
+        plain = json.loads(json.dumps(line | more, default=str), parse_constant=lambda _: None)  # JSON has no NaN
+        print(json.dumps(plain, ensure_ascii=False), file=self.stream, flush=True)
 
     def connected(self, dashboard: str) -> None:
         self.say("connected", ray_job=ray.get_runtime_context().get_job_id(), dashboard=dashboard)
@@ -83,3 +84,7 @@ class JsonLines(Progress):
 
     def finished(self, job: str, metrics: dict[str, Any]) -> None:
         self.say("step ended", job, seconds=time.perf_counter() - self.began[job], metrics=metrics)
+
+    def in_use(self, current: str, made: str) -> None:
+        level = "INFO" if current == made else "WARNING"
+        self.say("modifier in use", level=level, current=current or None, made=made)

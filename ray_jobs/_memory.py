@@ -41,8 +41,8 @@ class PeakMemory:
     def _sample(self, processes: list[psutil.Process]) -> None:
         summed = sum(_resident(p) for p in processes)
         if summed > self._highest_sum:
-            self._highest_sum = summed
             self.peak_bytes = max(self.peak_bytes, sum(_proportional(p) for p in processes))
+            self._highest_sum = summed
 
 
 def _resident(process: psutil.Process) -> int:

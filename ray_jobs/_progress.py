@@ -39,6 +39,9 @@ class Progress:
     def finished(self, job: str, metrics: dict[str, Any]) -> None:
         """A job is done."""
 
+    def in_use(self, current: str, made: str) -> None:
+        """All jobs are done: which version of the modifier is CURRENT ("" for none), and which one they made."""
+
     @staticmethod
     @contextmanager
     def live(title: str, jobs: tuple[str, ...] = ()) -> Iterator[Progress]:
@@ -135,6 +138,10 @@ class Several(Progress):
     def finished(self, job: str, metrics: dict[str, Any]) -> None:
         for display in self.displays:
             display.finished(job, metrics)
+
+    def in_use(self, current: str, made: str) -> None:
+        for display in self.displays:
+            display.in_use(current, made)
 
 
 @dataclass

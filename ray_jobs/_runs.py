@@ -6,13 +6,13 @@ the jobs before it. `execution` is in none of them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 from cascade import modifiers
 from cascade.artifacts import Run, Store, fingerprint, open_run
 from cascade.benchmarks.mixture import load_tasks
-from cascade.config import Config, Part, Teacher
+from cascade.config import Config, Judge, Part, Teacher
 from cascade.models.files import base_sha256
 from cascade.tasks import Task, message_hash
 
@@ -153,7 +153,7 @@ class Runs:
             failures=failures.fingerprint,
             teacher=_what_decides_answers(teacher),
             tier=tier,
-            **({"judge": self.config.judge} if self.config.judge else {}),
+            **({"judge": _what_decides_verdicts(self.config.judge)} if self.config.judge else {}),
             **({"predictor": self.config.predictor} if self.config.predictor.enabled and tier < 3 else {}),
         )
 
@@ -169,25 +169,37 @@ class Runs:
 
     def _tasks_hash(self, part: Part) -> str:
         tasks: list[Task] = getattr(self, f"{part}_tasks")
-        return fingerprint(tasks=[[t.id, message_hash(t.messages), t.reference] for t in tasks])
+        return fingerprint(
+            tasks=[[message_hash(t.messages), *(getattr(t, name) for name in _OF_A_TASK)] for t in tasks]
+        )
+
+
+_OF_A_TASK = [f.name for f in fields(Task) if f.name not in ("messages", "domain", "split")]
+"""Fields that decide how a task is asked, answered, scored and reported, beside its messages."""
+
+
+def _what_decides_verdicts(judge: Judge) -> dict[str, object]:
+    """A judge without what decides when and at what price it answers."""
+    return {"model": _what_decides_answers(judge.model), "rubric": judge.rubric}
 
 
 def _what_decides_answers(teacher: Teacher) -> dict[str, object]:
     """A teacher without its limits, prices and budgets: those decide when and what it costs, not what it says."""
-    answer: dict[str, object] = teacher.model_dump(
-        mode="json",
-        exclude={
-            "endpoints",
-            "input_usd_per_million",
-            "output_usd_per_million",
-            "cached_input_usd_per_million",
-            "price_source",
-            "timeout_s",
-            "mode",
-            "batch_price_share",
-            "retries",
-            "budget_usd",
-            "expected_share",
-        },
-    )
+    left_out = dict.fromkeys(_NO_ANSWER, True) | {"answer_key": {"latency_ms"}}
+    answer: dict[str, object] = teacher.model_dump(mode="json", exclude=left_out)
     return answer | {"endpoints": [e.base_url for e in teacher.endpoints]}
+
+
+_NO_ANSWER = (
+    "endpoints",
+    "input_usd_per_million",
+    "output_usd_per_million",
+    "cached_input_usd_per_million",
+    "price_source",
+    "timeout_s",
+    "mode",
+    "batch_price_share",
+    "retries",
+    "budget_usd",
+    "expected_share",
+)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import tempfile
@@ -46,7 +45,6 @@ def distributions(space: Space) -> Distributions:
     """The library's plain description of the search space in Optuna's terms."""
     kinds: dict[str, Callable[..., BaseDistribution]] = {
         "uniform": FloatDistribution,
-        "log-uniform": functools.partial(FloatDistribution, log=True),
         "choice": CategoricalDistribution,
     }
     return {name: kinds[kind](*arguments) for name, (kind, *arguments) in space.items()}
@@ -91,11 +89,8 @@ def _beside(value: Any, distribution: BaseDistribution, rng: np.random.RandomSta
         return others[rng.randint(len(others))] if others else value
     assert isinstance(distribution, FloatDistribution)
     low, high = distribution.low, distribution.high
-    there, back = (math.log, math.exp) if distribution.log else (float, float)
-    start, end = there(low), there(high)
-    at = (there(value) - start) / (end - start) + _FAR * rng.standard_normal()
-    at = abs(at) % 2
-    return min(high, max(low, back(start + (end - start) * min(at, 2 - at))))
+    at = abs((value - low) / (high - low) + _FAR * rng.standard_normal()) % 2
+    return min(high, max(low, low + (high - low) * min(at, 2 - at)))
 
 
 def violations(trial: Trial, limits: Limits) -> dict[str, float]:

@@ -20,6 +20,7 @@ def test_student(job: Job, tier: int) -> Metrics:
         "tested": score.n,
         "passed": score.passed,
         "unparsed": score.unparsed,
+        "errors": score.errors,
         "accuracy": score.accuracy,
         "interval": [score.low, score.high],
         "unsolved": len(unsolved),

@@ -34,14 +34,14 @@ from cascade.tasks import Example
 from cascade.training import trackers
 from cascade.training.card import adapter_card
 from cascade.training.examples import encode_examples
-from cascade.training.looks import Look, needs_loss
+from cascade.training.looks import needs_loss
 from cascade.training.loop import StepReport
 from ray_jobs._context import Job, Metrics
 from ray_jobs._held_out import held_out
 from ray_jobs._progress import polling
 from ray_jobs._runs import Runs
 from ray_jobs._train_ledger import CURVE, PROGRESS, check_ledger
-from ray_jobs._train_worker import ADAPTER, LOOKS, RAY_FOLDER, Assigned, begun_in, train_worker
+from ray_jobs._train_worker import ADAPTER, RAY_FOLDER, Assigned, begun_in, train_worker
 
 RESIZE_S = 30.0
 """Seconds between two looks at how many workers there could be."""
@@ -58,7 +58,10 @@ def train_modifier(job: Job, examples: list[Example], style: PromptStyle) -> Met
             what was planned.
     """
     if not examples:
-        raise DataError("there is no verified example to train on: no teacher answered a failed task rightly")
+        raise DataError(
+            "there is no verified example to train on: the base failed none of the training tasks, no teacher answered "
+            "one of these rightly, or all that were answered overlap a test task"
+        )
     job.run.write_table("examples", Example, examples)
     assigned = _assign(job, style)
     check_before(assigned, examples)
@@ -85,7 +88,6 @@ def train_modifier(job: Job, examples: list[Example], style: PromptStyle) -> Met
     metrics = dict(result.metrics or {})
     write_card(job.runs, metrics)
     job.run.write_table(CURVE, StepReport, sorted(job.run.read(CURVE, StepReport), key=lambda p: p.step))
-    job.run.write_table(LOOKS, Look, sorted(job.run.read(LOOKS, Look), key=lambda look: look.step))
     asked = job.runs.validation_tasks
     return (
         metrics

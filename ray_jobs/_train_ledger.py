@@ -60,10 +60,12 @@ class Recorder:
         self.between = NOTE_S if run.store.is_local else REMOTE_NOTE_S
 
     def start(self, first_step: int, workers: int, encoded: EncodedSet) -> None:
-        """Note that the workers begin, and with what."""
+        """Note that the workers begin, and with what; what an earlier start noted of later steps is void."""
         if not self.first:
             return
-        reached = max([_noted_step(self.run), *(p.step + 1 for p in self.run.read(CURVE, StepReport))])
+        curve = self.run.read(CURVE, StepReport)
+        reached = max([_noted_step(self.run), *(p.step + 1 for p in curve)])
+        self.run.write_table(CURVE, StepReport, [p for p in curve if p.step < first_step])
         number = 1 + len(self.run.read(ATTEMPTS, Attempt))
         self.run.write_part(ATTEMPTS, [Attempt(number, workers, first_step, max(0, reached - first_step))])
         reasons = {"too long": encoded.too_long, "without target": encoded.without_target}

@@ -2,8 +2,9 @@
 
 A checkpoint holds adapter and optimiser whole, the data position with what the looks found, and the best adapter so
 far. Whoever continues from it, with however many workers and on whatever ZeRO stage, takes the same steps as if nothing
-had happened. It is stored while training goes on, and Ray's controller notes it when it next looks, after two seconds
-at most; until then it is none. So the next one waits for it: a loss costs two intervals at most, mostly one.
+had happened. It is written and stored while training goes on, and Ray's controller notes it when it next looks, after
+two seconds at most; until then it is none. So the next one waits for it: a loss costs two intervals at most, mostly
+one.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ from cascade.errors import DataError
 from cascade.models.base import LoadedBase, end_token_ids, load_base, named_when_full
 from cascade.models.student import Student
 from cascade.tasks import Example, Message, Task
-from cascade.training.deepspeed_engine import DeepSpeedEngine
+from cascade.training.deepspeed_engine import DeepSpeedEngine, write_state
 from cascade.training.examples import EncodedSet, encode_conversations, encode_examples
 from cascade.training.fused import compile_layers
 from cascade.training.layout import most_tokens
-from cascade.training.looks import Look, is_better, is_enough, look_steps, needs_loss
+from cascade.training.looks import Look, best_of, is_better, is_enough, look_steps, needs_loss
 from cascade.training.loop import TargetLoss, run_steps, summed_loss
 from cascade.training.lora import add_lora, save_adapter
 from cascade.training.packing import Step, pack, plan_steps
@@ -116,7 +117,6 @@ class _Session:
         self.held_out = self._held_out()
         self.engine = DeepSpeedEngine(module, config.training, self.loaded.device, self.loaded.model.dtype)
         self.best = Path(stack.enter_context(tempfile.TemporaryDirectory())) / BEST
-        self.outbox = stack.enter_context(tempfile.TemporaryDirectory())
         self.looks: list[Look] = []
         self.start = self._restore(checkpoint)
         self.recorder = Recorder(assigned.run, len(self.plan), self.first)
@@ -176,8 +176,8 @@ class _Session:
         answered = self.assigned.answered
         passed = round(_sum_over_workers(self._passed(answered[self.rank :: self.world])))
         look = Look(done, loss / count if count else float("nan"), len(answered), passed)
-        best = next((found for found in reversed(self.looks) if found.best), None)
-        look = dataclasses.replace(look, best=is_better(look, best, self.assigned.config.training))
+        best = is_better(look, best_of(self.looks), self.assigned.config.training)
+        look = dataclasses.replace(look, best=best)
         self.looks.append(look)
         self.trackers.look(look)
         if look.best and self.assigned.config.training.validation.keep != "last":
@@ -247,23 +247,34 @@ class _Session:
             save_adapter(self.model, self.loaded, self.assigned.config.seed, folder, weights)
 
     def _checkpoint(self, done: int, at_once: bool) -> None:
-        """Report a checkpoint, which is stored while training goes on.
+        """Report a checkpoint, which is written and stored while training goes on.
 
         Args:
             at_once: wait until it is one, for this node is about to be taken away.
         """
         self._wait_for_the_last()
-        folder = tempfile.mkdtemp(dir=self.outbox)  # goes once it is stored
-        self.engine.save(folder, done)
+        state, storage = self.engine.state(done), ray.train.get_context().get_storage()
+        # Not the session's: an error that ends it must leave whole what is being stored.
+        outbox = tempfile.TemporaryDirectory()
         if self.first:
-            self._write_position(Path(folder), {})
+            self._write_position(Path(outbox.name), {})
             if self.best.exists():
-                shutil.copytree(self.best, Path(folder) / BEST)
+                shutil.copytree(self.best, Path(outbox.name) / BEST)
         self._flush()
+
+        def store(checkpoint: Checkpoint, name: str) -> Checkpoint:
+            assert state is not None, "the first worker alone has a checkpoint"
+            with outbox as folder:
+                write_state(state, folder)
+                stored: Checkpoint = storage.persist_current_checkpoint(checkpoint, name)
+            return stored
+
         ray.train.report(
             {"step": done},
-            checkpoint=Checkpoint.from_directory(folder) if self.first else None,
+            checkpoint=Checkpoint.from_directory(outbox.name) if self.first else None,
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+            checkpoint_upload_fn=store,
+            delete_local_checkpoint_after_upload=False,  # it is gone by then
         )
         self.under_way = True
         if at_once:
@@ -295,7 +306,7 @@ class _Session:
     def _flush(self) -> None:
         self.recorder.flush()
         if self.first:
-            self.assigned.run.write_part(LOOKS, self.looks)
+            self.assigned.run.write_table(LOOKS, Look, self.looks)  # without what an earlier start found further on
             self.trackers.flush()
 
     def _restore(self, checkpoint: Checkpoint | None) -> int:
@@ -303,6 +314,7 @@ class _Session:
 
         Raises:
             DataError: the checkpoint cannot be gone on from; says how to begin again.
+            OSError: it cannot be read now. Ray tries again, and so can people: nothing is lost yet.
         """
         if checkpoint is None:
             return 0
@@ -313,7 +325,7 @@ class _Session:
                 if self.first and (Path(folder) / BEST).exists():
                     shutil.copytree(Path(folder) / BEST, self.best)
                 return self.engine.load(folder)
-            except (OSError, ValueError, TypeError, DataError) as error:
+            except (FileNotFoundError, ValueError, TypeError, DataError) as error:
                 raise DataError(
                     f"training cannot go on from its checkpoint ({error}): remove {begun_in(self.assigned.run)} and "
                     "run again, which trains anew on the same examples"
@@ -322,7 +334,7 @@ class _Session:
     def _metrics(self) -> dict[str, Any]:
         """What the training was; the same on every worker."""
         steps = self.looks[-1].step if self._has_enough() else len(self.plan)
-        best = next((look for look in reversed(self.looks) if look.best), None)
+        best = best_of(self.looks)
         done = self.plan[:steps]
         found: dict[str, Any] = {
             "steps": steps,
@@ -337,7 +349,8 @@ class _Session:
         if best is not None:
             kept_last = self.assigned.config.training.validation.keep == "last"
             shown = self.looks[-1] if kept_last else best
-            found |= {"kept_step": shown.step, "validation_loss": shown.loss}
+            found |= {"kept_step": shown.step}
+            found |= {"validation_loss": shown.loss} if self.held_out else {}
             found |= {"validation_passed": shown.passed} if shown.answered else {}
         return found
 

@@ -3,7 +3,8 @@
 A trial that is behind after a quarter or half of the rows ends there: it goes on only if it is among the better half of
 all that were measured as far, in the order of non-dominated sorting by bytes and loss. That is asynchronous successive
 halving for two objectives (MO-ASHA, Schmucker et al., arXiv:2106.12639). One that keeps the wanted share of the gain is
-measured whole in any case: between such, a quarter of the rows is too few to tell.
+measured whole in any case: between such, a quarter of the rows is too few to tell. One that is too large ends after the
+first part, and nothing is compared with it.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from ray_jobs._held_out import Conversation
 TRIALS = "trials"
 """Table of the recipes that were tried; each trial adds its own row."""
 STAGES = "stages"
-"""Table of how each trial stood after a part of the held-out rows."""
+"""Table of how each trial that fits stood after a part of the held-out rows."""
 FRONT = "front"
 """Folder of the modifier files of the Pareto front."""
 SHARES = (0.25, 0.5)
@@ -179,7 +180,7 @@ def run_trial(params: dict[str, Any], setting: Setting, stages: StagesSoFar) -> 
     """Measure a recipe, and note it in the run, unless it was measured before the search was last interrupted.
 
     Args:
-        stages: how all trials stood so far.
+        stages: how all trials that fit stood so far.
     """
     key = params_key(params)
     trial = setting.known.get(key)
@@ -219,10 +220,13 @@ def _loss(
     share, loss = 1.0, math.nan
     for share, loss in bench.growing((*shares, 1.0)):
         if share < 1:
+            estimate = setting.ground.estimate(share, loss)
+            if hopeless:  # no stage: nothing that fits is behind it
+                return share, estimate
             setting.run.write_part(STAGES, [Stage(key, share, size, loss)])
-            estimate, so_far = setting.ground.estimate(share, loss), [s for s in stages() if s.share == share]
+            so_far = [s for s in stages() if s.share == share]
             wanted = setting.ground.gain(estimate) >= setting.config.compression.keep_gain
-            if hopeless or not (wanted or _is_promoted(key, so_far)):
+            if not (wanted or _is_promoted(key, so_far)):
                 return share, estimate
     return share, loss
 
@@ -276,7 +280,11 @@ def load_bench(config_json: str, style: PromptStyle, held_out: tuple[Conversatio
 def packed_rows(
     loaded: LoadedBase, config: Config, style: PromptStyle, conversations: Sequence[Conversation]
 ) -> list[Row]:
-    """Packed rows of the conversations that have something to learn and are not too long."""
+    """Packed rows of the conversations that have something to learn and are not too long.
+
+    Raises:
+        DataError: there are none.
+    """
     longest = config.training.lora.max_length
     encoded = encode_conversations(
         conversations,
@@ -285,4 +293,5 @@ def packed_rows(
         system=style.system,
         end_ids=end_token_ids(loaded),
     )
+    encoded.check(f"training.lora.max_length = {longest}")
     return pack(encoded.examples, longest)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from cascade.compression.packed import compress
 from cascade.compression.recipe import limits
 from cascade.compression.recover import recover
 from cascade.config import Config, PromptStyle
+from cascade.errors import DataError
 from cascade.models.base import end_token_ids
 from cascade.tasks import Example
 from cascade.training.examples import encode_examples
@@ -38,7 +41,7 @@ class Recovery:
     """A training of what the chosen one has left.
 
     Attributes:
-        loss: held-out, after it; taken: whether the file is the one that it made.
+        loss: held-out, after it, NaN where it diverged; taken: whether the file is the one that it made.
     """
 
     steps: int
@@ -124,7 +127,11 @@ def _recover(assigned: Assigned, bench: Bench, compressed: CompressedAdapter) ->
     settings = lora.model_copy(update={"learning_rate": wanted.recovery_rate * lora.learning_rate})
     plan = _plan(assigned, bench)
     bench.slot.clear()
-    trained, _ = recover(bench.loaded.model, compressed, plan, settings)
+    try:
+        trained, _ = recover(bench.loaded.model, compressed, plan, settings)
+    except DataError as error:  # it has diverged; what was chosen is as good as it was
+        logging.getLogger(__name__).warning("recovery: %s", error)
+        return compressed, Recovery(len(plan), time.perf_counter() - began, math.nan, False)
     loss = bench.loss(trained)
     published = len(encode_modifier(trained)) + publishing_bytes(tuple(t.name for t in config.tiers))
     fits = published <= limits(assigned.adapter, wanted).disk
@@ -149,6 +156,8 @@ def _plan(assigned: Assigned, bench: Bench) -> list[Step]:
 
 def in_words(recovery: Recovery, before: float) -> str:
     """What a recovery brought, for the reason of the choice."""
+    if math.isnan(recovery.loss):
+        return f"recovery training diverged within {recovery.steps} steps; the file stayed as it was"
     change = f"{recovery.steps} steps of recovery training took {recovery.seconds:.0f} s and brought the held-out loss"
     outcome = "" if recovery.taken else "; the file stayed as it was"
     return f"{change} from {before:.4f} to {recovery.loss:.4f}{outcome}"

@@ -132,13 +132,16 @@ def system(config: ConfigFile) -> None:
 
 
 @app.command()
-def bundle(config: ConfigFile, folder: Annotated[str, typer.Argument(metavar="FOLDER", help="new folder")]) -> None:
+def bundle(
+    config: ConfigFile,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", file_okay=False, help="new folder")],
+) -> None:
     """Pack base, modifiers and router into one folder; `python -m serve FOLDER` serves it."""
     loaded = _load(config)
     from cascade.benchmarks.sources import cache_dir
     from cascade.system import bundle
 
-    print(bundle(loaded, Path(folder), cache_dir() / "router"))
+    print(bundle(loaded, folder, cache_dir() / "router"))
 
 
 @app.command()

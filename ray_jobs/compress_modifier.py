@@ -68,6 +68,8 @@ def _finalists(job: Job, trials: list[Trial], ground: Groundwork, adapter: Adapt
     between, evenly: where few tasks decide, the smallest may fail by chance. Smallest first."""
     wanted = job.config.compression
     candidates = pareto_front(trials)
+    if not candidates and any(t.fits for t in trials):
+        raise CascadeError("the held-out loss of no trial is a number: set base.dtype to float32")
     if not candidates:
         bounds, disk = limits(adapter, wanted), min(t.disk_bytes for t in trials)
         resident = min(t.resident_bytes for t in trials)

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+from cascade import modifiers
 from cascade.config import Config, load_config
-from cascade.errors import ConfigError, exit_with_message
+from cascade.errors import CascadeError, ConfigError
 from cascade.reports.console import print_summary
 from cascade.reports.data import tables_folder
 from cascade.reports.html import write_report
@@ -30,7 +31,7 @@ from ray_jobs import (
     train_router,
     validate_modifier,
 )
-from ray_jobs._context import Work, connect_ray, parse_config, run_job
+from ray_jobs._context import Work, connect_ray, exit_with_code, parse_config, run_job
 from ray_jobs._live_page import showing
 from ray_jobs._memory import PeakMemory
 from ray_jobs._report import report_data
@@ -77,9 +78,11 @@ def run_pipeline(config: Config, config_path: str) -> Summary:
                 else:
                     progress.reused(name)
             summary = _write_report(runs, config_path, account)
+            current, made = _versions(runs)
+            progress.in_use(current, made)
     if runs.config.execution.logs == "text":
         print_summary(summary)
-        _say_what_next(runs, config_path)
+        _say_what_next(runs, config_path, current, made)
     return summary
 
 
@@ -125,18 +128,39 @@ def _write_report(runs: Runs, config_path: str, account: _Account) -> Summary:
     return data.summary
 
 
-def _say_what_next(runs: Runs, config_path: str) -> None:
+def _versions(runs: Runs) -> tuple[str, str]:
+    """Which version of the domain's modifier is CURRENT, "" for none that can be read, and which one this config made.
+
+    A config that is done makes nothing CURRENT again: somebody may have chosen another version since.
+    """
+    try:
+        found = modifiers.current(runs.store, runs.config.domain)
+    except CascadeError:  # damaged, or the version is gone; the command that is named mends it
+        found = None
+    return "" if found is None else found.version, str(runs.validate_modifier.metrics["version"])
+
+
+def _say_what_next(runs: Runs, config_path: str, current: str, made: str) -> None:
     console = Console()
     console.print(f"\nReport:  {runs.store.uri_of(f'{runs.config.domain}/report.html')}", soft_wrap=True)
     console.print(f"Figures: {runs.store.uri_of('summary.json')}", soft_wrap=True)
+    console.print(f"Current: {_in_use(runs.config.domain, config_path, current, made)}", soft_wrap=True, markup=False)
     quickstart = config_path == "configs/quickstart.yaml"
     command = "make serve" if quickstart else f"python -m serve {config_path}"
     console.print(f"Serve:   {command}   (then http://127.0.0.1:8000)", soft_wrap=True)
 
 
+def _in_use(domain: str, config_path: str, current: str, made: str) -> str:
+    """Which version is CURRENT and, where this config made another, what makes that one so."""
+    there = f"{domain}/{current}" if current else "no version"
+    if current == made:
+        return there
+    return f"{there}; this config made {domain}/{made}, and `cascade canary {config_path} {made} --promote` sets it"
+
+
 def main() -> None:
     path = parse_config("pipeline")
-    exit_with_message(lambda: run_pipeline(load_config(path), path))
+    exit_with_code(lambda: run_pipeline(load_config(path), path))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
-"""Which finalist of a compression search is taken."""
+"""Which finalist of a compression search is taken, and that a recovery which fails takes nothing from it."""
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
 import pytest
 
-from cascade.config import Compression
+from cascade.config import Compression, Lora
+from cascade.errors import CascadeError, DataError
 from cascade.tasks import Verdict
+from ray_jobs import _winner, compress_modifier
 from ray_jobs.compress_modifier import _choose, _finalists
 
 FINALISTS = [SimpleNamespace(disk_bytes=size) for size in (10, 20, 30)]
@@ -62,3 +65,28 @@ def test_few_finalists(count):
     job = SimpleNamespace(config=SimpleNamespace(compression=Compression(finalists=count, keep_gain=0.1)))
     found = _finalists(job, front, SimpleNamespace(gain=lambda loss: 1 - loss / 10), None)
     assert [t.disk_bytes for t in found] == {1: [3], 2: [1, 3]}[count]
+
+
+@pytest.mark.parametrize(("fits", "said"), [(True, "loss of no trial is a number"), (False, "no trial stayed within")])
+def test_without_finalists_it_is_said_why(monkeypatch, fits, said):
+    monkeypatch.setattr(compress_modifier, "limits", lambda *_: SimpleNamespace(disk=1, resident=1))
+    trial = SimpleNamespace(disk_bytes=2, resident_bytes=2, loss=math.nan, fits=fits, share=1.0, file="f")
+    job = SimpleNamespace(config=SimpleNamespace(compression=Compression()))
+    with pytest.raises(CascadeError, match=said):
+        _finalists(job, [trial], None, None)
+
+
+def test_a_recovery_that_diverges_leaves_what_was_chosen(monkeypatch):
+    def diverges(*_):
+        raise DataError("not finite in 3 steps in a row")
+
+    monkeypatch.setattr(_winner, "recover", diverges)
+    monkeypatch.setattr(_winner, "_plan", lambda *_: [None] * 5)
+    config = SimpleNamespace(compression=Compression(recovery_steps=5), training=SimpleNamespace(lora=Lora()))
+    bench = SimpleNamespace(slot=SimpleNamespace(clear=lambda: None), loaded=SimpleNamespace(model=None))
+    chosen = SimpleNamespace()
+    left, recovery = _winner._recover(SimpleNamespace(config=config), bench, chosen)
+    assert left is chosen
+    assert not recovery.taken
+    assert math.isnan(recovery.loss)
+    assert _winner.in_words(recovery, 0.5) == "recovery training diverged within 5 steps; the file stayed as it was"

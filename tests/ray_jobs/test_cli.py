@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 from pipelines import ROOT, environment, write_config
+from typer.testing import CliRunner
 
 from cascade import __version__
+from ray_jobs.cli import app
 
 COMPUTES = {"bitsandbytes", "deepspeed", "openai", "peft", "ray", "sklearn", "torch", "transformers"}
 READS = {"numpy", "pandas", "pyarrow", "scipy"}
@@ -55,6 +57,12 @@ def test_a_mistake_in_a_config_is_said_before_anything_that_computes_is_imported
     config = write_config(tmp_path, budget="much")
     done = run("ray_jobs.cli", command, str(config))
     assert (done.returncode, "budget" in done.stderr) == (2, True)
+
+
+def test_a_bundle_does_not_go_into_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = CliRunner().invoke(app, ["bundle", "no.yaml", str(tmp_path / "file")], env={"COLUMNS": "200"})
+    assert (done.exit_code, "is a file" in done.output) == (2, True)
 
 
 def test_so_is_one_in_what_is_to_be_served(tmp_path: Path) -> None:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ray
 
+from cascade.artifacts import Run, Store, open_run
 from cascade.config import Config, load_config
-from cascade.errors import ConfigError
-from ray_jobs._context import connect_ray
+from cascade.errors import CascadeError, ConfigError
+from ray_jobs import _context
+from ray_jobs._context import connect_ray, exit_with_code, run_job, sole_driver
 
 
 @pytest.fixture
@@ -78,3 +85,56 @@ def test_a_path_is_storage_enough_for_one_machine(asked, config, monkeypatch, ca
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     monkeypatch.setattr(ray, "nodes", lambda: ALLOWED[case])
     connect_ray(config)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted: run it again"),
+        (ConfigError("storage: none"), 2, "error: storage: none"),
+    ],
+)
+def test_what_is_no_defect_ends_a_job_with_a_line_and_a_code(error, code, said, capsys):
+    def work() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        exit_with_code(work)
+    assert ended.value.code == code
+    assert capsys.readouterr().err.startswith(said)
+
+
+def test_two_drivers_never_do_one_run_and_a_killed_one_holds_nobody_up(tmp_path: Path) -> None:
+    run = open_run(Store(str(tmp_path)), "reasoning", "generate_tier1", seed=1)
+    code = f"""
+import time
+from cascade.artifacts import Run, Store, open_run
+from ray_jobs._context import sole_driver
+with sole_driver(open_run(Store({str(tmp_path)!r}), "reasoning", "generate_tier1", seed=1)):
+    print("at work", flush=True)
+    time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"at work\n"
+        with pytest.raises(CascadeError, match=rf"another process is doing {run.name}"), sole_driver(run):
+            pass
+        with sole_driver(open_run(run.store, "reasoning", "generate_tier1", seed=2)):
+            pass
+        other.kill()
+    with sole_driver(run):
+        assert run.tables() == []
+
+
+def test_what_another_process_has_done_meanwhile_is_not_done_again(tmp_path: Path, monkeypatch) -> None:
+    run = open_run(Store(str(tmp_path)), "reasoning", "generate_tier1", seed=1)
+    runs: Any = SimpleNamespace(config={}, run=lambda name: run)
+
+    @contextmanager
+    def after_another(mine: Run) -> Iterator[None]:
+        mine.start({})
+        mine.finish({"bought": 7})
+        yield
+
+    monkeypatch.setattr(_context, "sole_driver", after_another)
+    assert run_job("generate_tier1", lambda job: pytest.fail("bought again"), runs) == {"bought": 7}

@@ -1,24 +1,29 @@
-"""A teacher actor's side of the desk, against a desk in the same event loop: nothing here starts Ray."""
+"""A teacher actor's side of the desk, against a desk in the same event loop: nothing here starts Ray, or waits."""
 
 from __future__ import annotations
 
 import asyncio
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 from ray.exceptions import RayError
+from virtual_time import in_virtual_time
 
 from cascade.config import Endpoint, check_config
 from cascade.teachers.limits import Division, Gate, LimiterState, limiter_key
+from ray_jobs import _desk
 from ray_jobs._desk import DeskClient, Ended, Share, Unused, limiter_states
 
 ENDPOINT = Endpoint(base_url="http://somewhere/v1", max_concurrency=4)
 KEY = limiter_key(ENDPOINT)
 PRICES = {"input_usd_per_million": 1.0, "output_usd_per_million": 1.0}
+
+
+def now() -> float:
+    return asyncio.get_running_loop().time()
 
 
 class _Method:
@@ -29,23 +34,28 @@ class _Method:
 class FakeDesk:
     """Limits alone, as `Desk` keeps them, a few milliseconds away."""
 
-    def __init__(self, **limits: float) -> None:
+    def __init__(self, away_s: float = 0.002, **limits: float) -> None:
+        self.away_s = away_s
         self.state = LimiterState(**({"requests_per_minute": 10**6, "tokens_per_minute": 10**9} | limits))  # type: ignore[arg-type]
-        self.gate, self.division = Gate(self.state), Division()
-        self.start, self.note = _Method(self._start), _Method(self._note)
+        self.gate, self.division = Gate(self.state, now), Division()
+        self.start, self.note, self.reserve = _Method(self._start), _Method(self._note), _Method(self._reserve)
         self.unused = self.notes = 0
-        self.gone = False
+        self.gone, self.noted = False, asyncio.Event()
 
     async def _start(self, holder: str, limiter: str, tokens: list[int]) -> int:
         assert limiter == KEY
-        await asyncio.sleep(0.002)
+        await asyncio.sleep(self.away_s)
         return await self.gate.start_some(tokens)
 
+    async def _reserve(self, holder: str, usd: list[float]) -> list[str]:
+        return [f"lease {n}" for n in range(len(usd))]
+
     async def _note(self, holder: str, news: list[Any], demands: dict[str, Any]) -> dict[str, Share]:
-        await asyncio.sleep(0.002)
+        await asyncio.sleep(self.away_s)
         if self.gone:
             raise RayError("the desk is gone")
         self.notes += 1
+        self.noted.set()
         for item in news:
             if isinstance(item, Ended):
                 self.gate.ended(item.signal, item.seconds, item.expected_tokens, item.used_tokens, item.retry_after)
@@ -62,7 +72,6 @@ class Crowd:
         self.in_flight = [0] * actors
         self.most = 0
         self.done: list[int] = []
-        self.held = self.latency = 0.0
 
     async def ask(self, actor: int, latency: float) -> None:
         limiter = self.clients[actor].limiter(ENDPOINT)
@@ -71,19 +80,20 @@ class Crowd:
         self.most = max(self.most, sum(self.in_flight))
         await asyncio.sleep(latency)
         self.in_flight[actor] -= 1
-        self.held += latency
         self.done.append(actor)
         await limiter.release(permit, "ok", 10)
 
 
+@in_virtual_time
 async def test_a_free_place_is_taken_at_once_and_never_are_there_more() -> None:
-    crowd = Crowd(FakeDesk(max_concurrency=4), 1)
-    began = time.monotonic()
-    await asyncio.gather(*(crowd.ask(0, 0.05) for _ in range(40)))
+    crowd = Crowd(FakeDesk(away_s=0.2, max_concurrency=4), 1)
+    began = now()
+    await asyncio.gather(*(crowd.ask(0, 0.2) for _ in range(40)))
     assert crowd.most == 4
-    assert crowd.held / (4 * (time.monotonic() - began)) > 0.6  # one round trip in between would make it 0.5 at best
+    assert now() - began < 3.4  # 2.4 s at best; a way to the desk before each request would make it 4
 
 
+@in_virtual_time
 async def test_actors_share_and_one_that_comes_later_gets_its_part() -> None:
     crowd = Crowd(FakeDesk(max_concurrency=4), 2)
     first = [asyncio.ensure_future(crowd.ask(0, 0.02)) for _ in range(60)]
@@ -95,21 +105,23 @@ async def test_actors_share_and_one_that_comes_later_gets_its_part() -> None:
     assert crowd.most == 4
 
 
+@in_virtual_time
 async def test_after_a_429_fewer_are_in_flight_and_none_starts_too_early() -> None:
     desk = FakeDesk(max_concurrency=4)
     limiter = DeskClient(desk).limiter(ENDPOINT)
     permits = [await limiter.acquire(10) for _ in range(4)]
     await limiter.release(permits.pop(), "limited", 0, retry_after=0.3)
-    began = time.monotonic()
+    began = now()
     waiting = asyncio.ensure_future(limiter.acquire(10))
     await asyncio.sleep(0.05)
     for permit in permits[:2]:
         await limiter.release(permit, "ok", 10)
     await waiting
-    assert time.monotonic() - began >= 0.29
+    assert now() - began >= 0.29
     assert desk.state.places == 2
 
 
+@in_virtual_time
 async def test_idle_actors_hardly_talk() -> None:
     desk = FakeDesk(max_concurrency=4)
     crowd = Crowd(desk, 1)
@@ -120,6 +132,16 @@ async def test_idle_actors_hardly_talk() -> None:
         request.cancel()
 
 
+@in_virtual_time
+async def test_who_waits_for_a_batch_gives_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_desk, "_HEARTBEAT_S", 0.02)
+    desk = FakeDesk(max_concurrency=4)
+    assert await DeskClient(desk).reserve(1, 0.5) == "lease 0"
+    async with asyncio.timeout(10):
+        await desk.noted.wait()
+
+
+@in_virtual_time
 async def test_a_start_whose_request_is_gone_is_given_back() -> None:
     desk = FakeDesk(max_concurrency=1)
     limiter = DeskClient(desk).limiter(ENDPOINT)
@@ -133,6 +155,7 @@ async def test_a_start_whose_request_is_gone_is_given_back() -> None:
     await asyncio.wait_for(limiter.acquire(10), 1)
 
 
+@in_virtual_time
 async def test_whoever_waits_is_told_when_the_desk_is_gone() -> None:
     desk = FakeDesk(max_concurrency=1)
     limiter = DeskClient(desk).limiter(ENDPOINT)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import ray
-from pipelines import write_config
+from pipelines import undrawn, write_config
 
 from cascade.config import load_config
 from cascade.errors import BudgetExceeded
@@ -23,7 +23,7 @@ from ray_jobs._runs import Runs
 
 @pytest.fixture
 def runs(tmp_path: Path) -> Runs:
-    return Runs(load_config(write_config(tmp_path, execution={"logs": "json"})))
+    return undrawn(Runs(load_config(write_config(tmp_path, execution={"logs": "json"}))))
 
 
 def lines(text: str) -> list[dict[str, Any]]:
@@ -66,6 +66,12 @@ def test_an_error_is_the_last_line(runs: Runs, capsys: pytest.CaptureFixture[str
     assert b"no money" in runs.store.read_bytes("sums/progress.html")
 
 
+def test_a_figure_that_is_no_number_leaves_a_line_that_is_json(runs: Runs) -> None:
+    stream = io.StringIO()
+    JsonLines(runs, stream).say("step ended", metrics={"kept": float("nan"), "sizes": [1.5, float("inf")]})
+    assert '"metrics": {"kept": null, "sizes": [1.5, null]}' in stream.getvalue()
+
+
 def test_ray_is_told_to_log_as_json_and_its_job_is_named(
     runs: Runs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -92,6 +98,6 @@ def test_ray_is_told_to_log_as_json_and_its_job_is_named(
 
 
 def test_the_way_of_logging_changes_no_result(runs: Runs, tmp_path: Path) -> None:
-    text = Runs(load_config(write_config(tmp_path)))
+    text = undrawn(Runs(load_config(write_config(tmp_path))))
     assert runs.config.execution != text.config.execution
     assert runs.train_router.fingerprint == text.train_router.fingerprint

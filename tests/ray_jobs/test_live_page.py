@@ -10,7 +10,7 @@ import boto3
 import pytest
 from browser import CHROMIUM, Browser
 from moto.server import ThreadedMotoServer
-from pipelines import write_config
+from pipelines import undrawn, write_config
 
 from cascade.config import load_config
 from cascade.errors import BudgetExceeded
@@ -26,7 +26,7 @@ METRICS = {"tier": 1, "teacher": "answer-key-1", "asked": 55, "verified": 20, "c
 
 @pytest.fixture
 def runs(tmp_path: Path) -> Runs:
-    return Runs(load_config(write_config(tmp_path)))
+    return undrawn(Runs(load_config(write_config(tmp_path))))
 
 
 @pytest.fixture
@@ -200,7 +200,7 @@ def test_on_an_object_store_it_is_a_page_as_well(tmp_path: Path, monkeypatch: py
         client = boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1")
         client.create_bucket(Bucket="runs")
         storage = f"s3://runs/a?endpoint_override={host}:{port}&scheme=http&region=us-east-1"
-        runs = Runs(load_config(write_config(tmp_path, storage)))
+        runs = undrawn(Runs(load_config(write_config(tmp_path, storage))))
         LivePage(runs, JOBS).write()
         found = client.get_object(Bucket="runs", Key=f"a/{runs.config.domain}/progress.html")
         assert found["ContentType"] == "text/html"

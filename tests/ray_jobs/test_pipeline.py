@@ -1,12 +1,22 @@
-"""What the pipeline refuses before any of its jobs begins."""
+"""What the pipeline refuses before any of its jobs begins, and what it says when all are done."""
 
 from __future__ import annotations
 
+import json
+
+import forged
 import pytest
 import yaml
+from pipelines import write_config
+from sums import own_sums
+from typer.testing import CliRunner
 
+from cascade import modifiers
 from cascade.config import load_config
 from cascade.errors import ConfigError
+from ray_jobs import JOBS, pipeline
+from ray_jobs._runs import Runs
+from ray_jobs.cli import app
 from ray_jobs.pipeline import run_pipeline
 
 
@@ -19,3 +29,57 @@ def test_a_modifier_that_could_not_be_compressed_is_refused_before_anything_is_p
     with pytest.raises(ConfigError, match=r"training\.lora\.dora: a DoRA modifier is more than B A"):
         run_pipeline(load_config(path), str(path))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def finished(tmp_path, monkeypatch):
+    """A pipeline of which every job is done, and the config that it is of."""
+    path = write_config(tmp_path, tasks=own_sums(tmp_path, train=8, validation=8, test=8))
+    runs = Runs(load_config(path))
+    made = modifiers.publish(runs.store, "sums", forged.PLAIN, fp16_size=100_000).version
+    for job in JOBS:
+        runs.run(job).finish({"version": made} if job == "validate_modifier" else {})
+    monkeypatch.setattr(pipeline, "_write_report", lambda *_: None)
+    monkeypatch.setattr(pipeline, "print_summary", lambda _: None)
+    return path, runs, made
+
+
+def said(capsys):
+    """What a finished pipeline says of the version in use."""
+    return next(line for line in capsys.readouterr().out.splitlines() if line.startswith("Current: "))
+
+
+def test_a_pipeline_says_which_version_is_in_use_and_how_its_own_becomes_so(finished, capsys):
+    path, runs, made = finished
+    run_pipeline(load_config(path), str(path))
+    assert said(capsys) == f"Current: sums/{made}"
+    later = modifiers.publish(runs.store, "sums", forged.PLAIN, fp16_size=100_000, version="later").version
+    run_pipeline(load_config(path), str(path))
+    line = said(capsys)
+    assert line.startswith(f"Current: sums/{later}; this config made sums/{made}, ")
+    assert modifiers.current(runs.store, "sums").version == later  # somebody may have chosen it
+    command = line.split("`")[1].split()
+    assert command[0] == "cascade"
+    assert CliRunner().invoke(app, command[1:]).exit_code == 0
+    assert modifiers.current(runs.store, "sums").version == made
+
+
+@pytest.mark.parametrize("content", [None, b"gone\n", b"\xff../x"])
+def test_a_version_in_use_that_is_lost_is_said_and_does_not_fail_what_is_done(finished, capsys, content):
+    path, runs, made = finished
+    runs.store.delete("modifiers/sums/CURRENT")
+    if content is not None:
+        runs.store.write_bytes("modifiers/sums/CURRENT", content)
+    run_pipeline(load_config(path), str(path))
+    assert said(capsys).startswith(f"Current: no version; this config made sums/{made}, ")
+
+
+def test_a_log_says_which_version_is_in_use_too(finished, capsys):
+    path, runs, made = finished
+    config = load_config(path)
+    config = config.model_copy(update={"execution": config.execution.model_copy(update={"logs": "json"})})
+    for version, level in ((made, "INFO"), ("later", "WARNING")):
+        modifiers.publish(runs.store, "sums", forged.PLAIN, fp16_size=100_000, version=version)
+        run_pipeline(config, str(path))
+        line = next(e for e in map(json.loads, capsys.readouterr().out.splitlines()) if e["event"] == "modifier in use")
+        assert (line["level"], line["current"], line["made"]) == (level, version, made)

@@ -1,10 +1,11 @@
-"""What Optuna is told of the search, what it proposes, and the study that people look at."""
+"""What Optuna is told of the search, what it proposes, the study that people look at, and what it needs to begin."""
 
 from __future__ import annotations
 
 import json
 import math
 import pickle
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
@@ -16,8 +17,11 @@ from optuna.trial import TrialState
 from cascade.artifacts import Run, Store
 from cascade.compression.recipe import Limits, matters, recipe_from, search_space
 from cascade.config import Compression
+from cascade.errors import DataError
+from cascade.training.examples import EncodedSet
+from ray_jobs import _trial
 from ray_jobs._study import STUDY, FrontSampler, StudyFile, TrialSearch, distributions
-from ray_jobs._trial import TRIALS, Trial, params_key
+from ray_jobs._trial import STAGES, TRIALS, Stage, Trial, params_key
 
 SPACE = distributions(search_space(Compression()))
 LIMITS = Limits(disk=100, resident=200)
@@ -126,3 +130,24 @@ def test_later_trials_are_neighbours_of_the_front():
 def test_without_a_front_there_is_nothing_to_be_near():
     study = optuna.create_study(directions=["minimize"] * 2, sampler=FrontSampler(SPACE, matters, seed=0, near_from=0))
     assert study.ask(SPACE).params.keys() == SPACE.keys()
+
+
+def test_what_does_not_fit_holds_back_nothing_that_does(run):
+    ground = _trial.Groundwork({}, 4.0, 0.05, {0.25: 0.05, 0.5: 0.05})
+    setting: Any = SimpleNamespace(run=run, config=SimpleNamespace(compression=Compression()), ground=ground)
+
+    def measure(key: str, loss: float, size: int, *, fits: bool) -> float:
+        bench: Any = SimpleNamespace(growing=lambda shares: ((share, loss) for share in shares))
+        return _trial._loss(setting, key, bench, size, lambda: run.read(STAGES, Stage), hopeless=not fits)[0]
+
+    assert [measure(key, 0.06, 10, fits=False) for key in "abc"] == [0.25] * 3
+    assert measure("d", 0.2, 20, fits=True) == 1.0
+
+
+def test_a_search_with_nothing_to_measure_on_says_why(monkeypatch):
+    config: Any = SimpleNamespace(training=SimpleNamespace(lora=SimpleNamespace(max_length=64)))
+    monkeypatch.setattr(_trial, "encode_conversations", lambda *_, **__: EncodedSet((), (), ("a", "b")))
+    monkeypatch.setattr(_trial, "end_token_ids", lambda _: frozenset())
+    bench: Any = SimpleNamespace(tokenizer=None)
+    with pytest.raises(DataError, match=r"2 are longer than training\.lora\.max_length = 64 tokens"):
+        _trial.packed_rows(bench, config, SimpleNamespace(system=None), [])  # type: ignore[arg-type]

@@ -20,7 +20,7 @@ from cascade.errors import ConfigError, DataError
 from cascade.models import bits
 from cascade.tasks import Example, Message, Task
 from ray_jobs import _train
-from ray_jobs._context import SCRATCH, Job, run_job
+from ray_jobs._context import LOCK, SCRATCH, Job, run_job
 from ray_jobs._train import GiveUpOnUserErrors, check_before, user_error
 from ray_jobs._train_ledger import PROGRESS
 from ray_jobs._train_worker import RAY_FOLDER, Assigned
@@ -139,7 +139,7 @@ def test_a_corrupt_state_of_ray_says_how_to_begin_again(run: Run) -> None:
 def test_what_a_training_needs_is_deleted_behind_its_end_and_not_before(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert {RAY_FOLDER, PROGRESS} == set(SCRATCH)
+    assert {RAY_FOLDER, PROGRESS, LOCK} == set(SCRATCH)
     runs: Any = SimpleNamespace(config={}, run=lambda name: run)
     checkpoint = f"{run.folder}/{RAY_FOLDER}/checkpoint/state.pt"
 

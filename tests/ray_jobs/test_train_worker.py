@@ -3,6 +3,8 @@ sound, and a notice that the node will be taken is heard."""
 
 from __future__ import annotations
 
+import copy
+import errno
 import itertools
 import json
 import math
@@ -24,10 +26,11 @@ from cascade.config import Config, PromptStyle, check_config
 from cascade.errors import ConfigError, DataError
 from cascade.models.student import Student
 from cascade.tasks import Example, Message, Task
+from cascade.training.deepspeed_engine import STATE
 from cascade.training.looks import Look
 from cascade.training.loop import StepReport, TorchEngine
 from ray_jobs import _train_worker
-from ray_jobs._train_ledger import CURVE
+from ray_jobs._train_ledger import CURVE, check_ledger
 from ray_jobs._train_worker import ADAPTER, POSITION, Assigned, train_worker
 
 WORDS = ("apple", "banana", "cherry", "melon", "papaya", "orange", "lemon", "grape")
@@ -43,13 +46,13 @@ class AloneEngine(TorchEngine):
         named = self.module.model.named_parameters()
         return {n: p.detach().clone() for n, p in named if p.requires_grad}
 
-    def save(self, folder: str | Path, step: int) -> None:
-        torch.save({"step": step, "weights": self.weights(), "adam": self.optimizer.state_dict()}, f"{folder}/state")
+    def state(self, step: int) -> dict[str, Any]:
+        return {"step": step, "weights": self.weights(), "adam": copy.deepcopy(self.optimizer.state_dict())}
 
     def load(self, folder: str | Path) -> int:
-        if not Path(folder, "state").exists():
+        if not Path(folder, STATE).exists():
             raise DataError("it is no checkpoint of this version")
-        state = torch.load(f"{folder}/state")
+        state = torch.load(Path(folder) / STATE)
         self.module.model.load_state_dict(state["weights"], strict=False)
         self.optimizer.load_state_dict(state["adam"])
         return int(state["step"])
@@ -65,14 +68,24 @@ class FakeRay:
     reports: list[dict[str, Any]] = field(default_factory=list)
     asked: int = 0
 
-    def report(self, metrics: dict[str, Any], checkpoint: Checkpoint | None = None, **how: Any) -> None:
+    def report(
+        self,
+        metrics: dict[str, Any],
+        checkpoint: Checkpoint | None = None,
+        checkpoint_upload_fn: Callable[[Checkpoint, str], Checkpoint] | None = None,
+        **how: Any,
+    ) -> None:
         self.reports.append(metrics)
         if checkpoint is not None:
-            kept = self.folder / f"checkpoint{len(self.reports)}"
-            with checkpoint.as_directory() as folder:
-                Path(folder).rename(kept)
-                Path(folder).mkdir()
-            self.checkpoint = Checkpoint.from_directory(str(kept))
+            store = checkpoint_upload_fn or self.persist_current_checkpoint
+            self.checkpoint = store(checkpoint, f"checkpoint{len(self.reports)}")
+
+    def persist_current_checkpoint(self, checkpoint: Checkpoint, name: str) -> Checkpoint:
+        kept = self.folder / name
+        with checkpoint.as_directory() as folder:
+            Path(folder).rename(kept)
+            Path(folder).mkdir()
+        return Checkpoint.from_directory(str(kept))
 
     def get_preemption_info(self) -> Any:
         self.asked += 1
@@ -90,7 +103,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeRay:
     fake = FakeRay(tmp_path)
-    context = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1)
+    context = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1, get_storage=lambda: fake)
     monkeypatch.setattr(ray.train, "get_context", lambda: context)
     monkeypatch.setattr(ray.train, "get_checkpoint", lambda: fake.checkpoint)
     monkeypatch.setattr(ray.train, "report", fake.report)
@@ -241,6 +254,37 @@ def test_the_best_adapter_survives_a_resume(
     check_kept(fake, seen[0])
 
 
+def test_looks_that_fall_otherwise_after_a_loss_leave_a_sound_ledger(
+    base: str, fake: FakeRay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assigned = assign(base, tmp_path, {"tasks": 2, "keep": "best_loss", "patience": 1})
+
+    def report(*given: Any, **named: Any) -> None:
+        if len(assigned.run.read("looks", Look)) == 3:
+            raise OSError("the store is full")
+        fake.report(*given, **named)
+
+    with monkeypatch.context() as patch:
+        scripted(patch, [3.0, 2.999, 2.9])
+        patch.setattr(ray.train, "report", report)
+        with pytest.raises(OSError, match="full"):
+            train(assigned)
+    scripted(monkeypatch, [3.001])  # of the second look, on another machine: training ends there
+    train(assigned)
+    metrics = fake.reports[-1]
+    check_ledger(assigned.run, metrics["steps"], metrics["planned_steps"], assigned.config.training.lora.epochs)
+    assert [look.loss for look in assigned.run.read("looks", Look)] == [3.0, 3.001]
+
+
+@pytest.mark.parametrize("validation", [{"tasks": 0, "answered": 1}, {"tasks": 2}])
+def test_a_loss_that_nobody_measured_is_not_reported(
+    base: str, fake: FakeRay, tmp_path: Path, validation: dict[str, Any]
+) -> None:
+    train(assign(base, tmp_path, validation, measured=0))
+    assert "validation_loss" not in fake.reports[-1]
+    assert fake.reports[-1]["kept_step"] == fake.reports[-1]["steps"]
+
+
 def test_a_loss_that_decides_must_be_measurable(base: str, fake: FakeRay, tmp_path: Path) -> None:
     assigned = assign(base, tmp_path, {"tasks": 2, "keep": "best_loss"}, measured=0)
     with pytest.raises(DataError, match=r"training\.validation\.keep or patience goes by the loss"):
@@ -297,8 +341,28 @@ def test_a_training_that_has_broken_down_ends_and_leaves_the_sound_checkpoint(
         train(assigned)
     assert fake.reports == [{"step": 3}]
     assert fake.checkpoint is not None
-    state = torch.load(Path(fake.checkpoint.path) / "state")
+    state = torch.load(Path(fake.checkpoint.path) / STATE)
     assert all(bool(w.isfinite().all()) for w in state["weights"].values())
+
+
+def test_a_checkpoint_under_way_when_an_error_ends_training_is_stored_whole(
+    base: str, fake: FakeRay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    under_way: list[Callable[[], Checkpoint]] = []
+
+    def report(metrics: Any, checkpoint: Any, checkpoint_upload_fn: Any, **how: Any) -> None:
+        under_way.append(lambda: checkpoint_upload_fn(checkpoint, "late"))
+
+    assigned = assign(base, tmp_path, {"tasks": 2, "keep": "best_loss"})
+    with monkeypatch.context() as patch:
+        poison(patch, {3, 4, 5})
+        patch.setattr(ray.train, "report", report)
+        with pytest.raises(DataError, match=r"3 steps in a row"):
+            train(assigned)
+    fake.checkpoint = under_way[0]()
+    train(assigned)
+    assert fake.reports[0] == {"step": 6}
+    assert fake.reports[-1]["kept_step"] >= 2
 
 
 def test_where_the_memory_ends_it_says_what_to_change(
@@ -341,14 +405,28 @@ def test_without_long_steps_nobody_asks_at_each(base: str, fake: FakeRay, tmp_pa
     assert fake.asked <= 2
 
 
-@pytest.mark.parametrize("broken", ["state", POSITION])
+@pytest.mark.parametrize("broken", [STATE, POSITION])
 def test_a_checkpoint_that_cannot_be_gone_on_from_says_how_to_begin_again(
     base: str, fake: FakeRay, tmp_path: Path, broken: str
 ) -> None:
     folder = tmp_path / "old"
     folder.mkdir()
-    if broken == "state":
+    if broken == STATE:
         (folder / POSITION).write_text(json.dumps({"looks": [], "metrics": {}}))
     fake.checkpoint = Checkpoint.from_directory(str(folder))
     with pytest.raises(DataError, match=r"remove .*/words/train_modifier@0f0f/train and run again"):
         train(assign(base, tmp_path, {"tasks": 0}))
+
+
+def test_a_checkpoint_that_cannot_be_read_just_now_is_nothing_to_remove(
+    base: str, fake: FakeRay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    assigned = assign(base, tmp_path, {"tasks": 0})
+    train(assigned)
+    fake.checkpoint = Checkpoint.from_directory(str(tmp_path / "checkpoint1"))
+    monkeypatch.setattr(AloneEngine, "load", full)
+    with pytest.raises(OSError, match="No space left"):
+        train(assigned)
