@@ -71,7 +71,9 @@ def _rows(options: Options, split: Split) -> list[dict[str, Any]]:
     wanted = {"train": {"train"}, "validation": {"validation", "dev"}, "test": {"test"}}[split]
     other = "easy" if options.set_ == "ARC-Challenge" else "challenge"
     root = Path(options.path).expanduser()
-    files = [f for f in local_files(options.path) if wanted & set(name_parts(f)) and other not in _below(f, root)]
+    # CSV is published beside the JSON lines, with the choices in the question.
+    given = [f for f in local_files(options.path) if f.suffix != ".csv"]
+    files = [f for f in given if wanted & set(name_parts(f)) and other not in _below(f, root)]
     if not files:
         raise DataError(f"{options.path} has no {split} file of {options.set_} (e.g. {options.set_}-Test.jsonl)")
     return [row for f in files for row in read_rows(f)]

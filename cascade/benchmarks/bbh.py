@@ -151,12 +151,13 @@ def read_answer(text: str, target: str, question: str) -> str | None:
         line = re.sub(r"\*\*|[`$]", "", stated[1]).strip()
         named = without_denials(line, r"\([A-R]\)")
         letters = set(re.findall(r"\(([A-R])\)", named)) or set(re.findall(r"^([A-R])\)", named))
-        if len(letters) == 1 and re.fullmatch(r"\([A-R]\)", target):
-            return f"({letters.pop()})"
+        if re.fullmatch(r"\([A-R]\)", target) and len(letters) < 2:
+            label = letters.pop() if letters else _choice_named(line, question)
+            if label:
+                return f"({label})"
         return line.rstrip().removesuffix(".").strip() or None
     if re.fullmatch(r"\([A-R]\)", target):
-        options = dict(re.findall(r"^\(([A-R])\) (.*)$", question, re.MULTILINE))
-        label = read_choice(text, options).answer if options else None
+        label = _choice_named(text, question)
         return f"({label})" if label else None
     if re.fullmatch(r"-?\d+", target):
         return read_number(text).answer
@@ -165,6 +166,12 @@ def read_answer(text: str, target: str, question: str) -> str | None:
             return read_word(text, words).answer
     spans = next((spans for _, spans in marked_spans(text)), [])
     return spans[-1] if spans else (text.strip() if "\n" not in text.strip() else None) or None
+
+
+def _choice_named(text: str, question: str) -> str | None:
+    """The letter of the one option of a question that a text names, by letter or in full."""
+    options = dict(re.findall(r"^\(([A-R])\) (.*)$", question, re.MULTILINE))
+    return read_choice(text, options).answer if options else None
 
 
 def _normal(answer: str) -> str:

@@ -32,6 +32,7 @@ from cascade.benchmarks import bfcl_multi_turn as multi_turn
 from cascade.benchmarks.function_calls import Judged, first_call, judge_calls, reference_calls
 from cascade.benchmarks.options import parse_options
 from cascade.benchmarks.ordering import only_split, shuffled
+from cascade.benchmarks.sources import read_json_lines
 from cascade.config_sections import Section
 from cascade.errors import ConfigError, DataError
 from cascade.scoring.calls import CallSyntaxError, format_calls, match_calls, parse_calls
@@ -189,10 +190,11 @@ def split_of(task_id: str) -> Split:
 
 def _category(folder: Path, category: str) -> list[dict[str, Any]]:
     """Rows with id, question, function and expected calls ([] where none are published)."""
-    rows = _lines(folder / f"BFCL_v4_{category}.json")
+    rows = read_json_lines(folder / f"BFCL_v4_{category}.json")
     answers: dict[str, Any] = {}
     if "relevance" not in category:
-        answers = {a["id"]: a["ground_truth"] for a in _lines(folder / "possible_answer" / f"BFCL_v4_{category}.json")}
+        published = read_json_lines(folder / "possible_answer" / f"BFCL_v4_{category}.json")
+        answers = {row["id"]: row["ground_truth"] for row in published}
     for row in rows:
         if "relevance" not in category and row["id"] not in answers:
             raise DataError(f"bfcl {category}: {row['id']} has no possible answer")
@@ -200,13 +202,6 @@ def _category(folder: Path, category: str) -> list[dict[str, Any]]:
         if category == multi_turn.CATEGORY:
             row["function"] = multi_turn.descriptions(folder, row["involved_classes"])
     return rows
-
-
-def _lines(file: Path) -> list[dict[str, Any]]:
-    try:
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {file}: {error}") from error
 
 
 def _described(function: Mapping[str, Any], language: Literal["python", "java", "javascript"]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from cascade.benchmarks.sources import wheel_folder
+from cascade.benchmarks.sources import read_json_lines, wheel_folder
 from cascade.errors import DataError
 from cascade.scoring.calls import Call, CallSyntaxError, format_calls, parse_calls
 from cascade.scoring.stateful_tools import Tools, ToolsBroken, ToolsExhausted, Turn, match_turns, play, source_of
@@ -60,11 +60,7 @@ def descriptions(folder: Path, classes: Sequence[str]) -> list[dict[str, Any]]:
     for name in classes:
         if name not in _CLASSES:
             raise DataError(f"bfcl {CATEGORY} uses the tools {name!r}, which are not known here")
-        file = folder / "multi_turn_func_doc" / f"{_CLASSES[name][1]}.json"
-        try:
-            functions += [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-        except (OSError, ValueError) as error:
-            raise DataError(f"cannot read {file}: {error}") from error
+        functions += read_json_lines(folder / "multi_turn_func_doc" / f"{_CLASSES[name][1]}.json")
     return functions
 
 

@@ -73,7 +73,7 @@ class HumanEval:
         chosen = parse_options(Options, options, self.name)
         only_split(self.name, split, "test")
         if chosen.path is not None:
-            rows = local_rows(chosen.path, "test")
+            rows = local_rows(chosen.path, "test", without="example")
         else:
             rows = read_rows(wheel_file(*WHEEL)) if chosen.source == "wheel" else hub_rows(HUB, "test")
         require(rows, {"task_id", "prompt", "test", "entry_point", "canonical_solution"}, self.name)

@@ -7,7 +7,7 @@ Every line has: id (unique in the file), kind, and prompt (text) or messages ([{
 category, difficulty (1 is easiest), max_tokens. By kind:
 
     exact            answer: text or number, or a list of accepted ones. Compared as numbers where they are numbers,
-                     else without regard to case, blanks and a final full stop.
+                     else without regard to case, blanks beside marks, quotes around it and a final full stop.
     multiple_choice  choices: list of texts; answer: index, letter or text of the right one. The choices are put under
                      the prompt as (A), (B), …
     unit_tests       tests: Python asserts (one text or a list); optional setup (trusted code run beside the
@@ -53,7 +53,7 @@ from cascade.benchmarks.ordering import shuffled
 from cascade.benchmarks.sources import local_files, name_parts, read_rows
 from cascade.config_sections import Section
 from cascade.errors import ConfigError, DataError
-from cascade.scoring.extraction import Reading, read_choice, read_number, read_text
+from cascade.scoring.extraction import NUMBER, Reading, read_choice, read_number, read_text
 from cascade.scoring.fences import read_code, read_javascript
 from cascade.scoring.function_tests import run_cases
 from cascade.scoring.python_tests import run_tests
@@ -64,9 +64,11 @@ CALLS_PROMPT = """You can call these functions (JSON descriptions):
 {functions}
 
 Answer with the calls alone, in the form [function(parameter=value, ...), ...]. If none fits, say so in a sentence."""
-NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?")
 CHEAP = frozenset({"exact", "multiple_choice", "calls"})
 """Kinds whose right answers are scored when they are loaded."""
+
+
+_TYPEWRITTEN = str.maketrans("“”„‘’−", '"""\'\'-')
 
 
 class Options(Section):
@@ -203,7 +205,9 @@ def _same(answer: str, accepted: str) -> bool:
 
 
 def _words(text: str) -> str:
-    return " ".join(text.casefold().split()).rstrip(".").strip("\"'")
+    """Without regard to case, typographic marks, blanks beside marks, and quotes and a full stop around it."""
+    plain = re.sub(r"\s*([^\w\s])\s*", r"\1", " ".join(text.translate(_TYPEWRITTEN).casefold().split()))
+    return plain.strip("\"'").rstrip(".").strip("\"'") or plain
 
 
 def _exact(reference: Any, text: str) -> Judged:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, field_validator, model_validator
 
 from cascade.benchmarks.unit_tests import names_under_test
 from cascade.scoring.calls import PYTHON_TYPES
@@ -30,6 +30,8 @@ class Line(BaseModel):
     def _asks_something(self) -> Line:
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("give either prompt or messages")
+        if self.messages == []:
+            raise ValueError("messages holds none")
         for message in self.messages or ():
             if set(message) != {"role", "content"}:
                 raise ValueError("each message has exactly the keys role and content")
@@ -41,9 +43,15 @@ class Line(BaseModel):
         return [Message("user", self.prompt or "")]
 
 
+def _no_bool(answer: Any) -> Any:
+    if any(isinstance(a, bool) for a in (answer if isinstance(answer, list) else [answer])):
+        raise ValueError('true and false would be taken for 1 and 0; give the text, e.g. "true"')
+    return answer
+
+
 class Exact(Line):
     kind: Literal["exact"]
-    answer: str | int | float | list[str | int | float]
+    answer: Annotated[str | int | float | list[str | int | float], BeforeValidator(_no_bool)]
 
     @model_validator(mode="after")
     def _says_something(self) -> Exact:
@@ -59,7 +67,7 @@ class Exact(Line):
 class MultipleChoice(Line):
     kind: Literal["multiple_choice"]
     choices: list[str] = Field(min_length=2, max_length=26)
-    answer: int | str
+    answer: Annotated[int | str, BeforeValidator(_no_bool)]
 
     @model_validator(mode="after")
     def _answer_is_a_choice(self) -> MultipleChoice:
@@ -133,12 +141,18 @@ class Calls(Line):
     def _functions_are_known(self) -> Calls:
         names = {f.get("name") for f in self.functions}
         for function in self.functions:
-            if not isinstance(function.get("parameters", {}).get("properties"), dict):
+            parameters = function.get("parameters")
+            described = isinstance(parameters, dict) and isinstance(parameters.get("properties"), dict)
+            if not described or not isinstance(function.get("name"), str):
                 raise ValueError("each function needs name and parameters.properties")
         for call in self.expected:
             if len(call) != 1 or not set(call) <= names:
                 raise ValueError(f"each expected call names one of the functions {sorted(map(str, names))}")
-        self.functions_as_scored()
+        properties = {f["name"]: f["parameters"]["properties"] for f in self.functions_as_scored()}
+        for call in self.expected:
+            for name, values in call.items():
+                for parameter, accepted in values.items():
+                    _require_lists_in_objects(accepted, properties[name].get(parameter, {}), f"{parameter} of {name}")
         return self
 
     def functions_as_scored(self) -> list[dict[str, Any]]:
@@ -147,11 +161,30 @@ class Calls(Line):
         for function in functions:
             for name, schema in function["parameters"]["properties"].items():
                 where = f"parameter {name} of {function['name']}"
+                if not isinstance(schema, dict):
+                    raise ValueError(f"{where} needs a schema: an object with its type")
                 schema["type"] = _scored_type(schema.get("type"), where)
                 if schema["type"] in ("array", "tuple"):
                     items = schema.get("items") or {}
                     schema["items"] = {**items, "type": _scored_type(items.get("type"), f"items of {where}")}
         return functions
+
+
+def _require_lists_in_objects(accepted: list[Any], schema: dict[str, Any], where: str) -> None:
+    """
+    Raises:
+        ValueError: an accepted object has a value itself where a list of accepted ones belongs.
+    """
+    if schema.get("type") == "array" and schema["items"]["type"] == "dict":
+        accepted = [item for items in accepted if isinstance(items, list) for item in items]
+    elif schema.get("type") != "dict":
+        return
+    for key, values in (pair for given in accepted if isinstance(given, dict) for pair in given.items()):
+        if not isinstance(values, list):
+            raise ValueError(
+                f"parameter {where}: an accepted object holds a list of accepted values for each key, as in "
+                f"{{{key!r}: [{values!r}]}}"
+            )
 
 
 def _scored_type(declared: Any, where: str) -> str:

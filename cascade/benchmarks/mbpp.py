@@ -56,7 +56,7 @@ class Mbpp:
     ) -> list[Task]:
         """The tasks of the split's ids."""
         chosen = parse_options(Options, options, self.name)
-        rows = local_rows(chosen.path) if chosen.path is not None else hub_rows(HUB, "all")
+        rows = local_rows(chosen.path, without="sanitized") if chosen.path is not None else hub_rows(HUB, "all")
         require(rows, {"task_id", "text", "code", "test_list"}, self.name)
         by_id = {int(row["task_id"]): row for row in rows}
         examples = [by_id[i] for i in SHOT_IDS if i in by_id][: chosen.shots]

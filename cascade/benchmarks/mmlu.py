@@ -134,6 +134,7 @@ def _rows(path: str | None, split: str) -> list[Row]:
         files = [f for f in local_files(path) if _split_of(f) == split]
         if not files:
             raise DataError(f"{path} has no {split} files (<subject>_{split}.csv or {split}-*.parquet)")
+        files = [f for f in files if f.parent.name == "all"] or files  # the hub has every subject beside all of them
         rows = [row for f in files for row in (_original_rows(f) if f.suffix == ".csv" else read_rows(f))]
     require(rows, {"question", "choices", "answer", "subject"}, f"mmlu ({split})")
     return rows

@@ -22,8 +22,10 @@ PUBLISHED = ("humaneval", "mbpp", "livecodebench", "mmlu", "arc", "bbh", "bfcl")
 """Benchmarks with a test split of their own. Procedural and users' tasks are protected as the domain's test tasks."""
 _BARE: Mapping[str, Mapping[str, Any]] = {name: {"shots": 0} for name in ("mbpp", "mmlu", "bbh")}
 """Options that leave a prompt to the question itself: worked examples are shared by all, and prove nothing."""
-_WHERE = frozenset({"path", "source", "release", "split_rule"})
-"""Options that say where data is; those that choose among it (windows, subjects) do not limit what is protected."""
+_SETS: Mapping[str, tuple[Mapping[str, Any], ...]] = {"arc": ({"set": "ARC-Challenge"}, {"set": "ARC-Easy"})}
+"""Options that choose one of several test sets of a benchmark; where nothing is named, all of them are protected."""
+_WHERE = frozenset({"path", "set", "source", "release", "split_rule"})
+"""Options that say where data is, or which set; those that choose among it (windows, subjects) limit nothing here."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,8 @@ def _sources(config: Config) -> list[TaskSource]:
     if config.tasks.protect is not None:
         return config.tasks.protect
     named = {s.benchmark: s.options for part in (config.tasks.train, config.tasks.test) for s in part.sources}
-    return [TaskSource(benchmark=name, options=named.get(name, {})) for name in PUBLISHED]
+    sets = [(name, chosen) for name in PUBLISHED for chosen in _SETS.get(name, ({},))]
+    return [TaskSource(benchmark=name, options={**named.get(name, {}), **chosen}) for name, chosen in sets]
 
 
 def _load(source: TaskSource, config: Config) -> list[Task]:

@@ -36,7 +36,7 @@ from cascade.benchmarks.options import parse_options
 from cascade.benchmarks.procedural import unpack
 from cascade.config_sections import Section
 from cascade.errors import ConfigError, DataError
-from cascade.scoring.extraction import Reading, read_list, read_number, read_text, read_word
+from cascade.scoring.extraction import NUMBER, Reading, read_list, read_number, read_text, read_word
 from cascade.tasks import Completion, Message, Outcome, Split, Task, Verdict
 
 SECONDS_AT_LEAST, SECONDS_PER_TASK = 120.0, 0.25
@@ -206,13 +206,12 @@ def _dataset(name: str, options: str) -> Any:
 
 # ------------------------------------------------------------------------------------------------- reading answers
 
-_NUMERIC = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?")
 _WORD_LIST = re.compile(r"[^\s,\[\]{}()]+(?:, [^\s,\[\]{}()]+)+")
 
 
 def _form(category: str, expected: str) -> str:
     """The kind of answer, told from the right one."""
-    if _NUMERIC.fullmatch(expected):
+    if NUMBER.fullmatch(expected):
         return "a number"
     if expected.lower() in _YES_NO:
         return "yes or no"
@@ -240,7 +239,7 @@ def _read(category: str, expected: str, text: str) -> Reading:
 
 def _same(category: str, answer: str, expected: str) -> bool:
     """Equal as numbers, or as words whatever their case."""
-    if _NUMERIC.fullmatch(expected) and _NUMERIC.fullmatch(answer):
+    if NUMBER.fullmatch(expected) and NUMBER.fullmatch(answer):
         return float(answer.replace(",", "")) == float(expected.replace(",", "")) and len(answer) < 16
     if category in _CASE_SENSITIVE:
         return answer == expected

@@ -187,8 +187,25 @@ def _json_rows(text: str, path: Path) -> list[dict[str, Any]]:
         if isinstance(whole, list) and all(isinstance(row, dict) for row in whole):
             return whole
         raise DataError(f"{path} must hold a list of objects")
+    return _json_lines(text, path)
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines, whatever it is called.
+
+    Raises:
+        DataError: the file is missing or broken (names the line).
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+    return _json_lines(text, path)
+
+
+def _json_lines(text: str, path: Path) -> list[dict[str, Any]]:
     rows = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: strings may hold other ends of lines
         if not line.strip():
             continue
         try:
@@ -222,9 +239,15 @@ def name_parts(file: Path) -> list[str]:
     return re.split(r"[^a-z0-9]+", file.name.lower().split(".")[0])
 
 
-def local_rows(path: str, split: str | None = None) -> list[dict[str, Any]]:
-    """The rows of all files at a path; where some names carry the split (hub folders do), of those alone."""
+def local_rows(path: str, split: str | None = None, without: str | None = None) -> list[dict[str, Any]]:
+    """The rows of all files at a path; where some names carry the split (hub folders do), of those alone.
+
+    Args:
+        without: a word that names what is published in the same place and is something else: files with it in their
+            name or their folder's are passed over, if there are others.
+    """
     files = local_files(path)
+    files = [f for f in files if without not in (*name_parts(f), f.parent.name)] or files
     named = [f for f in files if split is not None and split in name_parts(f)]
     return [row for f in named or files for row in read_rows(f)]
 

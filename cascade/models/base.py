@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -41,6 +43,21 @@ class LoadedBase:
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    @property
+    def context(self) -> int | None:
+        """Most tokens of a prompt and its answer together, None where the base sets no limit.
+
+        Positions beyond were never trained; where they are looked up in a table, there are none.
+        """
+        config = self.model.config.get_text_config()
+        positions: int | None = getattr(config, "max_position_embeddings", None)
+        rope = getattr(config, "rope_parameters", None) or {}
+        if positions is not None and rope.get("rope_type") == "yarn":
+            # Some configs still say how long the context was before it was stretched.
+            stretched = rope.get("factor", 1.0) * rope.get("original_max_position_embeddings", positions)
+            return max(positions, int(stretched))
+        return positions
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
@@ -122,7 +139,7 @@ def load_base(
 
     Raises:
         ConfigError: see `base_folder` and `load_tokenizer`; also if the folder holds something else than a causal
-            language model, or if its numbers cannot be held so.
+            language model, or not all of its weights, or if its numbers cannot be held so.
         DataError: the folder holds no safetensors.
     """
     device = device or default_device()
@@ -132,9 +149,13 @@ def load_base(
     folder = base_folder(base)
     sha256 = sha256_of_weights(folder)
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **packed)
-    except (OSError, ValueError, KeyError) as error:
+        found: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **packed
+        )
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ConfigError(f"base.model: {folder} is no causal language model: {error}") from error
+    model: PreTrainedModel = found[0]
+    _require_all_weights(folder, found[1])
     tokenizer = load_tokenizer(base)
     if bits == 16:  # others were put there as they were packed
         with named_when_full(
@@ -148,6 +169,22 @@ def load_base(
     if weights == "int8":
         hold_in_int8(model)
     return LoadedBase(model, tokenizer, base.model, sha256)
+
+
+def _require_all_weights(folder: Path, info: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        ConfigError: weights of the model are not in its files, so that they are random.
+    """
+    lacking = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
+    if lacking:
+        unknown = sorted(info["unexpected_keys"])
+        there = f"; they hold {unknown[0]}, …, which it does not know" if unknown else ""
+        raise ConfigError(
+            f"base.model: the files in {folder} lack weights of the model, or have them in another shape: "
+            f"{', '.join(sorted(lacking)[:3])} ({len(lacking)} in all){there}. Get the base anew; of a base with an "
+            "adapter on it, save the merged model"
+        )
 
 
 def end_token_ids(loaded: LoadedBase) -> frozenset[int]:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from cascade.models.base import LoadedBase
 
 MAX_TOKENS = 512
-"""Longer texts are represented by their first tokens."""
+"""Longer texts, and those beyond the base's context, are represented by their first tokens."""
 
 
 @torch.inference_mode()
@@ -26,9 +26,8 @@ def embed(loaded: LoadedBase, texts: Sequence[str], *, batch_size: int = 32) -> 
         float32 array of shape (texts, hidden size).
     """
     tokenizer, device = loaded.tokenizer, loaded.device
-    ids = [
-        tokenizer(text, add_special_tokens=False, truncation=True, max_length=MAX_TOKENS).input_ids for text in texts
-    ]
+    most = min(MAX_TOKENS, loaded.context or MAX_TOKENS)
+    ids = [tokenizer(text, add_special_tokens=False, truncation=True, max_length=most).input_ids for text in texts]
     vectors = np.zeros((len(texts), loaded.model.config.hidden_size), dtype=np.float32)
     order = sorted((i for i, tokens in enumerate(ids) if tokens), key=lambda i: len(ids[i]))
     for start in range(0, len(order), batch_size):

@@ -35,6 +35,11 @@ class Question:
     context: Sequence[int]
     choices: Sequence[Sequence[int]]
 
+    @property
+    def length(self) -> int:
+        """Tokens that the model reads for the longest choice, whose last one is only predicted."""
+        return len(self.context) + max(map(len, self.choices)) - 1
+
 
 def choice_logprobs(
     loaded: LoadedBase, questions: Sequence[Question], *, tokens: int | None = None
@@ -63,6 +68,8 @@ def stream_logprobs(
     """
     if not all(q.context and q.choices and all(q.choices) for q in questions):
         raise ValueError("contexts and choices must have at least one token")
+    if not questions:
+        return
     budget = tokens or tokens_in_a_pass(loaded.device)
     if not can_share(loaded.model):
         yield from _one_by_one(loaded, questions, budget)

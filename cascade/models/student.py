@@ -19,7 +19,7 @@ from cascade.models.base import LoadedBase
 from cascade.models.chat import prompt_text
 from cascade.models.generation import stream
 from cascade.models.likelihood import Question, stream_logprobs
-from cascade.models.rows import Request
+from cascade.models.rows import Generated, Request, decode
 from cascade.tasks import Completion, Message, Task, Verdict
 
 REPLY_THREADS = 4
@@ -42,12 +42,13 @@ class WorkedExamples:
 
     @classmethod
     def from_pool(cls, pool: Sequence[Task], most: int = 8) -> WorkedExamples:
-        """Keep the first `most` + 1 chat tasks of each category: one may have to be left out as the question."""
+        """Keep the first `most` + 1 chat tasks of each category whose answer is known: one may be left out as the
+        question."""
         kept: dict[tuple[str, str], list[Task]] = {}
         for task in pool:
             if task.form == "chat" and len(task.messages) == 1:
                 same = kept.setdefault((task.benchmark, task.category), [])
-                if len(same) <= most:
+                if len(same) <= most and _answer_known(task):
                     same.append(task)
         return cls(kept)
 
@@ -63,6 +64,13 @@ class WorkedExamples:
         return [message for pair in pairs for message in pair]
 
 
+def _answer_known(task: Task) -> bool:
+    try:
+        return bool(benchmarks.get(task.benchmark).reference_answer(task).strip())
+    except DataError:  # e.g. unit tests without a solution
+        return False
+
+
 NO_EXAMPLES = WorkedExamples({})
 
 
@@ -76,6 +84,10 @@ def styled_messages(task: Task, style: PromptStyle, examples: WorkedExamples = N
 @dataclass(frozen=True)
 class Student:
     """Answers tasks with a loaded base.
+
+    Answers end where the base's context does, cut off like those that reach their limit of tokens (finish reason
+    "length"). A prompt that leaves no room for an answer, or not for every choice, gets none: its completion has finish
+    reason "error", its verdict that outcome and the reason. Nothing is cut out of a prompt.
 
     Attributes:
         modifier: version label of whatever adapter is on the model, "" for none.
@@ -116,8 +128,18 @@ class Student:
             for completion in self.answers(tasks, style, examples):
                 completions[completion.task_id] = completion
                 task = by_id[completion.task_id]
-                verdicts[completion.task_id] = pool.submit(benchmarks.score, task, completion)
+                verdicts[completion.task_id] = pool.submit(self._judge, task, completion)
             return [completions[t.id] for t in tasks], [verdicts[t.id].result() for t in tasks]
+
+    def _judge(self, task: Task, completion: Completion) -> Verdict:
+        """The benchmark's verdict, unless there was no room for an answer."""
+        if completion.finish_reason != "error":
+            return benchmarks.score(task, completion)
+        evidence = (
+            f"the prompt's {completion.prompt_tokens} tokens leave no room for an answer in the base's context of "
+            f"{self.loaded.context} tokens"
+        )
+        return Verdict(task.id, completion.model, completion.modifier, "error", evidence=evidence)
 
     def prompt_ids(self, task: Task, style: PromptStyle, examples: WorkedExamples = NO_EXAMPLES) -> list[int]:
         """Token ids of a task's prompt."""
@@ -128,31 +150,50 @@ class Student:
         return list(tokenizer(text, add_special_tokens=False).input_ids)
 
     def _write(self, tasks: Sequence[Task], style: PromptStyle, examples: WorkedExamples) -> Iterator[Completion]:
-        requests = [
-            Request(
-                prompt=self.prompt_ids(task, style, examples),
-                max_tokens=min(task.max_tokens, self.max_tokens),
-                stop=task.stop,
-                temperature=self.temperature,
-                top_p=self.top_p,
-                seed=_seed_of(self.seed, task.id),
-            )
-            for task in tasks
-        ]
+        requests = [self._request(task, self.prompt_ids(task, style, examples)) for task in tasks]
         for i, answer in stream(self.loaded, requests, tokens=self.tokens):
             yield Completion(
                 task_id=tasks[i].id,
                 model=self.loaded.name,
                 modifier=self.modifier,
-                text=answer.text,
-                finish_reason=answer.finish_reason,
+                text=self._text(tasks[i], requests[i], answer),
+                finish_reason=answer.finish_reason if requests[i].max_tokens else "error",
                 prompt_tokens=len(requests[i].prompt),
                 completion_tokens=len(answer.token_ids),
                 seconds=answer.seconds,
             )
 
+    def _request(self, task: Task, prompt: Sequence[int]) -> Request:
+        """What a task's prompt asks for; no token where the base's context leaves none."""
+        most = min(task.max_tokens, self.max_tokens)
+        if self.loaded.context is not None:
+            most = max(0, min(most, self.loaded.context - len(prompt)))
+        return Request(
+            prompt=prompt,
+            max_tokens=most,
+            stop=task.stop,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            seed=_seed_of(self.seed, task.id),
+        )
+
+    def _text(self, task: Task, request: Request, answer: Generated) -> str:
+        """An answer's text; where it goes on with the prompt's, it keeps the blank that it begins with.
+
+        Decoders of SentencePiece's kind (Llama 2, Mistral) take one from the beginning of whatever they decode, so that
+        the first line of code would be indented wrongly.
+        """
+        if task.form == "chat" and task.messages[-1].role != "assistant":
+            return answer.text
+        last, first = list(request.prompt[-1:]), list(answer.token_ids[:1])
+        behind = decode(self.loaded, last + first).removeprefix(decode(self.loaded, last))
+        return " " + answer.text if behind == " " + decode(self.loaded, first) else answer.text
+
     def _talk(self, tasks: Sequence[Task], style: PromptStyle) -> Iterator[Completion]:
-        """Conversations, all at once: every round answers those that go on, in batches as ever."""
+        """Conversations, all at once: every round answers those that go on, in batches as ever.
+
+        One that has filled the base's context ends there, cut off, and is judged by what was said.
+        """
         rounds: dict[str, list[Completion]] = {t.id: [] for t in tasks}
         said: dict[str, tuple[Message, ...]] = {t.id: () for t in tasks}
         pending = list(tasks)
@@ -161,8 +202,9 @@ class Student:
                 asked = [replace(t, messages=(*t.messages, *said[t.id])) for t in pending]
                 for completion in self._write(asked, style, NO_EXAMPLES):
                     rounds[completion.task_id].append(completion)
-                    said[completion.task_id] += (Message("assistant", completion.text),)
-                replies = list(pool.map(lambda t: benchmarks.reply(t, said[t.id]), pending))
+                    if completion.finish_reason != "error":
+                        said[completion.task_id] += (Message("assistant", completion.text),)
+                replies = list(pool.map(lambda t: _reply(t, rounds[t.id][-1], said[t.id]), pending))
                 for task, reply in zip(pending, replies, strict=True):
                     said[task.id] += reply
                     if not reply:
@@ -171,8 +213,19 @@ class Student:
 
     def _compare(self, tasks: Sequence[Task]) -> Iterator[Completion]:
         """Log-likelihoods of the choices; the completion's text is the likeliest choice."""
-        questions = _split_choices(self.loaded, tasks)
-        for i, scores, seconds in stream_logprobs(self.loaded, questions):
+        questions, context = _split_choices(self.loaded, tasks), self.loaded.context
+        fits = [i for i, question in enumerate(questions) if context is None or question.length <= context]
+        for i in sorted(set(range(len(tasks))).difference(fits)):
+            yield Completion(
+                task_id=tasks[i].id,
+                model=self.loaded.name,
+                modifier=self.modifier,
+                text="",
+                finish_reason="error",
+                prompt_tokens=len(questions[i].context),
+            )
+        for fitting, scores, seconds in stream_logprobs(self.loaded, [questions[i] for i in fits]):
+            i = fits[fitting]
             yield Completion(
                 task_id=tasks[i].id,
                 model=self.loaded.name,
@@ -185,15 +238,23 @@ class Student:
             )
 
 
+def _reply(task: Task, answer: Completion, said: tuple[Message, ...]) -> tuple[Message, ...]:
+    """What follows a conversation's last answer; nothing where there was no room for one."""
+    return () if answer.finish_reason == "error" else benchmarks.reply(task, said)
+
+
 def _whole(rounds: Sequence[Completion], said: tuple[Message, ...]) -> Completion:
-    """The answers of one conversation as one completion, which is cut off where any of them was."""
+    """The answers of one conversation as one completion, which is cut off where any of them was, or had no room."""
+    answers = [c for c in rounds if c.finish_reason != "error"]
+    if not answers:
+        return rounds[0]
     return replace(
-        rounds[-1],
-        finish_reason=next((c.finish_reason for c in rounds if c.finish_reason != "stop"), "stop"),
+        answers[-1],
+        finish_reason="stop" if all(c.finish_reason == "stop" for c in rounds) else "length",
         turns=said,
-        prompt_tokens=sum(c.prompt_tokens for c in rounds),
-        completion_tokens=sum(c.completion_tokens for c in rounds),
-        seconds=sum(c.seconds for c in rounds),
+        prompt_tokens=sum(c.prompt_tokens for c in answers),
+        completion_tokens=sum(c.completion_tokens for c in answers),
+        seconds=sum(c.seconds for c in answers),
     )
 
 

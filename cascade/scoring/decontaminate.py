@@ -37,7 +37,11 @@ TEMPLATED = frozenset({"reasoning_gym"})
 """Benchmarks whose prompts are filled-in templates: they share runs of words by construction, so that only a whole
 prompt inside an example tells, its symbols included ("3 + 4" is not "3 - 4")."""
 _EDGES = " .,;:!?\"'`*"
-_WORD = re.compile(r"\w+", re.UNICODE)
+_UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U0003ffff"
+"""Scripts without blanks between words (Chinese, Japanese, Thai, Lao, Burmese, Khmer): each letter counts as a word."""
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
+_INVISIBLE = dict.fromkeys(map(ord, "\u00ad\u200b\u200c\u200d\u2060\ufeff"))
+"""Soft hyphens and the like, which part no words."""
 
 
 Kind = Literal["exact", "question", "ngram"]
@@ -63,7 +67,7 @@ class Overlap:
 
 def words(text: str) -> list[str]:
     """The words of a text, normalised."""
-    return _WORD.findall(normalise(text))
+    return _WORD.findall(normalise(text).translate(_INVISIBLE))
 
 
 def ngrams(text: str, n: int = NGRAM) -> Iterator[tuple[str, ...]]:

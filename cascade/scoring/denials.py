@@ -36,7 +36,8 @@ def without_denials(text: str, value: str, keep: Iterable[str] = ()) -> str:
         value: pattern of the values that are read; one that is said to be wrong is blanked as well.
         keep: stretches that look like denials and are none, e.g. the texts of options.
     """
-    kept = [re.escape(" ".join(k.split())).replace(r"\ ", r"\s+") for k in keep if re.search(_NOT, k, re.IGNORECASE)]
+    like = re.compile("|".join([_NOT, *_DENIALS]), re.IGNORECASE)
+    kept = [re.escape(" ".join(k.split())).replace(r"\ ", r"\s+") for k in keep if like.search(k)]
     ruled_out = rf"(?:{value})(?={_RULED_OUT})"
     pattern = "|".join([*(f"(?P<keep{i}>{k})" for i, k in enumerate(kept)), ruled_out, *_DENIALS])
     return re.sub(pattern, lambda m: m[0] if any(m.groupdict().values()) else BLANK, text, flags=re.IGNORECASE)

@@ -60,14 +60,15 @@ _SENTENCE_END = re.compile(r"[.!?](?=\s|$)|[.!?][)*\"'](?=\s|$)")
 
 
 def boxed(text: str) -> list[str]:
-    r"""The contents of every `\boxed{…}` (braces may nest; `\text{…}` inside is unwrapped), in order."""
+    r"""What every `\boxed{…}` holds (braces may nest), in order; `\text{…}` is unwrapped, `\frac{a}{b}` is a/b."""
     found = []
     for start in (m.end() for m in re.finditer(r"\\f?boxed\s*\{", text)):
         depth = 1
         for position in range(start, len(text)):
             depth += {"{": 1, "}": -1}.get(text[position], 0)
             if depth == 0:
-                found.append(re.sub(r"\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}", r"\1", text[start:position]))
+                bare = re.sub(r"\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}", r"\1", text[start:position])
+                found.append(re.sub(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"\1/\2", bare))
                 break
     return found
 
@@ -120,11 +121,17 @@ def _decide(text: str, find: Finder, last_resort: Iterable[tuple[str, Finder]]) 
 
 # ------------------------------------------------------------------------------------------------- numbers
 
-_NUMBER = re.compile(r"(?<![\w.])(?:[-+−–]\s?(?=[\d$€£.]))?[$€£]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?![\w]*\d)")
+_DIGITS = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?"
+NUMBER = re.compile(rf"[-+]?{_DIGITS}")
+"""What is all of a text that is a number."""
+_NUMBER = re.compile(rf"(?<![\w.])(?:[-+−–]\s?(?=[\d$€£.]))?[$€£]?{_DIGITS}(?![\w]*\d)")
+_THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|,?\\[,;:! ]|[\u00a0\u2009\u202f])(?=\d{3}(?!\d))")
+"""What TeX, and texts that will not break a line there, put between groups of digits."""
+_MINUS = re.compile(r"\b(?:minus|negative)\s+(?=[\d.$€£])", re.IGNORECASE)
 _WORDS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen".split()  # noqa: SIM905
 _NUMBER_WORD = re.compile(rf"\b({'|'.join(_WORDS)})\b", re.IGNORECASE)
 _CLOSING_VALUE = re.compile(
-    r"(?:\bis|\bare|\bequals?|\bequal\s+to|\bbe|\bhas|\bhave|=|:|→|->)\s+(?P<span>[^\s=][^=\n]*)$"
+    r"(?:(?:\bis|\bare|\bequals?|\bequal\s+to|\bbe|\bhas|\bhave|:|→|->)\s+|=\s*)(?P<span>[^\s=][^=\n]*)$"
 )
 
 
@@ -170,7 +177,8 @@ def _last_equation(text: str) -> list[str]:
 
 def read_number(text: str) -> Reading:
     """A number, from "5", "Mary has 5 sisters.", "The answer is **5**", "12 + 3 = 15", "$1,250.00"."""
-    text = without_denials(text[-MAX_CHARS:], _NUMBER.pattern)
+    text = _MINUS.sub("-", _THOUSANDS.sub(",", text[-MAX_CHARS:]))
+    text = without_denials(text, _NUMBER.pattern)
     resorts = [("equation", _last_equation), ("whole text", _only_number), ("closing", _closing_numbers)]
     return _decide(text, _number_in, [*resorts, ("whole text", lambda t: numbers(_clean(t)))])
 

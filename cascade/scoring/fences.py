@@ -36,9 +36,11 @@ def read_code(text: str, defines: str | None = None) -> str | None:
 
     Returns:
         The last fenced block that defines the name (all blocks before it that define what it needs are kept too);
-        without fences, the code from its first to its last line that Python accepts; None if there is none.
+        without fences, the code from its first to its last line that Python accepts, indented as Markdown has it or
+        not; None if there is none.
     """
-    blocks = [body for language, body in fenced_blocks(text) if language in {"", "python", "py", "python3"}]
+    languages = re.compile(r"|py|i?python[\d.]*")
+    blocks = [textwrap.dedent(body) for language, body in fenced_blocks(text) if languages.fullmatch(language)]
     name = re.escape(defines or "")
     pattern = re.compile(rf"^\s*(?:(?:async\s+)?(?:def|class)\s+{name}\b|{name}\s*=[^=])", re.M) if defines else None
     if blocks:
@@ -47,7 +49,7 @@ def read_code(text: str, defines: str | None = None) -> str | None:
             return None
         last = blocks[fitting[-1]]
         helpers = [b for b in blocks[: fitting[-1]] if _only_definitions(b) and not (pattern and pattern.search(b))]
-        return "\n\n".join([*helpers, textwrap.dedent(last)])
+        return "\n\n".join([*helpers, last])
     tagged = ANSWER_TAG.search(text)
     text = _PROGRAM_MARKS.sub("", tagged["span"] if tagged else text)
     if pattern is not None and not pattern.search(text):
@@ -56,15 +58,21 @@ def read_code(text: str, defines: str | None = None) -> str | None:
 
 
 def read_javascript(text: str, defines: str) -> str | None:
-    """JavaScript source out of an answer: the last fenced block that holds the name, with the blocks before it that do
-    not; without fences the whole text if it declares the name; None if there is none."""
+    """JavaScript source out of an answer: the last fenced block that defines the name, after the blocks that do
+    not hold it; without fences the whole text if it declares the name; None if there is none. What a module exports is
+    declared alone, since a script knows no `export`."""
     blocks = [body for language, body in fenced_blocks(text) if language in {"", "javascript", "js", "node", "mjs"}]
-    fitting = [i for i, body in enumerate(blocks) if re.search(rf"\b{re.escape(defines)}\b\s*[=(:]", body)]
+    name = rf"(?<![\w$]){re.escape(defines)}(?![\w$])"
+    defined = rf"function\s*\*?\s*{name}|{name}\s*(?:=(?![=>])|:|\([^()]*\)\s*\{{)"
+    fitting = [i for i, body in enumerate(blocks) if re.search(defined, body)]
+    code = None
     if fitting:
-        helpers = [b for b in blocks[: fitting[-1]] if not re.search(rf"\b{re.escape(defines)}\b", b)]
-        return "\n".join([*helpers, blocks[fitting[-1]]])
-    declared = rf"^\s*(?:export\s+)?(?:(?:async\s+)?function\*?\s+|(?:const|let|var)\s+){re.escape(defines)}\b"
-    return text if not blocks and re.search(declared, text, re.MULTILINE) else None
+        helpers = [b for b in blocks[: fitting[-1]] if not re.search(name, b)]
+        code = "\n".join([*helpers, blocks[fitting[-1]]])
+    elif not blocks:
+        declared = rf"^\s*(?:export\s+(?:default\s+)?)?(?:(?:async\s+)?function\*?\s+|(?:const|let|var)\s+){name}"
+        code = text if re.search(declared, text, re.MULTILINE) else None
+    return code and re.sub(r"^([ \t]*)export\s+(?:default\s+)?", r"\1", code, flags=re.MULTILINE)
 
 
 def _only_definitions(code: str) -> bool:
@@ -83,10 +91,13 @@ _CODE_LINE = re.compile(r"^(?:def|class|import|from|@|async def)\b|^@|^\w+\s*=[^
 def _longest_program(text: str) -> str | None:
     """The first run of lines that begins like a program, cut at the end until it parses."""
     lines = text.splitlines()[:2000]
-    start = next((i for i, line in enumerate(lines) if _CODE_LINE.match(line)), None)
-    if start is None:
+    starts = [i for i, line in enumerate(lines) if _CODE_LINE.match(line)]
+    starts = starts or [i for i, line in enumerate(lines) if _CODE_LINE.match(line.lstrip())]
+    if not starts:
         return None
-    end = len(lines)
+    start, end = starts[0], len(lines)
+    margin = lines[start][: -len(lines[start].lstrip())]
+    lines = [line.removeprefix(margin) for line in lines]
     while end > start:
         program = "\n".join(lines[start:end])
         try:

@@ -13,11 +13,13 @@ from typing import Any
 
 
 def _plain(value: Any) -> Any:
-    """Only what JSON has, of exactly those types (a tuple is a list), so that an object is no value."""
-    if type(value) in (list, tuple):
+    """Only what JSON has (a tuple is a list, a Counter a dict, numpy's number a number); another object is no value."""
+    if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
+        value = value.item()
+    if isinstance(value, (list, tuple)):
         return [_plain(v) for v in value]
-    if type(value) is dict and all(type(k) is str for k in value):
-        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, dict) and all(type(k) is str for k in dict.keys(value)):
+        return {k: _plain(v) for k, v in dict.items(value)}
     if value is None or type(value) in (bool, int, float, str):
         return value
     raise TypeError(f"a {type(value).__name__} is no plain value")

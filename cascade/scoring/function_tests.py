@@ -75,7 +75,7 @@ def _judge(output: Output, name: str, cases: Sequence[Case], limits: Limits) -> 
     if output.ended.timed_out and not output.flooded:
         return TestResult("timeout", _limit(output, limits), seconds)
     try:
-        report = json.loads(output.text.strip().splitlines()[-1])
+        report = json.loads(output.text.strip().split("\n")[-1])
         results = None if "broken" in report else [dict(r) for r in report["results"]]
     except (ValueError, TypeError, KeyError, IndexError, RecursionError):
         return TestResult("fail", f"the program ended without an answer (code {output.ended.code})", seconds)

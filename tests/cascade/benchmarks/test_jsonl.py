@@ -69,6 +69,29 @@ def test_answers_of_each_kind(tmp_path: Path, row: int, right: Any, wrong: Any, 
     assert outcomes(unparsed) == {"unparsed"}
 
 
+@pytest.mark.parametrize(
+    ("answer", "right", "wrong"),
+    [
+        (0.00001, ["0.00001", "1e-5", "The answer is 0.00001."], ["0.0001"]),
+        (1e20, ["100000000000000000000"], ["1e21"]),
+        (1500, ["1.5e3", "1,500.0"], ["1.5", "1"]),
+        ("1,2", ["1,2", "The answer is 1, 2."], ["12"]),
+        ("1 2", ["1 2"], ["12"]),
+        ("[1, 2]", ["[1,2]", "[1, 2]."], ["[12]", "[1 2]"]),
+        ("50%", ["50 %", r"50\%"], ["50"]),
+        ("it's", ["it’s", "“It’s.”", '"it\'s"'], ["its"]),
+        ("1/2", [r"\boxed{\frac{1}{2}}", "1/2"], ["12", "2/1"]),
+        ("''", ["''"], ["", "x"]),
+    ],
+)
+def test_exact_answers_are_the_same_in_another_spelling(
+    tmp_path: Path, answer: Any, right: list[str], wrong: list[str]
+) -> None:
+    task = load(tmp_path, [{"id": 1, "kind": "exact", "prompt": "?", "answer": answer}])[0]
+    passed = {text: JSONL.score(task, Completion(task.id, "m", "", text)).passed for text in (*right, *wrong)}
+    assert passed == dict.fromkeys(right, True) | dict.fromkeys(wrong, False)
+
+
 @pytest.mark.skipif(bool(missing_walls()), reason="no sandbox here")
 def test_unit_tests_run_in_the_sandbox(tmp_path: Path) -> None:
     task = load(tmp_path, [ROWS[3]])[0]
@@ -100,7 +123,14 @@ def test_splits_by_line_and_by_file(tmp_path: Path) -> None:
     assert [t.id for t in folder] == ["jsonl/test/2"]
 
 
-def typed(schema: dict[str, Any], *accepted: Any) -> dict[str, Any]:
+def test_an_end_of_line_of_another_kind_in_a_text_ends_no_line(tmp_path: Path) -> None:
+    path = tmp_path / "own.jsonl"
+    path.write_text(json.dumps(ROWS[0] | {"prompt": "one\u2028two\x85three"}, ensure_ascii=False), encoding="utf-8")
+    (task,) = JSONL.load("test", domain="own", options={"path": str(path)}, seed=1, count=None)
+    assert "one\u2028two\x85three" in task.messages[-1].content
+
+
+def typed(schema: Any, *accepted: Any) -> dict[str, Any]:
     """A function with one parameter x, and that it is to be called with one of these values."""
     function = {"name": "f", "parameters": {"properties": {"x": schema}, "required": ["x"]}}
     return {"functions": [function], "expected": [{"f": {"x": list(accepted)}}]}
@@ -129,7 +159,16 @@ def test_parameters_have_the_types_of_json_schema(tmp_path, schema, accepted, ri
         ({**ROWS[0], "anser": 1}, "anser"),
         ({**ROWS[0], "answer": ["Paris", " "]}, "blank answer"),
         ({"id": 1, "kind": "exact", "answer": "x"}, "either prompt or messages"),
+        ({"id": 1, "kind": "exact", "messages": [], "answer": "x"}, "messages holds none"),
+        ({**ROWS[0], "answer": True}, "true and false would be taken for 1 and 0"),
+        ({**ROWS[0], "answer": ["yes", True]}, "true and false would be taken for 1 and 0"),
+        ({**ROWS[2], "answer": True}, "true and false would be taken for 1 and 0"),
         ({**ROWS[2], "answer": "cat"}, "no index, letter or text"),
+        ({**ROWS[5], "functions": [{"name": "f", "parameters": None}]}, "each function needs name and parameters"),
+        ({**ROWS[5], "functions": [{"parameters": {"properties": {}}}]}, "each function needs name and parameters"),
+        ({**ROWS[4], **typed("string")}, "parameter x of f needs a schema"),
+        ({**ROWS[4], **typed({"type": "object"}, {"a": 1})}, r"parameter x of f: .* as in \{'a': \[1\]\}"),
+        ({**ROWS[4], **typed({"type": "array", "items": {"type": "object"}}, [{"a": 1}])}, r"as in \{'a': \[1\]\}"),
         ({**ROWS[4], "expected": [{"unknown": {}}]}, "names one of the functions"),
         ({**ROWS[4], **typed({"type": "text"})}, "parameter x of f has the type 'text'.*number"),
         ({**ROWS[4], **typed({})}, "parameter x of f has the type None"),

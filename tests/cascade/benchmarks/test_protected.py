@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cascade.benchmarks.protected import PUBLISHED, protected_tasks
-from cascade.config import check_config
+from cascade.config import TaskSource, check_config
 from cascade.errors import DataError
 
 QUICKSTART = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
@@ -38,6 +38,20 @@ def test_what_is_not_cached_is_named_and_nothing_is_downloaded(tmp_path: Path) -
     assert found.checked == {"domain": 1}
     assert set(found.missing) == set(PUBLISHED)
     assert not list((tmp_path / "cache").rglob("*.whl"))
+
+
+def test_both_sets_of_arc_are_protected(tmp_path: Path) -> None:
+    for part in ("Challenge", "Easy"):
+        row = {"id": part, "question": "Q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "A"}
+        (tmp_path / f"ARC-{part}-Test.jsonl").write_text(json.dumps(row))
+    arc = {"benchmark": "arc", "options": {"path": str(tmp_path)}}
+    easy = {"benchmark": "arc", "options": {"path": str(tmp_path), "set": "ARC-Easy"}}
+    found = protected_tasks(config(tmp_path, [easy]))
+    assert {t.id for t in found.tasks} == {"jsonl/own/1", "arc/ARC-Easy/Easy"}
+    plain = config(tmp_path)
+    test = plain.tasks.test.model_copy(update={"sources": [TaskSource(**arc)]})
+    found = protected_tasks(plain.model_copy(update={"tasks": plain.tasks.model_copy(update={"test": test})}))
+    assert found.checked == {"domain": 1, "arc": 2}
 
 
 def test_benchmarks_that_the_config_names_must_be_there_and_are_taken_whole(tmp_path: Path) -> None:

@@ -157,6 +157,29 @@ def test_arc_normalises_by_characters_and_reads_letters() -> None:
     assert outcome(chat, "Hard to say") == "unparsed"
 
 
+def test_what_is_published_twice_or_beside_it_is_read_once(tmp_path: Path) -> None:
+    def write(file: str, *rows: dict[str, Any]) -> None:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def found(name: str, **options: Any) -> int:
+        options["path"] = str(tmp_path / name)
+        return len(benchmarks.get(name).load("test", domain="d", options=options, seed=1, count=None))
+
+    question = {"question": "Q", "subject": "anatomy", "choices": ["a", "b", "c", "d"], "answer": 1}
+    write("mmlu/all/test.jsonl", question, question | {"subject": "virology"})
+    write("mmlu/anatomy/test.jsonl", question)
+    assert found("mmlu", shots=0) == 2
+    write("mbpp/full/test.jsonl", {"task_id": 11, "text": "Write f.", "code": "f = abs", "test_list": ["assert f(1)"]})
+    write("mbpp/sanitized/test.jsonl", {"task_id": 11, "prompt": "Write f."})
+    write("mbpp/sanitized-mbpp.jsonl", {"task_id": 11, "prompt": "Write f."})
+    assert found("mbpp") == 1
+    keys = ("prompt", "test", "entry_point", "canonical_solution")
+    write("humaneval/HumanEval.jsonl", {"task_id": "HumanEval/0"} | dict.fromkeys(keys, "x"))
+    write("humaneval/example_samples.jsonl", {"task_id": "test/0", "completion": "x"})
+    assert found("humaneval") == 1
+
+
 def test_arc_is_told_by_names_below_the_path_that_is_given(tmp_path: Path) -> None:
     def row(name: str) -> str:
         stem = {"stem": name, "choices": [{"label": x, "text": x.lower()} for x in "ABCD"]}
@@ -175,6 +198,10 @@ def test_arc_is_told_by_names_below_the_path_that_is_given(tmp_path: Path) -> No
         "arc/ARC-Challenge/hubChallenge",
     ]
     assert len(load("arc", path=str(root), set="ARC-Easy")) == 2
+    (root / "ARC-Challenge-Test.csv").write_text(
+        "questionID,question,AnswerKey\n1,Why? (A) x (B) y,A\n"
+    )  # as published
+    assert len(load("arc", path=str(root))) == 2
     assert len(load("arc", path=str(root / "ARC-Challenge-Test.jsonl"))) == 1
     with pytest.raises(DataError, match="no test file of ARC-Challenge"):
         benchmarks.get("arc").load(

@@ -120,6 +120,31 @@ def test_missing_weights_are_told(folder):
         base_sha256(Base(model=str(folder)))
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda w: {k: v for k, v in w.items() if k != "model.layers.1.mlp.up_proj.weight"},
+        lambda w: w | {"model.layers.1.mlp.up_proj.weight": torch.zeros(3, 3)},
+        lambda w: {f"base_model.model.{k}": v for k, v in w.items()},  # as PEFT names them
+    ],
+)
+def test_weights_that_would_be_random_are_told(folder, damage):
+    file = folder / "model.safetensors"
+    save_file(damage(load_file(file)), file, metadata={"format": "pt"})
+    with pytest.raises(
+        ConfigError, match=r"base\.model: the files in .* lack weights of the model.*mlp\.up_proj|lm_head"
+    ):
+        load(folder)
+
+
+@pytest.mark.parametrize("length", [0, 5000])
+def test_a_weight_file_that_is_not_whole_is_told(folder, length):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:length])
+    with pytest.raises(ConfigError, match=r"base\.model: .* is no causal language model: .*header"):
+        load(folder)
+
+
 def test_a_folder_that_is_no_model_is_told(folder):
     (folder / "config.json").unlink()
     with pytest.raises(ConfigError, match=r"base\.model: .* is no causal language model"):

@@ -10,12 +10,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from cascade import benchmarks
 from cascade.config import PromptStyle
 from cascade.errors import DataError
+from cascade.models.rows import Generated, Request
 from cascade.models.student import Student, WorkedExamples, _split_choices, _whole, styled_messages
 from cascade.tasks import Completion, Message, Task, Verdict
 
@@ -69,6 +70,17 @@ def test_worked_examples_are_of_the_same_category_first():
     assert {int(q.split()[1]) % 3 for q, _ in pairs[4:]} == {0}
     new = make_task(1000, "b", split="test")
     assert shown(examples.for_task(new, 5)) == [(f"question {i}", f"answer to quiz/{i}") for i in (1, 4, 7, 10, 13)]
+
+
+def test_tasks_without_a_known_answer_are_not_shown(monkeypatch):
+    def answer(task):
+        if task.id == "quiz/0":
+            raise DataError("no solution")
+        return " " if task.id == "quiz/1" else "yes"
+
+    monkeypatch.setattr(Answers, "reference_answer", lambda self, task: answer(task))
+    examples = WorkedExamples.from_pool([make_task(i) for i in range(3)], most=0)
+    assert shown(examples.for_task(make_task(9), 3)) == [("question 2", "yes")]
 
 
 def test_only_chat_tasks_of_one_message_are_shown_or_get_examples():
@@ -125,6 +137,22 @@ def test_raw_text_is_continued_without_template_or_examples(loaded):
     ids = Student(loaded).prompt_ids(task, style, WorkedExamples.from_pool(POOL))
     assert ids == loaded.tokenizer("def f():\n    ").input_ids
     assert text_of(loaded, ids) == "def f():\n    "
+
+
+@pytest.mark.parametrize(("form", "kept"), [("completion", "    a"), ("chat", "   a")])
+def test_code_that_goes_on_keeps_its_indentation_where_decoders_strip_a_blank(loaded, monkeypatch, form, kept):
+    pieces = ["<unk>", "</s>", "<0x0A>", "▁", "▁▁", "▁▁▁▁", "a"]
+    merges = [("▁", "▁"), ("▁▁", "▁▁")]
+    model = models.BPE({piece: i for i, piece in enumerate(pieces)}, merges, byte_fallback=True, unk_token="<unk>")
+    llama = Tokenizer(model)
+    llama.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=llama, eos_token="</s>")
+    student = Student(replace(loaded, tokenizer=tokenizer))
+    answer = Generated((5, 6), tokenizer.decode([5, 6]), "stop")
+    assert answer.text == "   a"
+    assert student._text(make_task(0, form=form), Request([6, 2], 9), answer) == kept
 
 
 def test_answers_come_in_order_of_the_tasks_with_their_figures(loaded):

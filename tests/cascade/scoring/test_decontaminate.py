@@ -57,6 +57,19 @@ def test_every_planted_leak_is_found_and_nothing_else() -> None:
     assert {o.kind for o in overlaps} == {"exact", "ngram"}
 
 
+def test_questions_in_scripts_without_blanks_are_found_within_other_text() -> None:
+    question = "一个农夫有十七只羊，除了九只以外都死了。农夫还剩下多少只羊？"
+    other = "一个商人有三匹马，卖掉了一匹。商人还剩下多少匹马？"
+    leaked, clean_one = example(f"请回答：{question}谢谢。"), example(other)
+    assert [o.example for o in find_overlaps([leaked, clean_one], [task(1, question)])] == [0]
+    assert len(deduplicate([leaked, clean_one, example(f"请答：{question}谢谢。")])) == 2
+
+
+def test_soft_hyphens_hide_no_leak() -> None:
+    text = prose(13)
+    assert find_overlaps([example(f"{prose(5)} {text[:2]}\u00ad{text[2:]} {prose(5)}")], [task(1, text)])
+
+
 def test_boilerplate_and_templates_are_no_leaks() -> None:
     instruction = prose(30)
     tasks = [task(i, f"{instruction} {prose(20)}") for i in range(50)]

@@ -34,6 +34,17 @@ def test_numbers(given: str, value: str) -> None:
     assert wrong(filled, lambda text: read_number(text).answer, value) == []
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [(".5", ".5"), ("The answer is -.5.", "-.5"), ("It is 1.5e3.", "1.5e3"), ("x = 2E-5", "2E-5"), ("12em", "12"),
+     (r"\boxed{1{,}000}", "1000"), (r"The answer is $12\,345\,678$.", "12345678"), (r"\boxed{1,\!000}", "1000"),
+     ("The sum is 3+4=7.", "7"),
+     ("1\u202f000\u202f000", "1000000"), ("1\u00a0000", "1000"), ("It is minus 3.", "-3"), ("negative 3", "-3")],
+)  # fmt: skip
+def test_numbers_as_they_are_typeset_and_said(text: str, value: str) -> None:
+    assert read_number(text).answer == value
+
+
 @pytest.mark.parametrize(("label", "option"), [("B", "whale"), ("C", "dog"), ("D", "cat")])
 def test_choices(label: str, option: str) -> None:
     filled = [form.replace("whale", option).replace("Whale", option.title()).format(a=label) for form in forms(CHOICES)]
@@ -72,6 +83,15 @@ def test_bbh_answers(corpus: str, given: str, target: str) -> None:
     assert wrong([form.format(a=given) for form in bbh_forms(corpus)], read, target.lower()) == []
 
 
+def test_bbh_choices_after_the_words_that_state_them() -> None:
+    question = "Q?\nOptions:\n(A) ant\n(B) whale"
+    for text in ("The answer is B.", "So the answer is **B**.", "The answer is Option B", "the answer is whale.",
+                 r"The answer is \boxed{B}", "the answer is (b)."):  # fmt: skip
+        assert read_answer(text, "(B)", question) == "(B)", text
+    for text in ("The answer is (A) or (B).", "The answer is A or B.", "The answer is A."):
+        assert read_answer(text, "(B)", question) != "(B)", text
+
+
 DENIALS = """The answer is not {a}.|The answer is not {a}|the answer is definitely not {a}
 The answer is certainly not {a}.
 The answer isn't {a}.|The answer isn’t {a}|The answer cannot be {a}|The answer can't be {a}.|The answer is never {a}.
@@ -102,6 +122,9 @@ def test_a_denial_hides_nothing_else() -> None:
     assert read_choice("A is wrong. B is wrong. So C.", OPTIONS).answer == "C"
     assert read_choice("It does not change.", {"A": "It does not change.", "B": "It melts."}).answer == "A"
     assert read_choice("The answer is not red", {"A": "red", "B": "not red"}).answer == "B"
+    negative = {"A": "red", "B": "neither", "C": "None of the above"}
+    assert read_choice("None of the above", negative).answer == "C"
+    assert read_choice("The answer is none of the above.", negative).answer == "C"
     assert read_word("It does not follow, so no.", ("yes", "no")).answer == "no"
     assert read_word("The argument is not valid.", ("valid", "invalid")).answer is None
 
@@ -169,9 +192,17 @@ def test_code_keeps_helpers_of_other_blocks_and_misses_what_is_not_there() -> No
     space: dict[str, object] = {}
     exec(read_code(text, "f") or "", space)
     assert space["f"]() == 3  # type: ignore[operator]
+    listed = text.replace("\n", "\n   ").replace("```python", "1. Step:\n\n   ```python")
+    assert read_code(listed, "f") == read_code(text, "f")
     assert read_code("No code here.", "add") is None
     assert read_code("```python\ndef sub(a, b): return a - b\n```", "add") is None
     assert fenced_blocks("a\n```\nb\n```\n```js\nc") == [("", "b"), ("js", "c")]
+
+
+@pytest.mark.parametrize("text", ["Here:\n\n    {}\n\nIt adds.", "\t{}", "```python3.11\n{}\n```"])
+def test_code_indented_or_of_a_version(text: str) -> None:
+    margin = text.split("{}")[0].rpartition("\n")[2]
+    assert sum_by(text.format(f"def add(a, b):\n{margin}    return a + b")) == 5
 
 
 JAVASCRIPT = "function add(a, b) {\n  return a + b;\n}"
@@ -188,6 +219,10 @@ JAVASCRIPT = "function add(a, b) {\n  return a + b;\n}"
         "const add = (a, b) => a + b",
         "```js\nmodule.exports = { add: (a, b) => a + b };\n```",
         f"```js\nconst two = 2;\n```\nand\n```js\n{JAVASCRIPT}\n```",
+        f"```js\n{JAVASCRIPT}\n```\nUse it:\n```js\nif (add(1, 2) === 3) {{ console.log(add(1, 2)); }}\n```",
+        f"```js\nexport {JAVASCRIPT}\n```",
+        f"export default {JAVASCRIPT}",
+        "```js\nclass Sums {}\nSums.add = function (a, b) { return a + b };\nexport { Sums };\n```",
     ],
 )
 def test_javascript(text: str) -> None:
@@ -195,6 +230,8 @@ def test_javascript(text: str) -> None:
     assert code is not None
     assert "a + b" in code
     assert "```" not in code
+    assert "export " not in code
+    assert "console" not in code
     assert ("const two" in code) == ("const two" in text)
 
 
@@ -212,6 +249,7 @@ def test_json() -> None:
 def test_text_by_sign_fence_or_whole() -> None:
     assert read_text("The answer is New York.").answer == "New York"
     assert read_text("Well:\n```\n1 2\n3 4\n```").answer == "1 2\n3 4"
+    assert read_text(r"So it is $\boxed{\dfrac{1}{2}}$.").answer == "1/2"
     assert read_text("blue whale").answer == "blue whale"
     assert read_text("Answer: a\nAnswer: b").ambiguous
     assert read_text("").answer is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,10 +15,8 @@ pytestmark = pytest.mark.skipif(bool(missing_walls()), reason="no sandbox here")
 with_node = pytest.mark.skipif(shutil.which("node", path="/usr/local/bin:/usr/bin:/bin") is None, reason="no node")
 CASES: list[dict[str, Any]] = [{"args": [1, 2], "returns": 3}, {"args": [-1, 1], "returns": 0}]
 FAST = Limits(cpu_seconds=2, wall_seconds=10)
-
-
-def outcome(code: str, language: Any, cases: list[dict[str, Any]] = CASES) -> str:
-    return run_cases(code, language, "add", cases, FAST).outcome
+ENDLESS = replace(FAST, cpu_seconds=0.5)
+"""For what is to reach the limit."""
 
 
 @with_node
@@ -52,9 +51,29 @@ def outcome(code: str, language: Any, cases: list[dict[str, Any]] = CASES) -> st
     ],
 )
 def test_javascript(code: str, expected: str) -> None:
-    result = run_cases(code, "javascript", "add", CASES, FAST)
+    result = run_cases(code, "javascript", "add", CASES, ENDLESS if expected == "timeout" else FAST)
     allowed = {expected, "timeout"} if "push" in code else {expected}
     assert result.outcome in allowed, result
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from collections import Counter\ndef count(x): return Counter(x)",
+        "import collections\ndef count(x): return collections.OrderedDict(b=1, a=2)",
+        "import numpy as np\ndef count(x): return {'a': np.int64(2), 'b': np.float64(1)}",
+    ],
+)
+def test_python_may_answer_with_relatives_of_plain_values(code: str) -> None:
+    result = run_cases(code, "python", "count", [{"args": ["aab"], "returns": {"a": 2, "b": 1}}], FAST)
+    assert result.outcome == "pass", result
+
+
+@with_node
+def test_javascript_may_answer_with_an_end_of_line_of_another_kind() -> None:
+    cases = [{"args": ["one"], "returns": "one\u2028two\x85"}]
+    code = "function f(a) { return a + '\\u2028two\\u0085' }"
+    assert run_cases(code, "javascript", "f", cases, FAST).outcome == "pass"
 
 
 @pytest.mark.parametrize(
@@ -72,7 +91,8 @@ def test_javascript(code: str, expected: str) -> None:
     ],
 )
 def test_python(code: str, expected: str) -> None:
-    assert outcome(code, "python") == expected
+    limits = ENDLESS if expected == "timeout" else FAST
+    assert run_cases(code, "python", "add", CASES, limits).outcome == expected
 
 
 def test_the_evidence_says_which_call() -> None:
