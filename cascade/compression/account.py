@@ -36,7 +36,7 @@ class StageCost:
     """How large the adapter is after a stage of its compression, and what it still knows.
 
     Attributes:
-        stage: "trained", "truncated", "pruned", "quantised" or "recovered".
+        stage: "trained", "truncated", "pruned", "quantised" ("fp16" where no other did anything) or "recovered".
         disk_bytes: of the file, header included: fp16 safetensors for "trained", else a modifier file.
         resident_bytes: what serving would hold.
         loss: mean held-out loss per target token, nats.

@@ -151,8 +151,9 @@ def load_peft_folder(path: str | os.PathLike[str], *, base: BaseRef | None = Non
     config = PeftConfig.read(folder)
     pairs = _read_pairs(folder / WEIGHTS_FILE)
     scaling, layers = config.scaling(), {}
+    scalings = config.scalings({name: pair.rank for name, pair in pairs.items()})
     for name, pair in pairs.items():
-        own = config.scaling(pair.rank, name)
+        own = scalings[name]
         # One scaling for all: a layer with another keeps its effect in B.
         same = math.isclose(own, scaling, rel_tol=1e-12)
         layers[name] = pair if same else LoraPair(pair.a, pair.b.astype(np.float32) * np.float32(own / scaling))
@@ -207,7 +208,7 @@ def _read_pairs(path: Path) -> dict[str, LoraPair]:
             for key in file.keys():  # noqa: SIM118 (not a mapping)
                 match = _KEY.fullmatch(key)
                 if not match:
-                    raise DataError(f"{path}: {key} is no LoRA factor of a linear layer")
+                    raise DataError(f"{path}: {key} is no LoRA factor of a linear layer{_remedy(key)}")
                 tensor = file.get_tensor(key)
                 if not tensor.is_floating_point():
                     raise DataError(f"{path}: {key} holds {tensor.dtype}, which are no numbers of a LoRA")
@@ -221,6 +222,13 @@ def _read_pairs(path: Path) -> dict[str, LoraPair]:
     if lone or not factors:
         raise DataError(f"{path}: {'no LoRA factors' if not factors else f'one factor is missing for {lone[:3]}'}")
     return {name: LoraPair(pair["A"], pair["B"]) for name, pair in sorted(factors.items(), key=_natural)}
+
+
+def _remedy(key: str) -> str:
+    """PEFT writes the base's own embedding or head beside a LoRA of it, changed or not."""
+    if not key.endswith(".base_layer.weight"):
+        return ""
+    return " but a weight of the base: if that is as it was, save with save_pretrained(…, save_embedding_layers=False)"
 
 
 def _natural(item: tuple[str, Any]) -> list[tuple[int, int, str]]:

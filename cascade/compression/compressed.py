@@ -75,8 +75,3 @@ class CompressedAdapter:
     def parameters(self) -> int:
         """Numbers in all factors once expanded."""
         return sum(layer.size("a") + layer.size("b") for layer in self.layers)
-
-    def density(self, name: str) -> tuple[float, float]:
-        """Shares of a layer's A and B that were kept."""
-        layer = next(spec for spec in self.layers if spec.name == name)
-        return layer.kept[0] / layer.size("a"), layer.kept[1] / layer.size("b")

@@ -48,7 +48,8 @@ def compress_folder(
         The adapter as it was, and compressed.
 
     Raises:
-        DataError: the folder holds no plain LoRA, or the limits are below one rank per layer.
+        DataError: the folder holds no plain LoRA, the limits are below one rank per layer, or the file cannot be
+            written.
     """
     wanted = wanted or Compression()
     adapter = load_peft_folder(folder)
@@ -94,11 +95,14 @@ def export_modifier(
 
     Raises:
         FormatError: the file is damaged, foreign, or newer than this version.
-        DataError: the folder is there already and is not empty.
+        DataError: the folder is there already and is not empty, or cannot be written.
     """
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise DataError(f"{target} is there already: name a new folder")
     adapter = expand(load_modifier(file, verify=False))  # expanding compares the hash
-    save_peft_folder(adapter, target, dtype=dtype)
+    try:
+        save_peft_folder(adapter, target, dtype=dtype)
+    except OSError as error:
+        raise DataError(f"{target} cannot be written: {error.strerror}") from error
     return adapter

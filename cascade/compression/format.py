@@ -8,6 +8,7 @@ written it, and nothing is allocated that the file's own size does not bound.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import mmap
@@ -72,12 +73,20 @@ def save_modifier(
 
     Returns:
         Its size in bytes.
+
+    Raises:
+        DataError: it cannot be written there, or the adapter is larger than the format allows.
     """
     data = encode_modifier(compressed, scores=scores, teachers=teachers)
     target = Path(path)
     partial = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-    partial.write_bytes(data)
-    partial.replace(target)
+    try:
+        partial.write_bytes(data)
+        partial.replace(target)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise DataError(f"{target} cannot be written: {error.strerror}") from error
     return len(data)
 
 

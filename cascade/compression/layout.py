@@ -24,13 +24,11 @@ import torch
 from torch.nn.functional import linear
 
 from cascade.compression.compressed import CompressedAdapter
-from cascade.compression.packed import is_low_bit, level_bits, level_groups
+from cascade.compression.packed import filled, is_low_bit, level_bits, level_groups
 from cascade.models.int8 import BLOCK, product
 
 ALIGNED = 64
 """Bytes that the levels of a block begin at a multiple of."""
-_CHEAP = 8
-"""Of so many components one may be zeros."""
 LayerShape = tuple[str, int, int, int]
 """Name, rank, inputs, outputs."""
 
@@ -115,13 +113,6 @@ class Bytes:
 def _added(output: torch.Tensor, rows: torch.Tensor, a: torch.Tensor, bt: torch.Tensor, factor: float) -> torch.Tensor:
     low = linear(rows, a).view(-1, len(a))
     return torch.addmm(output.reshape(-1, output.shape[-1]), low, bt, alpha=factor).view_as(output)
-
-
-def filled(rank: int) -> int:
-    """The rank that the form "int8" has: filled up with zeros to whole blocks of the kernel where that takes little
-    memory, since what is left over costs a product of its own."""
-    missing = -rank % BLOCK
-    return rank + missing if missing * _CHEAP <= rank else rank
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -15,8 +15,13 @@ from cascade.compression.decoding import expanded_sha256, iter_layers
 from cascade.compression.methods import Recipe
 from cascade.compression.prune import Changes, Importance, importance, keep_mask, kept_energy, thresholds
 from cascade.compression.quantise import encode, packed_bytes, scale_count, unit_exponent
-from cascade.compression.truncate import Calibration, grams_for, truncate
+from cascade.compression.truncate import Calibration, grams_for, iter_truncated
 from cascade.errors import DataError, FormatError
+
+_BLOCK = 16
+"""As `cascade.models.int8.BLOCK`, which would bring all of torch along."""
+_CHEAP = 8
+"""Of so many components one may be zeros."""
 
 
 def compress(adapter: AdapterWeights, recipe: Recipe, calibration: Calibration | None = None) -> CompressedAdapter:
@@ -31,24 +36,13 @@ def compress(adapter: AdapterWeights, recipe: Recipe, calibration: Calibration |
     for name, pair in adapter.layers.items():
         if not (np.isfinite(pair.a).all() and np.isfinite(pair.b).all()):
             raise DataError(f"layer {name} holds numbers that are not finite: the training has diverged")
-    whole = adapter
-    if recipe.truncate is not None:
-        how = recipe.truncate
-        adapter = truncate(
-            adapter,
-            keep=how.keep,
-            energy=how.energy,
-            allocation=how.allocation,
-            metric=how.metric,
-            calibration=calibration,
-        )
-    counts = _importance(whole, adapter, recipe, calibration)
-    a = _pack(adapter, "a", recipe, counts)
-    b = _pack(adapter, "b", recipe, counts)
-    layers = tuple(
-        LayerSpec(name, pair.rank, pair.a.shape[1], pair.b.shape[0], (a.kept[i], b.kept[i]), (a.exps[i], b.exps[i]))
-        for i, (name, pair) in enumerate(adapter.layers.items())
-    )
+    a, b, shapes = _Parts(), _Parts(), []
+    for part in _truncated(adapter, recipe, calibration):
+        counts = _importance(adapter, part, recipe, calibration)
+        _pack(part, "a", recipe, counts, a)
+        _pack(part, "b", recipe, counts, b)
+        shapes += [(name, pair.rank, pair.a.shape[1], pair.b.shape[0]) for name, pair in part.layers.items()]
+    layers = tuple(LayerSpec(*shape, (a.kept[i], b.kept[i]), (a.exps[i], b.exps[i])) for i, shape in enumerate(shapes))
     packed = CompressedAdapter(
         recipe=recipe,
         layers=layers,
@@ -58,7 +52,7 @@ def compress(adapter: AdapterWeights, recipe: Recipe, calibration: Calibration |
         rank=adapter.rank,
         base=adapter.base,
         target_modules=adapter.target_modules,
-        init_seed=adapter.init_seed,
+        init_seed=None if recipe.truncate else adapter.init_seed,
     )
     return replace(packed, expanded_sha256=expanded_sha256(packed))
 
@@ -110,6 +104,13 @@ def level_groups(rank: int, fan_in: int, fan_out: int, group: int, bits: int) ->
     return groups + (groups % 2 if bits == 4 else 0)
 
 
+def filled(rank: int) -> int:
+    """The rank that serving holds of a layer beside a base in 8 bits: filled up with zeros to whole blocks of the
+    kernel where that takes little memory, since what is left over costs a product of its own."""
+    missing = -rank % _BLOCK
+    return rank + missing if missing * _CHEAP <= rank else rank
+
+
 def resident_bytes(compressed: CompressedAdapter, *, bytes_per_number: int = 2, int8: bool = False) -> int:
     """What serving holds of it: both factors of every layer at the rank that truncation left.
 
@@ -120,7 +121,9 @@ def resident_bytes(compressed: CompressedAdapter, *, bytes_per_number: int = 2, 
         int8: whether the base is held in 8 bits, and so is every modifier.
     """
     if int8:
-        return _aligned(2 * sum(layer.rank for layer in compressed.layers)) + compressed.parameters
+        ranks = [filled(layer.rank) for layer in compressed.layers]
+        numbers = sum(rank * (x.fan_in + x.fan_out) for rank, x in zip(ranks, compressed.layers, strict=True))
+        return _aligned(2 * sum(ranks)) + numbers
     if not is_low_bit(compressed):
         return compressed.parameters * bytes_per_number
     group, bits = compressed.recipe.group, level_bits(compressed.recipe.values)
@@ -158,6 +161,19 @@ class _Parts:
         return PackedFactor(mask, np.concatenate(self.values), np.concatenate(self.scales))
 
 
+def _truncated(adapter: AdapterWeights, recipe: Recipe, calibration: Calibration | None) -> Iterator[AdapterWeights]:
+    """The adapter after truncation, in parts of one layer; whole where it is pruned, for which layers are compared."""
+    how = recipe.truncate
+    if how is None:
+        yield adapter
+        return
+    layers = iter_truncated(adapter, how.keep, how.energy, how.allocation, how.metric, calibration)
+    if recipe.prune is None:
+        yield from (replace(adapter, layers={name: pair}, init_seed=None) for name, pair in layers)
+    else:
+        yield replace(adapter, layers=dict(layers), init_seed=None)
+
+
 def _changes(adapter: AdapterWeights, factor: FactorName) -> Changes:
     """What training made of a factor: A - A0, and B transposed (rows of one component lie together)."""
 
@@ -181,8 +197,11 @@ def _importance(
     return {name: importance(whole.layers[name], pair, grams[name], metric) for name, pair in left.layers.items()}
 
 
-def _pack(adapter: AdapterWeights, factor: FactorName, recipe: Recipe, counts: Mapping[str, Importance]) -> _Parts:
-    change, parts, prune, which = _changes(adapter, factor), _Parts(), recipe.prune, FACTORS.index(factor)
+def _pack(
+    adapter: AdapterWeights, factor: FactorName, recipe: Recipe, counts: Mapping[str, Importance], parts: _Parts
+) -> None:
+    """Add a factor of all layers to the parts."""
+    change, prune, which = _changes(adapter, factor), recipe.prune, FACTORS.index(factor)
 
     def score(name: str, numbers: NDArray[np.float32]) -> NDArray[np.float32]:
         return numbers * counts[name][which] if counts else numbers
@@ -207,4 +226,3 @@ def _pack(adapter: AdapterWeights, factor: FactorName, recipe: Recipe, counts: M
         parts.scales.append(scales)
         parts.kept.append(values.size)
         parts.exps.append(exponent)
-    return parts

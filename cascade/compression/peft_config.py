@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from cascade.errors import DataError
@@ -62,8 +65,21 @@ class PeftConfig(BaseModel):
         for pattern in patterns or {}:
             try:
                 re.compile(pattern)
-            except (re.error, RecursionError) as error:
+            except (re.error, RecursionError, OverflowError) as error:
                 raise ValueError(f"{pattern[:80]!r} is no pattern of names: {error}") from None
+        return patterns
+
+    @field_validator("alpha_pattern")
+    @classmethod
+    def _matches_in_linear_time(cls, patterns: dict[str, float] | None) -> dict[str, float] | None:
+        for pattern in patterns or {}:
+            try:
+                _matches(pattern, pa.array([""]))
+            except pa.ArrowInvalid as error:
+                raise ValueError(
+                    f"{pattern[:80]!r} cannot be matched in a time that is bounded ({str(error)[:120]}): write it "
+                    "without what looks around or back, and counts of at most 1000, or name the modules one by one"
+                ) from None
         return patterns
 
     @classmethod
@@ -93,35 +109,53 @@ class PeftConfig(BaseModel):
             )
         return config
 
-    def scaling(self, rank: int | None = None, layer: str | None = None) -> float:
-        """What PEFT multiplies B @ A with, in general or in one layer.
-
-        Args:
-            rank: of the layer; by default that of most.
-            layer: whose own alpha counts if it has one.
+    def scaling(self) -> float:
+        """What PEFT multiplies B @ A with in most layers.
 
         Raises:
             DataError: it is zero or no number.
         """
-        own, rank = self._alpha(layer), self.r if rank is None else rank
-        scaling = own / math.sqrt(rank) if self.use_rslora else own / rank
-        if not math.isfinite(scaling) or scaling == 0:
-            raise DataError(f"lora_alpha {own} with rank {rank} gives no usable scaling")
-        return scaling
+        return self._scaling(self.lora_alpha, self.r)
 
-    def _alpha(self, layer: str | None) -> float:
-        """Found as PEFT finds it: the first pattern that matches the end of the module's name."""
-        for pattern, value in (self.alpha_pattern or {}).items():
-            if layer is not None and re.match(rf"(.*\.)?({pattern})$", layer):
-                return value
-        return self.lora_alpha
+    def scalings(self, ranks: Mapping[str, int]) -> dict[str, float]:
+        """The same in each layer, whose own alpha counts if it has one.
+
+        Args:
+            ranks: by the layers' names.
+
+        Raises:
+            DataError: one is zero or no number.
+        """
+        alphas = dict.fromkeys(ranks, self.lora_alpha)
+        names = pa.array(list(ranks), pa.string())
+        for pattern, alpha in reversed((self.alpha_pattern or {}).items()):  # of several that match the first counts
+            alphas |= dict.fromkeys(names.filter(_matches(pattern, names)).to_pylist(), alpha)
+        return {name: self._scaling(alphas[name], rank) for name, rank in ranks.items()}
+
+    def _scaling(self, alpha: float, rank: int) -> float:
+        scaling = alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+        if not math.isfinite(scaling) or scaling == 0:
+            raise DataError(f"lora_alpha {alpha} with rank {rank} gives no usable scaling")
+        return scaling
 
     def targets(self, layers: tuple[str, ...]) -> tuple[str, ...]:
         """The adapted modules as a list of names; full names are names too, and say exactly which layers are meant."""
-        narrowed = self.layers_to_transform or self.layers_pattern or self.exclude_modules
+        some = self.layers_to_transform not in (None, [])  # 0 is one, too
+        narrowed = some or self.layers_pattern or self.exclude_modules
         if isinstance(self.target_modules, list) and self.target_modules and not narrowed:
             return tuple(sorted(self.target_modules))
         return layers
+
+
+def _matches(pattern: str, names: pa.Array) -> pa.BooleanArray:
+    """Whether a pattern matches the end of each module's name, as in PEFT.
+
+    By RE2, in time linear in the name's length: with `re`, a pattern from elsewhere could take for ever.
+
+    Raises:
+        pa.ArrowInvalid: the pattern is none of RE2's.
+    """
+    return pc.match_substring_regex(names, rf"^(.*\.)?({pattern})$")
 
 
 def read_json(path: Path) -> dict[str, Any]:

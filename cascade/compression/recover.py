@@ -7,6 +7,7 @@ rounding in it, and the file is of the recipe that it was before.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -20,7 +21,7 @@ from cascade.compression.decoding import expanded_sha256, iter_layers
 from cascade.compression.quantise import encode, unit_exponent
 from cascade.config import Lora
 from cascade.errors import DataError
-from cascade.training.loop import StepReport, TargetLoss, run_steps, set_rate
+from cascade.training.loop import StepReport, TargetLoss, clip_or_drop, run_steps, set_rate
 from cascade.training.packing import Row, Step
 
 Numbers = list[NDArray[np.float32]]
@@ -41,7 +42,7 @@ def recover(
         The adapter after the last step, masks and recipe as they were, and what each step measured.
 
     Raises:
-        DataError: the model lacks one of the adapter's layers.
+        DataError: the model lacks one of the adapter's layers, or several steps in a row were not finite.
     """
     engine = RecoveryEngine(model, compressed, settings)
     try:
@@ -94,10 +95,11 @@ class RecoveryEngine:
                 behind.grad = stored.grad.float().ravel()[index]
                 stored.grad = None
         set_rate(self._optimizer, learning_rate)
-        norm = nn.utils.clip_grad_norm_([p for f in FACTORS for p in self._behind[f]], self.clip)
-        self._optimizer.step()
-        self._round()
-        return float(norm)
+        norm = float(clip_or_drop([p for f in FACTORS for p in self._behind[f]], self.clip))
+        if math.isfinite(norm):
+            self._optimizer.step()
+            self._round()
+        return norm
 
     @torch.no_grad()
     def _round(self) -> None:

@@ -14,8 +14,8 @@ B Lb^-T U_k S_k^1/2 and S_k^1/2 V_k^T La^-1 A. Plain SVD is the case Sa = A A^T,
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -72,19 +72,15 @@ def measured_svd(pair: LoraPair, grams: Grams, metric: Metric) -> Svd:
     return b @ (lb_inverse.T @ u), s, (vt @ la_inverse) @ a
 
 
-# One thread: hundreds of small decompositions gain nothing from more, and with as many trials as cores BLAS threads
-# that wait for each other made this a hundred times slower.
-@threadpool_limits.wrap(limits=1, user_api="blas")
-def truncate(
+def iter_truncated(
     adapter: AdapterWeights,
-    *,
     keep: float | None,
     energy: float | None,
     allocation: Allocation = "uniform",
     metric: Metric = "weights",
     calibration: Calibration | None = None,
-) -> AdapterWeights:
-    """Reduce each layer's rank.
+) -> Iterator[tuple[str, LoraPair]]:
+    """Reduce each layer's rank, holding one layer at a time.
 
     Args:
         keep: share of the rank to keep, in (0, 1]; rounded down, at least 1.
@@ -95,24 +91,25 @@ def truncate(
         metric: what singular values measure; all but "weights" need a calibration.
 
     Returns:
-        Float32 factors. A is no longer near its random start, so the seed is dropped.
+        Name and float32 factors of each layer. A is no longer near its random start: whatever seed it had is void.
 
     Raises:
         DataError: the metric needs a calibration of this adapter and there is none.
     """
     grams = grams_for(adapter, metric, calibration)
     shared = energy is None and allocation != "uniform"
-    ranks = _shared_ranks(adapter, keep or 1.0, allocation, metric, grams) if shared else {}
-    layers = {}
-    for name, pair in adapter.layers.items():
-        svd = _svd(pair, metric, grams.get(name))
-        s = svd[1]
-        if energy is not None:
-            rank = _rank_of_energy(s, energy)
-        else:
-            rank = ranks.get(name) or max(1, int((keep or 1.0) * pair.rank + 1e-9))
-        layers[name] = _cut(svd, min(rank, s.size))
-    return replace(adapter, layers=layers, init_seed=None)
+    # One thread: hundreds of small decompositions gain nothing from more, and with as many trials as cores BLAS threads
+    # that wait for each other made this a hundred times slower.
+    with threadpool_limits(limits=1, user_api="blas"):
+        ranks = _shared_ranks(adapter, keep or 1.0, allocation, metric, grams) if shared else {}
+        for name, pair in adapter.layers.items():
+            svd = _svd(pair, metric, grams.get(name))
+            s = svd[1]
+            if energy is not None:
+                rank = _rank_of_energy(s, energy)
+            else:
+                rank = ranks.get(name) or max(1, int((keep or 1.0) * pair.rank + 1e-9))
+            yield name, _cut(svd, min(rank, s.size))
 
 
 def spectrum(pair: LoraPair, metric: Metric = "weights", grams: Grams | None = None) -> Matrix:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ def deepspeed_config(training: Training, dtype: torch.dtype) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": dtype == torch.bfloat16 and training.zero_stage > 0},
         "steps_per_print": 10**9,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the GPU at both ends of a step
     }
 
 
@@ -61,7 +63,7 @@ class DeepSpeedEngine:
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         named = module.model.named_parameters()
         # Kept as they are: DeepSpeed rounds them to bfloat16, and spreads them over the workers in stage 3.
-        self.frozen = {name: _on_cpu(p).clone() for name, p in named if "lora_" in name and not p.requires_grad}
+        self.frozen = {name: _copied(p) for name, p in named if "lora_" in name and not p.requires_grad}
         self.norm: torch.Tensor | None = None
         optimizer = adamw(module, training.lora)
         if not self.stage:
@@ -78,6 +80,11 @@ class DeepSpeedEngine:
             model_parameters=self.parameters,
             config=deepspeed_config(training, dtype),
         )
+        if not self.stage:
+            # DeepSpeed looks for gradients in all modules of the base; and with one worker it would copy those of all
+            # layers together and back only to divide them by one.
+            self.engine.zero_grad = optimizer.zero_grad
+            self.engine.enable_backward_allreduce = torch.distributed.get_world_size() > 1
 
     def loss(self, row: Row) -> torch.Tensor:
         loss: torch.Tensor = self.engine(**self.module.inputs(row, self.device))
@@ -96,10 +103,11 @@ class DeepSpeedEngine:
         """Clip gradients that were just averaged over the workers, before the optimiser takes its step."""
         self.norm = clip_or_drop(self.parameters, most)
 
-    def save(self, folder: str | Path, step: int) -> None:
-        """Trainable weights, AdamW's moments, the next step, as one file that fits any stage and number of workers.
+    def state(self, step: int) -> dict[str, Any] | None:
+        """A checkpoint for `write_state`, fit for any stage and number of workers: copies of weights and moments, as
+        they are now, and the next step.
 
-        LoRA's state is small enough to be gathered whole. Every worker calls it, the first writes.
+        LoRA's state is small enough to be gathered whole. Every worker calls it, the first gets it.
         """
         updates = self._updates()
         state: dict[str, Any] = {"next_step": step, "updates": updates, "weights": {}, "moments": {}}
@@ -112,9 +120,7 @@ class DeepSpeedEngine:
                 state["weights"][name] = weight
                 for values, moment in zip(state["moments"].values(), moments, strict=True):
                     values[name] = moment
-        if first:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            torch.save(state, Path(folder) / STATE)
+        return state if first else None
 
     def load(self, folder: str | Path) -> int:
         """Continue from a checkpoint; returns the next step.
@@ -122,13 +128,10 @@ class DeepSpeedEngine:
         Raises:
             DataError: it is none, or one of another adapter.
         """
-        path = Path(folder) / STATE
-        if not path.exists():
-            raise DataError(f"{folder} holds no {STATE}: it is no checkpoint of this version")
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state = read_state(folder)
         names = [name for name, _ in self._trainable()]
         if set(names) != set(state["weights"]):
-            raise DataError(f"{path} is a checkpoint of another adapter or base than this one")
+            raise DataError(f"{folder} is a checkpoint of another adapter or base than this one")
         if state["updates"]:
             self._make_moments(state["updates"])
         for name, parameter in self._trainable():
@@ -142,7 +145,7 @@ class DeepSpeedEngine:
 
         Every worker calls it.
         """
-        return self.frozen | {name: self._whole(p).clone() for name, p in self._trainable()}
+        return self.frozen | {name: self._whole(p) for name, p in self._trainable()}
 
     def _trainable(self) -> list[tuple[str, torch.nn.Parameter]]:
         return [(name, p) for name, p in self.module.model.named_parameters() if p.requires_grad]
@@ -151,15 +154,15 @@ class DeepSpeedEngine:
         from deepspeed.utils import safe_get_full_fp32_param
 
         if not self.stage:
-            return _on_cpu(parameter)
-        return _on_cpu(safe_get_full_fp32_param(parameter).reshape(getattr(parameter, "ds_shape", parameter.shape)))
+            return _copied(parameter)
+        return _copied(safe_get_full_fp32_param(parameter).reshape(getattr(parameter, "ds_shape", parameter.shape)))
 
     def _moment(self, parameter: torch.nn.Parameter, key: str) -> torch.Tensor:
         from deepspeed.utils import safe_get_full_optimizer_state
 
         if not self.stage:
-            return _on_cpu(self.optimizer.state[parameter][key])
-        return _on_cpu(safe_get_full_optimizer_state(parameter, key))
+            return _copied(self.optimizer.state[parameter][key])
+        return _copied(safe_get_full_optimizer_state(parameter, key))
 
     @property
     def _inner(self) -> torch.optim.Optimizer:
@@ -216,6 +219,27 @@ class DeepSpeedEngine:
             getattr(utils, f"safe_set_{write}_optimizer_state")(parameter, part, key)
 
 
-def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
-    """In float32; itself if it is there already."""
-    return tensor.detach().to("cpu", torch.float32)
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    """In float32, on the CPU: what it is now, whatever the next step makes of it."""
+    return tensor.detach().to("cpu", torch.float32, copy=True)
+
+
+def write_state(state: dict[str, Any], folder: str | Path) -> None:
+    """As one file of a checkpoint, which `DeepSpeedEngine.load` reads."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    torch.save(state, Path(folder) / STATE)
+
+
+def read_state(folder: str | Path) -> dict[str, Any]:
+    """What `write_state` wrote; its tensors are pages of the file.
+
+    Raises:
+        DataError: it is not there, or not whole.
+    """
+    path = Path(folder) / STATE
+    if not path.exists():
+        raise DataError(f"{folder} holds no {STATE}: it is no checkpoint of this version")
+    if not zipfile.is_zipfile(path):  # torch's files are; what ends one is written last
+        raise DataError(f"{path} is not whole")
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return state

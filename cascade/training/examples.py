@@ -50,7 +50,8 @@ class EncodedSet:
     """What can be trained on, and what was refused and why (sample ids).
 
     Attributes:
-        by_template: those that the chat template refuses, or whose answer it does not show as it was given.
+        by_template: those that the chat template refuses, or whose answer it does not show as it was given, or would
+            end too soon.
         refusal: what is to be said of the first of these.
     """
 
@@ -94,12 +95,16 @@ def encode_example(
         end_ids: ids that end an answer; the tokenizer's end token is always among them.
 
     Raises:
-        DataError: the chat template refuses the conversation.
+        DataError: the chat template refuses the conversation, or an answer goes on behind an end token that it holds
+            as text: that could not be learned.
     """
     ends = end_ids | {tokenizer.eos_token_id}
     if system and messages and messages[0].role != "system":
         messages = [Message("system", system), *messages]
     answers = [i for i, m in enumerate(messages) if i and m.role == "assistant" and not _goes_on(messages, i)]
+    for end_text in (str(token) for token in tokenizer.convert_ids_to_tokens(sorted(ends)) if token):
+        if any(messages[i].content.partition(end_text)[2].strip() for i in answers):
+            raise DataError(f"an answer holds {end_text}, which would end it there: take it out of the answer")
     segments = _segments(messages, answers, tokenizer) or _segments(messages, answers[-1:], tokenizer) or []
     ids: list[int] = []
     mask: list[bool] = []

@@ -203,7 +203,7 @@ def run_steps(
         found = StepReport(number, loss_mean, rate, norm, *counts)
         skipped = [*skipped, found] if found.skipped else []
         yield found
-        if len(skipped) >= MOST_SKIPPED:
+        if len(skipped) >= min(MOST_SKIPPED, len(plan)):
             raise DataError(_not_finite(skipped))
 
 

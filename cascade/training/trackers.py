@@ -1,6 +1,6 @@
 """Where the figures of a training go beside the run's own tables: TensorBoard always, MLflow and W&B when set.
 
-They are for people to look at: a tracker that fails is warned of and left alone for a while, and training goes on.
+They are for people to look at: a tracker that fails is warned of and tried again later, and training goes on.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import importlib.util
 import logging
 import math
 import os
+import socket
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from typing import Protocol
 
 from cascade.artifacts import Run
 from cascade.config import Config
-from cascade.errors import CascadeError, ConfigError
+from cascade.errors import ConfigError
 from cascade.training.looks import Look
 from cascade.training.loop import StepReport
 
@@ -27,7 +28,7 @@ TENSORBOARD = "tensorboard"
 
 
 QUIET_S = 300.0
-"""Seconds for which a tracker that failed is left alone: one that cannot be reached may take long to say so."""
+"""Seconds for which a server that failed is left alone: one that cannot be reached may take long to say so."""
 _TAG = "cascade.fingerprint"
 """MLflow's tag by which a resumed training finds its run."""
 
@@ -120,10 +121,9 @@ class _Guarded:
         try:
             self.tracker = self.tracker or self.open()
             action(self.tracker)
-        except CascadeError:
-            raise
         except Exception as error:
-            self.quiet_until = time.monotonic() + QUIET_S
+            if self.name != TENSORBOARD:  # whose file is at hand, and says at once that it cannot be written
+                self.quiet_until = time.monotonic() + QUIET_S
             if not self.warned:
                 self.warned = True
                 logging.getLogger(__name__).warning(
@@ -135,34 +135,53 @@ class _Guarded:
 
 
 class TensorBoard:
-    """Event files, written in the run's folder or, where that is no local one, copied there at each flush."""
+    """An event file, written in the run's folder or, where that is no local one, copied there at each flush.
+
+    What cannot be written, as on a full disk, is kept and written with what comes later. (TensorBoard's own writer has
+    a thread, which the first error ends for good.)
+    """
 
     def __init__(self, run: Run, start: int = 0) -> None:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.compat.proto.summary_pb2 import Summary
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         self.run, self.event, self.summary = run, Event, Summary
         self.remote = not run.store.is_local
         local = tempfile.mkdtemp() if self.remote else run.store.path(f"{run.folder}/{TENSORBOARD}")
         self.folder = Path(local)
-        self.writer = EventFileWriter(local)
+        # TensorBoard reads a folder's files in the order of their names.
+        self.file = self.folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
+        self.good_bytes = 0
         # TensorBoard drops what it has of later steps when it reads that a session starts.
-        self.writer.add_event(Event(step=start + 1, session_log=SessionLog(status=SessionLog.START)))
+        begin = Event(step=start + 1, session_log=SessionLog(status=SessionLog.START))
+        self.waiting = [Event(wall_time=time.time(), file_version="brain.Event:2"), begin]
 
     def log(self, step: int, figures: dict[str, float]) -> None:
         values = [self.summary.Value(tag=name, simple_value=value) for name, value in figures.items()]
-        event = self.event(wall_time=time.time(), step=step, summary=self.summary(value=values))
-        self.writer.add_event(event)
+        self.waiting.append(self.event(wall_time=time.time(), step=step, summary=self.summary(value=values)))
+        self._write()
 
     def flush(self) -> None:
-        self.writer.flush()
+        self._write()
         if self.remote:
             self.run.store.upload_folder(self.folder, f"{self.run.folder}/{TENSORBOARD}")
 
     def close(self) -> None:
         self.flush()
-        self.writer.close()
+
+    def _write(self) -> None:
+        """Append what waits, in place of what an earlier error left half-written."""
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.file, "ab") as file:
+            file.truncate(min(self.good_bytes, file.tell()))
+            records = RecordWriter(file)
+            for event in self.waiting:
+                records.write(event.SerializeToString())
+            file.flush()
+            self.good_bytes = file.tell()
+        self.waiting = []
 
 
 class _Mlflow:

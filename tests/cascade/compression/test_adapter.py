@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.other import get_pattern_key
 from safetensors.numpy import load_file, save_file
 
 from cascade.compression.adapter import (
@@ -24,6 +27,7 @@ from cascade.compression.adapter import (
 from cascade.compression.format import decode_modifier, encode_modifier
 from cascade.compression.methods import Recipe
 from cascade.compression.packed import compress
+from cascade.compression.peft_config import PeftConfig
 from cascade.errors import DataError
 
 
@@ -83,10 +87,11 @@ def test_fp16_bytes_equals_what_stock_peft_writes(llama, tmp_path: Path):
         {"r": 6, "lora_alpha": 6, "target_modules": "all-linear", "use_rslora": True},
         {"r": 4, "target_modules": r".*layers\.[02]\.mlp\.(up|down)_proj"},
         {"r": 4, "target_modules": ["q_proj"], "layers_to_transform": [1]},
+        {"r": 4, "target_modules": ["q_proj"], "layers_to_transform": 0},
         {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "up_proj"], "rank_pattern": {"q_proj": 2}},
         {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "o_proj"], "alpha_pattern": {"layers.1.*.o_proj": 3}},
     ],
-    ids=["plain", "rslora", "regex", "one layer", "ranks", "alphas"],
+    ids=["plain", "rslora", "regex", "one layer", "the first layer", "ranks", "alphas"],
 )
 def test_any_plain_lora_of_stock_peft_means_the_same_after_a_round_trip(llama, tokens, tmp_path: Path, settings):
     model = peft_model(llama, task_type="CAUSAL_LM", **settings)
@@ -95,9 +100,22 @@ def test_any_plain_lora_of_stock_peft_means_the_same_after_a_round_trip(llama, t
     read = load_peft_folder(tmp_path / "theirs")
     assert read.init_seed is None
     ours = save_peft_folder(read, tmp_path / "ours")
-    again = PeftModel.from_pretrained(copy.deepcopy(llama), ours).eval()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*missing adapter keys")
+        again = PeftModel.from_pretrained(copy.deepcopy(llama), ours).eval()
     assert (logits(again, tokens) - expected).abs().max() < 1e-5
     assert (expected - logits(llama, tokens)).abs().max() > 1e-3
+
+
+def test_a_lora_of_the_head_is_plain_once_the_base_is_left_out(llama, tokens, tmp_path: Path):
+    model = peft_model(llama, r=4, target_modules=["q_proj", "lm_head"])
+    model.save_pretrained(tmp_path / "with")
+    with pytest.raises(DataError, match=r"lm_head\.base_layer\.weight.*save_embedding_layers=False"):
+        load_peft_folder(tmp_path / "with")
+    model.save_pretrained(tmp_path / "without", save_embedding_layers=False)
+    ours = save_peft_folder(load_peft_folder(tmp_path / "without"), tmp_path / "ours")
+    again = PeftModel.from_pretrained(copy.deepcopy(llama), ours).eval()
+    assert (logits(again, tokens) - logits(model, tokens)).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("start", ["pissa", "olora"])
@@ -197,6 +215,51 @@ BROKEN = {
     "an embedding": _weights(lambda t: t | {"base_model.model.model.embed_tokens.lora_embedding_A": t[min(t)]}),
     "factors do not fit": _weights(lambda t: t | {max(t): t[max(t)][:, :3].copy()}),
 }
+
+
+def alphas(folder: Path, patterns: dict[str, float]) -> list[float]:
+    """Which alpha each layer of a folder with such patterns has."""
+    _edit("adapter_config.json", lora_alpha=1, r=1, alpha_pattern=patterns)(folder)
+    config = PeftConfig.read(folder)
+    return list(config.scalings(dict.fromkeys(NAMES, 1)).values())
+
+
+NAMES = [
+    f"model.layers.{i}.{name}" for i in (0, 1, 10) for name in ("self_attn.q_proj", "mlp.up_proj", "mlp.gate_up_proj")
+]
+
+
+@pytest.mark.parametrize(
+    "patterns",
+    [
+        ["up_proj", "q_proj"],
+        [r"layers\.\d+\.mlp\.up_proj", "q"],
+        ["layers.1.*.q_proj", "layers.[01].*"],
+        ["^model.layers.0.self_attn.q_proj", "^layers.0.self_attn.q_proj"],
+        ["mlp|self_attn.q_proj", "(gate_)?up_proj"],
+        [r"(?:.*\.)?layers\.(0|1)\..*", ".*"],
+        [r"model\.layers\.1\w*\..*proj$", "proj"],
+    ],
+)
+def test_alphas_go_to_the_layers_that_peft_gives_them_to(adapter, tmp_path: Path, patterns):
+    folder = save_peft_folder(adapter, tmp_path)
+    given = {pattern: i + 2.0 for i, pattern in enumerate(patterns)}
+    assert alphas(folder, given) == [given.get(get_pattern_key(given, name), 1.0) for name in NAMES]
+
+
+def test_a_pattern_that_takes_for_ever_to_match_is_matched_in_no_time(adapter, tmp_path: Path):
+    folder = save_peft_folder(adapter, tmp_path)
+    assert alphas(folder, {r"((\w+\.?)+)+!": 2.0, r"(([a-z0-9_.]*)*)*q_proj": 3.0}) == [3.0, 1.0, 1.0] * 3
+
+
+@pytest.mark.parametrize("pattern", [r"(?!q)_proj", r"(q)_\1", "(?<=layers.)1", "a{1001}", "a{99999999999}"])
+def test_a_pattern_whose_matching_has_no_bound_is_refused_and_named(adapter, tmp_path: Path, pattern):
+    folder = save_peft_folder(adapter, tmp_path)
+    _edit("adapter_config.json", alpha_pattern={"up_proj": 2, pattern: 3})(folder)
+    with pytest.raises(
+        DataError, match=rf"adapter_config\.json is wrong at alpha_pattern: .*{re.escape(repr(pattern))}"
+    ):
+        load_peft_folder(folder)
 
 
 @pytest.mark.parametrize("harm", BROKEN.values(), ids=BROKEN)

@@ -111,7 +111,7 @@ def test_a_slot_that_grows_gives_its_memory_up_first(model, adapter, monkeypatch
     assert slot.resident_bytes == room
 
 
-def test_a_thousand_fills_do_not_grow(model, adapter):
+def test_hundreds_of_fills_do_not_grow(model, adapter):
     one = compress(adapter, RECIPES["pruned int4"])
     two = expand(compress(adapter, RECIPES["truncated"]))
     slot = LoraSlot(model, 4 * adapter.parameters)
@@ -121,14 +121,14 @@ def test_a_thousand_fills_do_not_grow(model, adapter):
     tensors = sum(torch.is_tensor(x) for x in gc.get_objects())
     held, block = slot.resident_bytes, slot.address
     tracemalloc.start()
-    for i in range(1000):
+    for i in range(300):
         slot.fill(one if i % 10 == 0 else two)
     slot.fill(two)
     gc.collect()
     grown, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert sum(torch.is_tensor(x) for x in gc.get_objects()) <= tensors
-    assert grown < 100_000
+    assert grown < 30_000
     assert (slot.resident_bytes, slot.address) == (held, block)
 
 
@@ -158,14 +158,14 @@ def test_kept_adapters_are_exchanged_and_nothing_grows(model, adapter, tokens, f
     gc.collect()
     tensors = sum(torch.is_tensor(x) for x in gc.get_objects())
     tracemalloc.start()
-    for i in range(1000):
+    for i in range(300):
         swap(order[i % 5])
     gc.collect()
     grown, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert exchanged == 605
+    assert exchanged == 185
     assert sum(torch.is_tensor(x) for x in gc.get_objects()) <= tensors
-    assert grown < 100_000
+    assert grown < 30_000
     assert slot.resident_bytes == 2 * 4 * adapter.parameters
 
 
@@ -197,6 +197,17 @@ def test_a_slot_in_8_bits_holds_a_byte_for_each_number(model, adapter, recipe):
     assert slot.resident_bytes == slot.bytes_for(compressed) == resident_bytes(compressed, int8=True)
     ranks = sum(spec.rank for spec in compressed.layers)
     assert compressed.parameters < slot.resident_bytes < compressed.parameters + 2 * ranks + 64
+
+
+@pytest.mark.parametrize("rank", [15, 30, 45])
+def test_components_that_only_fill_up_are_counted_in_8_bits(model, foreign, rank):
+    layers = {
+        name: LoraPair(np.resize(pair.a, (rank, pair.a.shape[1])), np.resize(pair.b, (pair.b.shape[0], rank)))
+        for name, pair in foreign.layers.items()
+    }
+    compressed = compress(replace(foreign, layers=layers, rank=rank), Recipe(values="int8"))
+    slot = LoraSlot(model.to(torch.bfloat16), int8=True)
+    assert slot.bytes_for(compressed) == resident_bytes(compressed, int8=True) > 1.06 * compressed.parameters
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -63,6 +63,18 @@ def test_a_recipe_is_done_as_it_says(foreign_folder):
     assert compressed.recipe == load_modifier(foreign_folder.with_name("m.safetensors")).recipe == recipe
 
 
+def test_a_place_that_cannot_be_written_to_is_said_and_left_as_it_was(foreign_folder):
+    beside = foreign_folder.parent
+    for place in (beside / "nowhere" / "m.safetensors", foreign_folder):
+        with pytest.raises(DataError, match=r"cannot be written: (No such file|Is a)"):
+            compress_folder(foreign_folder, place, recipe=Recipe())
+    assert list(beside.iterdir()) == [foreign_folder]
+    file = beside / "m.safetensors"
+    compress_folder(foreign_folder, file, recipe=Recipe())
+    with pytest.raises(DataError, match="cannot be written: Not a directory"):
+        export_modifier(file, file / "exported")
+
+
 def test_what_cannot_be_is_refused_and_leaves_nothing(foreign_folder):
     file = foreign_folder.with_name("m.safetensors")
     with pytest.raises(DataError, match="allow a larger share"):

@@ -8,7 +8,9 @@ import torch
 from stand_in import random_adapter
 
 from cascade.compression.flat import layout_of, write_block
-from cascade.compression.layout import Bytes, filled
+from cascade.compression.layout import Bytes
+from cascade.compression.packed import _BLOCK, filled
+from cascade.models.int8 import BLOCK
 
 
 @pytest.mark.parametrize(
@@ -16,6 +18,7 @@ from cascade.compression.layout import Bytes, filled
 )
 def test_a_rank_is_filled_up_where_that_takes_little_memory(rank, held):
     assert filled(rank) == held
+    assert _BLOCK == BLOCK
 
 
 @pytest.mark.parametrize("rank", [14, 15, 20, 46])

@@ -10,7 +10,7 @@ from hypothesis.extra import numpy as hnp
 
 from cascade.compression.adapter import AdapterWeights, BaseRef, LoraPair
 from cascade.compression.prune import group_layers, importance, keep_mask, thresholds
-from cascade.compression.truncate import Grams, truncate
+from cascade.compression.truncate import Grams, iter_truncated
 
 RNG = np.random.default_rng(0)
 NAMES = [f"model.layers.{i}.{m}" for i in range(9) for m in ("self_attn.q_proj", "mlp.up_proj")]
@@ -91,7 +91,7 @@ def test_importance_follows_the_components_through_truncation(metric):
     base = AdapterWeights({"q_proj": pair}, 1.0, 6, BaseRef(), ("q_proj",))
     for after in (
         pair,
-        truncate(base, keep=0.5, energy=None, metric=metric, calibration={"q_proj": grams}).layers["q_proj"],
+        dict(iter_truncated(base, 0.5, None, metric=metric, calibration={"q_proj": grams}))["q_proj"],
     ):
         of_a, of_b = importance(pair, after, grams, metric)
         seen = np.sqrt(((x @ after.a.T) ** 2).mean(0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from cascade.compression.account import layer_shares
 from cascade.compression.adapter import AdapterWeights, BaseRef, LoraPair, fp16_bytes
 from cascade.compression.decoding import expanded_sha256
 from cascade.compression.format import save_modifier
@@ -69,6 +71,17 @@ def test_the_empty_recipe_loses_only_fp16_rounding(adapter):
     assert (back.scaling, back.rank, back.base, back.init_seed) == (2.0, 8, adapter.base, 5)
 
 
+def test_truncated_layers_are_packed_one_by_one(big):
+    truncated = 4 * big.parameters  # in float32
+    tracemalloc.start()
+    try:
+        compress(big, Recipe(truncate=Truncate(keep=1.0), values="int8"))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < truncated
+
+
 def test_pruning_works_on_the_change_of_a(adapter, foreign):
     recipe = Recipe(prune=Prune(density_a=0.1, density_b=0.2, scope="layer", rescale_a=2.0, rescale_b=3.0))
     back = expand(compress(adapter, recipe))
@@ -102,7 +115,8 @@ def test_expansion_is_the_same_every_time_and_its_hash_is_checked(adapter):
 
 def test_densities_of_layers(adapter):
     compressed = compress(adapter, Recipe(prune=Prune(density_a=0.1, density_b=0.3, scope="layer")))
-    assert compressed.density("model.layers.1.mlp.up_proj") == pytest.approx((0.1, 0.3), abs=0.01)
+    for share in layer_shares(adapter, compressed):
+        assert (share.density_a, share.density_b) == pytest.approx((0.1, 0.3), abs=0.01)
 
 
 def test_sizes(adapter, tmp_path: Path):
@@ -236,6 +250,20 @@ def test_seed_points_lie_in_the_space_and_within_its_limits(big, ratio):
         compressed = compress(big, recipe_from(point, Room.of(big, bounds)), plain_moments(big))
         assert disk_bytes(compressed) <= max(bounds.disk, fp16_bytes(big) / 14)  # one rank of sixteen at least
         assert resident_bytes(compressed) <= max(bounds.resident, fp16_bytes(big) / 16)
+
+
+@pytest.mark.parametrize("rank", [64, 128])
+def test_beside_a_base_in_8_bits_seed_points_leave_room_for_what_fills_up(rank):
+    rng, layers = np.random.default_rng(2), {}
+    for i in range(12):
+        fall = np.exp(-np.arange(rank) * rng.uniform(1, 3) / rank).astype(np.float32)
+        a, b = (rng.normal(size=(rank, 256)).astype(np.float32) for _ in "ab")
+        layers[f"model.layers.{i}.mlp.up_proj"] = LoraPair(fall[:, None] * a, b.T.copy())
+    adapter = AdapterWeights(layers, 2.0, rank, BaseRef(), ("up_proj",))
+    bounds = limits(adapter, Compression())
+    for point in seed_points():
+        recipe = recipe_from(point | {"metric": "weights"}, Room.of(adapter, bounds, int8=True))
+        assert resident_bytes(compress(adapter, recipe), int8=True) <= bounds.resident
 
 
 @given(st.data())

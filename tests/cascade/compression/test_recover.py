@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import replace
 from itertools import cycle, islice
 
@@ -121,6 +122,23 @@ def test_what_is_trained_with_is_what_the_file_holds(llama, adapter):
     served = mean_loss(TargetLoss(llama), step.rows[:1], torch.device("cpu")) * step.rows[0].targets
     assert trained_with == pytest.approx(served, abs=1e-3)
     slot.remove()
+
+
+@pytest.mark.parametrize("name", ["pruned, A0 known", "signs"])
+def test_a_step_that_is_not_finite_changes_nothing_and_the_next_one_does(llama, adapter, name):
+    compressed = compress(adapter, RECIPES[name])
+    engine = RecoveryEngine(llama, compressed, SETTINGS)
+    row = plan(1)[0].rows[0]
+    before = float(engine.loss(row).detach())
+    engine.backward(engine.loss(row) * math.nan)
+    assert math.isnan(engine.step(1e-2))
+    assert engine.compressed is compressed
+    assert float(engine.loss(row).detach()) == before
+    engine.backward(engine.loss(row))
+    assert math.isfinite(engine.step(1e-2))
+    assert engine.compressed is not compressed
+    assert math.isfinite(float(engine.loss(row).detach()))
+    engine.close()
 
 
 @pytest.mark.parametrize("name", RECIPES)

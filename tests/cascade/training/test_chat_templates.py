@@ -312,11 +312,11 @@ def test_an_answer_that_begins_as_a_thought_does_is_whole():
     assert marked(encoded, tokenizer).endswith("<think>\n⟦<table><|end|>⟧")
 
 
-def test_nothing_behind_an_end_token_is_learned():
+def test_an_answer_that_holds_its_end_token_is_refused_not_cut():
     style = STYLES["chatml"]
-    tokenizer = make_tokenizer(style)
     messages = [*CONVERSATION[:1], Message("assistant", "Hello.<|im_end|>more")]
-    assert marked(encode(messages, style, tokenizer), tokenizer).endswith("assistant\n⟦Hello.<|im_end|>⟧")
+    with pytest.raises(DataError, match=r"holds <\|im_end\|>"):
+        encode(messages, style, make_tokenizer(style))
 
 
 def test_a_template_that_loses_the_answer_leaves_nothing_to_learn():

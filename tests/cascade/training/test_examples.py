@@ -67,3 +67,11 @@ def test_further_end_tokens_end_the_answer(tokenizer):
     messages = example("x", "q", "yes<|user|>").messages
     assert encode_example("x", messages, tokenizer, end_ids=frozenset({other})).input_ids[-1] == other
     assert encode_example("x", messages, tokenizer).input_ids[-2:] == (other, tokenizer.eos_token_id)
+
+
+def test_an_answer_that_goes_on_behind_an_end_token_is_refused_not_cut(tokenizer):
+    examples = [example("cut", "q", "Write </s> to end."), example("ended", "q", "yes</s>")]
+    encoded = encode_examples(examples, tokenizer, max_length=40)
+    assert [e.sample_id for e in encoded.examples] == ["ended"]
+    assert encoded.by_template == ("cut",)
+    assert "take it out" in encoded.refusal

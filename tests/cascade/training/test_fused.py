@@ -19,7 +19,7 @@ from cascade.training.lora import add_lora, trainable
 from cascade.training.packing import Row
 
 CPU = torch.device("cpu")
-DEPTH = 5
+DEPTH = 3
 
 
 def row(count):

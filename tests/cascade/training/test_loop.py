@@ -98,7 +98,7 @@ class Meeting:
 
     def __init__(self, world):
         self.slots = [None] * world
-        self.barrier = threading.Barrier(world, timeout=20)
+        self.barrier = threading.Barrier(world, timeout=120)
 
     def exchange(self, rank, value):
         self.slots[rank] = value
@@ -300,3 +300,9 @@ def test_several_steps_in_a_row_that_are_not_finite_end_the_training(module):
     with pytest.raises(DataError, match=r"3 steps in a row \(from step 1 on\).*e\d.*training\.lora\.learning_rate"):
         list(steps)
     assert all(torch.equal(x, y) for x, y in zip(before, weights(module), strict=True))
+
+
+def test_a_training_of_which_no_step_counts_is_none(module):
+    steps = run_steps(poisoned(TorchEngine(module, SETTINGS), range(99), "loss"), PLAN[:2], SETTINGS)
+    with pytest.raises(DataError, match="not finite in 2 steps in a row"):
+        list(steps)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import shutil
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cascade.artifacts import Run, Store
-from cascade.errors import ConfigError
+from cascade.artifacts import Run, StorageError, Store
+from cascade.errors import ConfigError, DataError
 from cascade.training import trackers as trackers_module
 from cascade.training.looks import Look
 from cascade.training.loop import StepReport
@@ -148,6 +152,67 @@ def test_a_tracker_that_cannot_be_reached_is_warned_of_once_and_harms_nothing(ru
     events = EventAccumulator(run.store.path(f"{run.folder}/{TENSORBOARD}"))
     events.Reload()
     assert len(events.Scalars("train/loss")) == 6  # the others got everything
+
+
+class FullDisk:
+    """A disk that takes so many bytes more, and then none; in place of `open`."""
+
+    def __init__(self, room):
+        self.room = room
+
+    @contextmanager
+    def open(self, path, mode):
+        with open(path, mode) as file:
+            yield SimpleNamespace(
+                write=partial(self.write, file), flush=file.flush, tell=file.tell, truncate=file.truncate
+            )
+
+    def write(self, file, data):
+        file.write(data[: self.room])
+        self.room -= len(data)
+        if self.room < 0:
+            self.room = 0
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("room", [0, 30, 200])
+def test_curves_are_whole_again_once_a_full_disk_has_room(run, monkeypatch, caplog, room):
+    trackers = Trackers.open(config(), run)
+    for step in range(12):
+        if step == 4:
+            monkeypatch.setattr(trackers_module, "open", FullDisk(room).open, raising=False)
+        if step == 8:
+            monkeypatch.undo()
+        trackers.step(replace(REPORT, step=step, loss=float(step)))
+        trackers.flush()
+    trackers.close()
+    events = EventAccumulator(run.store.path(f"{run.folder}/{TENSORBOARD}"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(step + 1, step) for step in range(12)]
+    assert len([r for r in caplog.records if "tensorboard takes no figures (OSError" in r.message]) == 1
+
+
+@pytest.mark.parametrize("error", [OSError("the store is away"), StorageError("read-only"), DataError("no")])
+def test_a_store_that_is_away_for_a_while_gets_all_curves_and_ends_no_training(run, tmp_path, monkeypatch, error):
+    away = [True]
+
+    def upload(store, folder, relative):
+        if away[0]:
+            raise error
+        shutil.copytree(folder, tmp_path / "bucket", dirs_exist_ok=True)
+
+    monkeypatch.setattr(Store, "is_local", False)
+    monkeypatch.setattr(Store, "upload_folder", upload)
+    trackers = Trackers.open(config(), run)
+    for step in range(6):
+        away[0] = step < 4
+        trackers.step(replace(REPORT, step=step))
+        trackers.flush()
+    events = EventAccumulator(str(tmp_path / "bucket"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+    away[0] = True
+    trackers.close()
 
 
 def test_what_a_resumed_training_computes_again_is_shown_once(run):
