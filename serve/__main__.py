@@ -34,8 +34,14 @@ def command_line() -> argparse.ArgumentParser:
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on")
-    parser.add_argument("values", nargs="*", metavar="name=value", help="settings of the application")
+    parser.add_argument("values", nargs="*", type=_setting, metavar="name=value", help="settings of the application")
     return parser
+
+
+def _setting(text: str) -> str:
+    if "=" not in text:
+        raise argparse.ArgumentTypeError(f"{text!r} has no value, as in replicas=2")
+    return text
 
 
 def main() -> int:
@@ -49,7 +55,7 @@ def main() -> int:
         from serve.app import application
 
         built = application(arguments, config)
-    except (CascadeError, ValueError) as error:
+    except CascadeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     _serve(built, arguments, options.host, options.port)

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from cascade.tasks import Route
@@ -47,17 +48,19 @@ class Shape:
 
     Attributes:
         model: that answers.
+        promises_usage: its stream ends with the tokens used; until then every event says that they come.
     """
 
     request_id: str
     model: str
     created: int
+    promises_usage: bool = False
 
     prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     @classmethod
-    def new(cls, request_id: str, model: str) -> Shape:
-        return cls(request_id, model, int(time.time()))
+    def new(cls, request_id: str, model: str, promises_usage: bool = False) -> Shape:
+        return cls(request_id, model, int(time.time()), promises_usage)
 
     def whole(self, said: Sequence[Said], used: dict[str, int]) -> dict[str, Any]:
         """The body of an answer that is not streamed."""
@@ -75,8 +78,12 @@ class Shape:
         """The event that opens an answer."""
         return self._chunk(index, {"role": "assistant", "content": ""}, None)
 
-    def part(self, index: int, text: str, tokens: Sequence[TokenLogprob] | None) -> bytes:
-        """An event with more text."""
+    def part(self, index: int, text: str, tokens: Sequence[TokenLogprob] | None, start: int = 0) -> bytes:
+        """An event with more text.
+
+        Args:
+            start: letters of the answer's tokens before these.
+        """
         return self._chunk(index, {"content": text}, None, _chat_logprobs(tokens))
 
     def last(self, said: Said) -> bytes:
@@ -98,7 +105,7 @@ class Shape:
 
     def _of(self, kind: str, **more: Any) -> dict[str, Any]:
         fixed = {"id": f"{self.prefix}-{self.request_id}", "object": kind, "created": self.created, "model": self.model}
-        return fixed | more
+        return fixed | ({"usage": None} if self.promises_usage else {}) | more
 
 
 class CompletionShape(Shape):
@@ -117,8 +124,8 @@ class CompletionShape(Shape):
     def first(self, index: int) -> bytes:
         return b""
 
-    def part(self, index: int, text: str, tokens: Sequence[TokenLogprob] | None) -> bytes:
-        logprobs = None if tokens is None else _legacy(tokens)
+    def part(self, index: int, text: str, tokens: Sequence[TokenLogprob] | None, start: int = 0) -> bytes:
+        logprobs = None if tokens is None else _legacy(tokens, start)
         choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": None}
         return sse(self._of(self.kind, choices=[choice]))
 
@@ -157,13 +164,18 @@ def _entry(token: TokenLogprob) -> dict[str, Any]:
 
 
 def _one(text: str, logprob: float) -> dict[str, Any]:
-    return {"token": text, "logprob": logprob, "bytes": list(text.encode("utf-8", "replace"))}
+    return {"token": _shown(text), "logprob": logprob, "bytes": list(text.encode("utf-8", "surrogateescape"))}
 
 
-def _legacy(tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
+def _legacy(tokens: Sequence[TokenLogprob], start: int = 0) -> dict[str, Any]:
     return {
-        "tokens": [t.token for t in tokens],
+        "tokens": [_shown(t.token) for t in tokens],
         "token_logprobs": [t.logprob for t in tokens],
-        "top_logprobs": [dict(t.rivals) for t in tokens],
-        "text_offset": [sum(len(u.token) for u in tokens[:i]) for i in range(len(tokens))],
+        "top_logprobs": [{_shown(text): logprob for text, logprob in t.rivals} for t in tokens],
+        "text_offset": list(accumulate((len(t.token) for t in tokens), initial=start))[:-1],
     }
+
+
+def _shown(token: str) -> str:
+    """A token as text: bytes that are no whole character (see `TokenLogprob`) as a decoder shows them."""
+    return token.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

@@ -13,7 +13,7 @@ from cascade import modifiers
 from cascade.artifacts import Store
 from cascade.bundles import open_bundle
 from cascade.config import Config, load_config
-from cascade.errors import ConfigError
+from cascade.errors import CascadeError, ConfigError
 from serve.limits import Limits
 
 CONFIG_VARIABLE = "CASCADE_CONFIG"
@@ -89,11 +89,24 @@ def servable(args: Arguments) -> Config:
     Raises:
         ConfigError: it cannot be used, or nothing was trained yet.
         DataError: it is a folder, but no bundle as it was packed.
+        FormatError: all modifiers are damaged.
     """
     config = open_bundle(Path(args.config)) if Path(args.config).is_dir() else load_config(args.config)
-    storage = Store(config.storage)
-    if not any(modifiers.current(storage, domain) for domain in modifiers.list_domains(storage)):
-        raise ConfigError(
-            f"there is no modifier in {storage.uri} yet: run `make run` first (or `cascade run {args.config}`)"
-        )
+    _check_there_is_a_modifier(Store(config.storage), args.config)
     return config
+
+
+def _check_there_is_a_modifier(storage: Store, config: str) -> None:
+    """See that there is something to serve. Where a domain's current version is damaged an older one will do."""
+    damaged: CascadeError | None = None
+    for domain in modifiers.list_domains(storage):
+        try:
+            if modifiers.current(storage, domain) is not None:
+                return
+        except CascadeError as error:
+            damaged = error
+            if modifiers.list_modifiers(storage, domain, skip_damaged=True):
+                return
+    raise damaged or ConfigError(
+        f"there is no modifier in {storage.uri} yet: run `make run` first (or `cascade run {config}`)"
+    )

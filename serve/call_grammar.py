@@ -23,6 +23,8 @@ BOOL: "True" | "False"
 SEP: /, ?/
 COLON: /: ?/
 """
+_AS_ALONE = {"x-guidance": {"whitespace_flexible": False}}
+"""Has a JSON schema within a grammar compiled as `serve.compiles` does one by itself."""
 _TYPES = {
     "string": "STRING",
     "integer": "INT",
@@ -33,19 +35,25 @@ _TYPES = {
 }
 
 
-def calls_grammar(functions: Sequence[tuple[str, Mapping[str, Any]]], *, single: bool) -> str:
+def calls_grammar(
+    functions: Sequence[tuple[str, Mapping[str, Any]]], *, single: bool, otherwise: str | None = None
+) -> str:
     """The grammar (llguidance's Lark) of at least one call.
 
     Args:
         functions: name and schema of the arguments of each.
         single: exactly one call.
+        otherwise: JSON schema of what may be said instead.
     """
     calls: list[tuple[str, list[str]]] = []
     for name, schema in functions:
         made = _Rules(schema, len(calls))
         arguments = made.members(schema, lambda key: f"{key}=")
         calls.append((f"{_quoted(name + '(')} {arguments} {_quoted(')')}", made.lines))
-    lines = [f'start: "[" call {"" if single else "(SEP call)* "}"]"']
+    lines = ["start: calls" if otherwise is None else "start: calls | answer"]
+    if otherwise is not None:
+        lines.append(f"answer: %json {json.dumps(json.loads(otherwise) | _AS_ALONE)}")
+    lines.append(f'calls: "[" call {"" if single else "(SEP call)* "}"]"')
     lines.append("call: " + " | ".join(f"call_{i}" for i in range(len(calls))))
     for i, (call, rules) in enumerate(calls):
         lines += [f"call_{i}: {call}", *rules]

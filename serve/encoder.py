@@ -54,11 +54,12 @@ class Encoder:
         room = self._context - len(tokens)
         wanted = work.max_tokens or min(self._answer_tokens, max(room, 1))
         if wanted > room:
+            param = _param(work)
             message = (
-                f"This model's maximum context length is {self._context} tokens; your messages have {len(tokens)} "
-                f"and {wanted} were asked for the answer."
+                f"This model's maximum context length is {self._context} tokens: {len(tokens)} of the {param} and "
+                f"{wanted} for the answer are too many."
             )
-            return Failed(400, message, "context_length_exceeded", "messages")
+            return Failed(400, message, "context_length_exceeded", param)
         return Encoded(tokens, wanted)
 
     def _tokens(self, work: Work, live: Live | None) -> list[int] | Failed:
@@ -66,7 +67,7 @@ class Encoder:
             if max(work.prompt, default=0) >= self._vocabulary:
                 return Failed(400, f"token ids of this model end at {self._vocabulary - 1}", "invalid_value", "prompt")
             return list(work.prompt)
-        param = "messages" if work.prompt is None else "prompt"
+        param = _param(work)
         messages = work.messages if live is None else live.introduce(work.messages)
         characters = sum(len(m.content) for m in messages) if work.prompt is None else len(work.prompt)
         if characters > self._context * _MOST_CHARACTERS:  # which would take seconds to find out by its tokens
@@ -82,3 +83,8 @@ class Encoder:
         except Exception as error:  # a template may refuse anything, in any way
             said = error.__cause__ or error
             return Failed(400, f"the model's chat template refuses these messages: {said}", "invalid_value", param)
+
+
+def _param(work: Work) -> str:
+    """The parameter that holds what is to be continued."""
+    return "messages" if work.prompt is None else "prompt"

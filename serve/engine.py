@@ -48,6 +48,9 @@ logger = logging.getLogger(__name__)
 
 _CHUNK = {"cpu": 256, "gpu": 2048}
 """Tokens of prompts that are computed at a time, to begin with."""
+_LEAST = 1e-6
+"""Temperatures and shares of probability below take the likeliest token: what is next to 0 is 0, or infinite, in the
+numbers that are computed with, and a row whose probabilities are none would fail all that run beside it."""
 _SHUTTING_DOWN = Failed(503, "the server is shutting down", "shutting_down", retry_after_s=5)
 
 
@@ -74,8 +77,8 @@ class Engine:
             threads: most that it computes with; None: as many as PyTorch is set to use now.
         """
         self._loaded, self._limits = loaded, limits or Limits()
-        vocabulary, config = int(loaded.model.config.vocab_size), loaded.model.config
-        context = min(int(getattr(config, "max_position_embeddings", self._limits.tokens)), self._limits.tokens)
+        vocabulary = int(loaded.model.config.vocab_size)
+        context = min(loaded.context or self._limits.tokens, self._limits.tokens)
         self._encoder = Encoder(
             loaded.tokenizer, vocabulary=vocabulary, context=context, answer_tokens=self._limits.answer_tokens
         )
@@ -177,7 +180,9 @@ class Engine:
         except CascadeError as error:
             return Failed(400, str(error), "invalid_value", work.grammar.param if work.grammar else None)
         steering = Steering(self._loaded.tokenizer, matcher, work.logprobs)
-        request = Request(encoded.tokens, encoded.answer_tokens, work.stop, work.temperature, work.top_p, work.seed)
+        temperature = 0.0 if work.temperature < _LEAST else work.temperature
+        top_p = max(work.top_p, _LEAST)
+        request = Request(encoded.tokens, encoded.answer_tokens, work.stop, temperature, top_p, work.seed)
         return Job(live, request, emit, TextStream(self._loaded.tokenizer, request.stop), steering, work.stream)
 
     def _submit(self, job: Job) -> Failed | None:
@@ -210,6 +215,7 @@ class Engine:
             self._schedule.forget_running()
             with self._changed:
                 self._schedule.forget_waiting()
+                self._schedule.forget_groups()
                 while not (self._closed or self._schedule.groups):
                     self._changed.wait()
                 if self._closed:
@@ -241,11 +247,14 @@ class Engine:
             swap_ms = (time.perf_counter() - start) * 1e3
             self.swapped(swap_ms)
         self._admit(group, swap_ms)
+        if not group.running:  # all have left meanwhile
+            return
         lane, prompts = group.next_work()
         if prompts is not None:
             self._compute(key, group, lane, prompts)
             return
-        self._schedule.make_room(lane)
+        with self._changed:
+            self._schedule.make_room(lane)
         if lane.batch.rows:
             self._step(group, lane)
 

@@ -76,7 +76,10 @@ class Started:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token of the answer, its natural log-probability, and those of the likeliest tokens in its place."""
+    """A token of the answer, its natural log-probability, and those of the likeliest tokens in its place.
+
+    Bytes of a token that are no whole character stand in its text as `surrogateescape` writes them.
+    """
 
     token: str
     logprob: float

@@ -97,7 +97,7 @@ class FeedbackLog:
             return False
         if right is not None:
             task = {"id": name, "kind": "exact", "messages": content["messages"], "answer": right}
-            line = json.dumps(task, ensure_ascii=False) + "\n"
+            line = json.dumps(task) + "\n"  # in ASCII, which has no letter that some reader takes for a new line
             self._store.write_bytes(f"{FOLDER}/tasks/train-{name}.jsonl", line.encode())
             self._store.delete(f"{FOLDER}/open/{name}.json")
         elif rating == "bad":

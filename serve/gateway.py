@@ -40,14 +40,18 @@ Asked = TypeVar("Asked", ChatRequest, CompletionRequest)
 
 @dataclass
 class Answer:
-    """One of the n answers to a request, while it is being made."""
+    """One of the n answers to a request, while it is being made.
+
+    Attributes:
+        letters: of its tokens so far.
+    """
 
     index: int
     events: AsyncGenerator[Event, None]
     text: list[str] = field(default_factory=list)
     tokens: list[TokenLogprob] = field(default_factory=list)
+    letters: int = 0
     count: int = 0
-    finish_reason: str = "stop"
 
 
 class Gateway:
@@ -72,6 +76,7 @@ class Gateway:
         self.temperature, self.meters, self.feedback = temperature, meters, feedback
         self.started = int(time.time())
         self._readers = ThreadPoolExecutor(2, "read")
+        self._writer = ThreadPoolExecutor(4, "log")  # of its own: a store that hangs must not hold up routing
         self._health = (float("-inf"), True)
         self._checking: asyncio.Task[bool] | None = None
 
@@ -85,12 +90,14 @@ class Gateway:
             ApiError: the request is refused, with the headers known by then.
         """
         request, route = await self._read(ChatRequest, body)
-        return await self._answer(request, route, Shape.new(request_id, route.choice), owner)
+        return await self._answer(request, route, Shape.new(request_id, route.choice, request.wants_usage), owner)
 
     async def complete(self, body: bytes, request_id: str, owner: str = "") -> Response:
         """Answer a (legacy) completion request; as `chat`."""
         request, route = await self._read(CompletionRequest, body)
-        return await self._answer(request, route, CompletionShape.new(request_id, route.choice), owner)
+        return await self._answer(
+            request, route, CompletionShape.new(request_id, route.choice, request.wants_usage), owner
+        )
 
     async def judge(self, body: bytes, owner: str = "") -> dict[str, object]:
         """Take down what a user says of an answer that the same key got.
@@ -102,7 +109,7 @@ class Gateway:
         if self.feedback is None:
             raise ApiError(404, "this server keeps no log of requests: start it with log=true", code="no_log")
         rated = partial(self.feedback.rate, said.request_id, said.rating, said.comment, said.answer, owner=owner)
-        if not await asyncio.to_thread(rated):
+        if not await asyncio.get_running_loop().run_in_executor(self._writer, rated):
             raise ApiError(404, "there is no such request in the log", code="unknown_request", param="request_id")
         self.meters.rated(said.rating)
         return {"object": "feedback", "request_id": said.request_id, "rating": said.rating}
@@ -177,7 +184,7 @@ class Gateway:
             }
             prompt_tokens = sum(started.prompt_tokens for started in begun[:: request.n or 1])
             if not request.stream:
-                said = await _together(_whole(a, request, headers) for a in answers)
+                said = await _together(self._whole(a, request, headers) for a in answers)
                 used = usage(prompt_tokens, sum(a.count for a in answers))
                 self._done(request, route, shape, said, used, owner)
                 return JSONResponse(shape.whole(said, used), headers=headers)
@@ -205,6 +212,24 @@ class Gateway:
         self.meters.started(begun[0])
         return begun
 
+    async def _whole(self, answer: Answer, request: AnyRequest, headers: Mapping[str, str]) -> Said:
+        """One answer to its end.
+
+        Raises:
+            ApiError: it breaks off.
+        """
+        failed = Failed(500, "the answer broke off", "internal_error")
+        async for event in answer.events:
+            if isinstance(event, Delta):
+                _note(answer, event)
+            elif isinstance(event, Finished):
+                return _said(answer, event, request)
+            elif isinstance(event, Failed):
+                failed = event
+                break
+        self.meters.failed(failed.status)
+        raise _as_error(failed, headers)
+
     async def _sse(
         self, answers: list[Answer], request: AnyRequest, route: Route, shape: Shape, prompt_tokens: int, owner: str
     ) -> AsyncGenerator[bytes, None]:
@@ -220,9 +245,10 @@ class Gateway:
                     yield sse(_as_error(event, {}).body())
                     return
                 if isinstance(event, Delta):
+                    start = answer.letters
                     _note(answer, event)
                     if not _tools(request):
-                        yield shape.part(answer.index, event.text, event.tokens if noted else None)
+                        yield shape.part(answer.index, event.text, event.tokens if noted else None, start)
                 elif isinstance(event, Finished):
                     said.append(_said(answer, event, request))
                     if _tools(request) and not said[-1].calls and said[-1].text:
@@ -248,7 +274,7 @@ class Gateway:
             self.feedback.answered(shape.request_id, request.conversation, said[0].text, route, owner=owner)
             if route.reason == "low-confidence":
                 keep = partial(self.feedback.keep, shape.request_id, owner=owner)
-                asyncio.get_running_loop().run_in_executor(None, keep)
+                asyncio.get_running_loop().run_in_executor(self._writer, keep)
 
 
 def _works(request: AnyRequest, route: Route, variant: Variant, version: str, temperature: float) -> list[Work]:
@@ -293,6 +319,7 @@ def _tools(request: AnyRequest) -> bool:
 def _note(answer: Answer, delta: Delta) -> None:
     answer.text.append(delta.text)
     answer.tokens.extend(delta.tokens)
+    answer.letters += sum(len(t.token) for t in delta.tokens)
 
 
 def _said(answer: Answer, event: Finished, request: AnyRequest) -> Said:
@@ -301,17 +328,6 @@ def _said(answer: Answer, event: Finished, request: AnyRequest) -> Said:
     calls = request.box.read(text) if isinstance(request, ChatRequest) and request.box else []
     logprobs = answer.tokens if request.rivals is not None else None
     return Said(answer.index, text, event.finish_reason, logprobs, calls)
-
-
-async def _whole(answer: Answer, request: AnyRequest, headers: Mapping[str, str]) -> Said:
-    async for event in answer.events:
-        if isinstance(event, Failed):
-            raise _as_error(event, headers)
-        if isinstance(event, Delta):
-            _note(answer, event)
-        elif isinstance(event, Finished):
-            return _said(answer, event, request)
-    raise _as_error(Failed(500, "the answer broke off", "internal_error"), headers)
 
 
 async def _merged(answers: list[Answer]) -> AsyncGenerator[tuple[Answer, Event], None]:

@@ -69,7 +69,7 @@ def read_keys(store: Store) -> list[Key] | None:
     except FileNotFoundError:
         return None
     except ValidationError as error:
-        raise FormatError(f"{store.uri}/{FILE} is damaged: {error.errors()[0]['msg']}") from None
+        raise FormatError(f"{store.uri_of(FILE)} is damaged: {error.errors()[0]['msg']}") from None
 
 
 def add_key(store: Store, name: str, requests_per_minute: int = 600) -> str:
@@ -79,8 +79,10 @@ def add_key(store: Store, name: str, requests_per_minute: int = 600) -> str:
         The key itself, which is stored nowhere.
 
     Raises:
-        DataError: the name is taken or not allowed.
+        DataError: the name is taken or not allowed, or there is no such limit.
     """
+    if requests_per_minute < 1:
+        raise DataError(f"a key may ask once a minute at least, not {requests_per_minute} times")
     key = f"ck-{secrets.token_urlsafe(32)}"
     with _changing(store) as keys:
         if not _NAME.fullmatch(name) or any(k.name == name for k in keys):
@@ -116,10 +118,10 @@ def _changing(store: Store) -> Iterator[list[Key]]:
         keys = list(before or ())
         yield keys
         if read_keys(store) != before:
-            raise DataError(f"{store.uri}/{FILE} was changed by somebody else just now: try again")
+            raise DataError(f"{store.uri_of(FILE)} was changed by somebody else just now: try again")
         store.write_bytes(FILE, _KEYS.dump_json(keys, indent=2))
         if not store.is_local and read_keys(store) != keys:
-            raise DataError(f"{store.uri}/{FILE} was changed by somebody else just now: see `list`, and try again")
+            raise DataError(f"{store.uri_of(FILE)} was changed by somebody else just now: see `list`, and try again")
 
 
 @dataclass
@@ -184,7 +186,7 @@ class KeyRing(Watched):
         keys = self._keys
         if keys is None:
             return ""
-        given = (authorization or "").removeprefix("Bearer ").strip()
+        given = re.sub(r"^bearer ", "", authorization or "", flags=re.IGNORECASE).strip()
         digest = _digest(given)
         key = next((k for k in keys if hmac.compare_digest(k.sha256, digest)), None)
         if key is None:

@@ -144,8 +144,8 @@ class LiveModifiers(Watched):
             return None
         try:
             opened = Live(modifier, self._open_form(modifier) if self._open_form else None)
-        except CascadeError as error:
-            logger.error("modifier %s is refused: %s", modifier.name, error)
+        except Exception as error:  # files of any content, a disk that is full
+            logger.error("modifier %s is refused: %r", modifier.name, error)
             self._refused[modifier.sha256] = time.monotonic() + _RETRY_S
             return None
         self._refused.pop(modifier.sha256, None)

@@ -135,7 +135,7 @@ class GenerationRequest(BaseModel):
     @property
     def wants_usage(self) -> bool:
         """Whether a stream shall end with the tokens used."""
-        return self.stream_options is not None and self.stream_options.include_usage
+        return bool(self.stream) and self.stream_options is not None and self.stream_options.include_usage
 
 
 class ChatRequest(GenerationRequest):
@@ -155,6 +155,13 @@ class ChatRequest(GenerationRequest):
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = True
+
+    @field_validator("top_logprobs")
+    @classmethod
+    def _are_wanted(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value and not info.data.get("logprobs"):
+            raise ValueError("it needs logprobs to be true")
+        return value
 
     @field_validator("tool_choice")
     @classmethod
@@ -190,9 +197,10 @@ class ChatRequest(GenerationRequest):
     @cached_property
     def grammar(self) -> Grammar | None:
         """What the answer must keep to."""
-        if self.box.forced or self.response_format is None or self.response_format.schema_text is None:
+        schema = None if self.response_format is None else self.response_format.schema_text
+        if schema is None or self.box.forced:
             return self.box.grammar
-        return Grammar("json_schema", self.response_format.schema_text, "response_format")
+        return self.box.grammar_beside(schema) if self.box else Grammar("json_schema", schema, "response_format")
 
     @property
     def rivals(self) -> int | None:
@@ -264,6 +272,13 @@ class Feedback(BaseModel):
     rating: Literal["good", "bad"]
     comment: str | None = Field(None, max_length=2000)
     answer: str | None = Field(None, max_length=20_000)
+
+    @field_validator("answer")
+    @classmethod
+    def _says_something(cls, value: str | None) -> str | None:
+        if value is not None and not value.strip():
+            raise ValueError("no task can be made of a blank answer")
+        return value
 
 
 Body = TypeVar("Body", bound=BaseModel)

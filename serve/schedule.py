@@ -49,12 +49,14 @@ class Schedule:
         return None
 
     def forget_waiting(self) -> None:
-        """Drop waiting jobs whose clients have gone, and groups without jobs. The lock is held."""
-        for key, group in list(self.groups.items()):
+        """Drop waiting jobs whose clients have gone. The lock is held."""
+        for group in self.groups.values():
             for job in [j for j in group.waiting if j.cancelled]:
                 group.waiting.remove(job)
-            if not group.busy:
-                del self.groups[key]
+
+    def forget_groups(self) -> None:
+        """Drop groups without jobs. The lock is held, and nothing is computed for any of them."""
+        self.groups = {key: group for key, group in self.groups.items() if group.busy}
 
     def forget_running(self) -> None:
         """Take the rows out whose clients have gone, from parked groups too."""
@@ -79,7 +81,10 @@ class Schedule:
         return group.waiting.popleft() if self._may_join(group) else None
 
     def make_room(self, lane: Lane) -> None:
-        """See that one more token for each row of a lane fits into memory: the jobs that came last give way."""
+        """See that one more token for each row of a lane fits into memory: the jobs that came last give way.
+
+        The lock is held: whoever gives way waits again.
+        """
         more = len(lane.batch.rows)
         while sum(g.held for g in self.groups.values()) + more > self._limits.tokens:
             running = [(job.arrived, index, g) for g in self.groups.values() for index, job in g.running.items()]

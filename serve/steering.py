@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+import re
 
 import llguidance
 import torch
 from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from cascade.errors import DataError
 from serve.events import TokenLogprob
+
+_NO_CHARACTER = "�"
+_BYTES = {letter: byte for byte, letter in bytes_to_unicode().items()}
+"""What stands for a byte in the tokens of a byte-level vocabulary."""
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+"""A byte's token in vocabularies that otherwise hold characters."""
 
 
 class Steering:
@@ -56,5 +63,16 @@ class Steering:
         return TokenLogprob(self._text(token), float(self._log[token]), tuple((self._text(t), p) for t, p in rivals))
 
     def _text(self, token: int) -> str:
-        text: Any = self._tokenizer.decode([token])
-        return str(text)
+        text = str(self._tokenizer.decode([token]))
+        if _NO_CHARACTER not in text:
+            return text
+        return _with_bytes(str(self._tokenizer.convert_ids_to_tokens(token))) or text
+
+
+def _with_bytes(token: str) -> str | None:
+    """The text of a token that is not all whole characters (see `TokenLogprob`), given its name in the vocabulary."""
+    if single := _BYTE.fullmatch(token):
+        return bytes([int(single[1], 16)]).decode("utf-8", "surrogateescape")
+    if not all(letter in _BYTES for letter in token):
+        return None
+    return bytes(_BYTES[letter] for letter in token).decode("utf-8", "surrogateescape")

@@ -163,11 +163,16 @@ class Toolbox:
     @property
     def grammar(self) -> Grammar | None:
         """What an answer keeps to that must be a call; None where any answer will do."""
-        if not self.forced:
-            return None
+        return Grammar("lark", self._calls_grammar(), "tool_choice") if self.forced else None
+
+    def grammar_beside(self, schema: str) -> Grammar:
+        """What an answer keeps to that is either a call or JSON of a schema."""
+        return Grammar("lark", self._calls_grammar(schema), "response_format")
+
+    def _calls_grammar(self, otherwise: str | None = None) -> str:
         aliases = [a for name, a in self._aliases.items() if self.only in (None, name)]
         functions = [(a.name, a.described["parameters"]) for a in aliases]
-        return Grammar("lark", calls_grammar(functions, single=self.single or self.only is not None), "tool_choice")
+        return calls_grammar(functions, single=self.single or self.only is not None, otherwise=otherwise)
 
 
 def _called(alias: _Alias, call: Call) -> ToolCall:

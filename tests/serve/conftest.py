@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from engine_events import until
 from stand_in import StandIn, build_stand_in
 
 from cascade import modifiers
 from cascade.compression.apply import LoraSlot
 from cascade.models.base import LoadedBase, load_base
-from cascade.models.generation import generate
+from cascade.models.generation import Batch, generate
+from cascade.models.prompts import Prompts
 from cascade.models.rows import Request
 from cascade.tasks import Message
 from serve.engine import Engine
@@ -72,6 +75,37 @@ def make_engine(stand_in: StandIn, loaded: LoadedBase, tmp_path: Path) -> Iterat
     yield make
     for engine in made:
         engine.close()
+
+
+class Passes:
+    """How often rows were computed, as steps of answers or parts of prompts."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    async def until(self, reached: Callable[[], bool]) -> int:
+        """Wait; how many passes it took."""
+        before = self.count
+        await until(reached)
+        return self.count - before
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> Passes:
+    """Counts instead of seconds, which are others' on a busy machine. A pass takes a millisecond at least."""
+    found = Passes()
+
+    def counted(compute: Callable[..., object]) -> Callable[..., object]:
+        def computed(*given: object) -> object:
+            time.sleep(0.001)
+            found.count += 1
+            return compute(*given)
+
+        return computed
+
+    monkeypatch.setattr(Batch, "step", counted(Batch.step))
+    monkeypatch.setattr(Prompts, "advance", counted(Prompts.advance))
+    return found
 
 
 @pytest.fixture

@@ -1,11 +1,17 @@
-"""How many engines there are, and how wide the door is."""
+"""What is served, how many engines there are, and how wide the door is."""
 
 from __future__ import annotations
 
-import pytest
+import shutil
 
-from cascade.errors import ConfigError
-from serve.arguments import checked
+import pytest
+from stand_in import StandIn
+
+from cascade import modifiers
+from cascade.artifacts import Store
+from cascade.errors import ConfigError, FormatError
+from serve.__main__ import command_line
+from serve.arguments import checked, servable
 from serve.ingress import EngineReplica
 
 
@@ -19,3 +25,28 @@ def test_the_door_is_as_wide_as_the_engines_that_there_may_be() -> None:
     assert (bounds.min_replicas, bounds.max_replicas, bounds.target_ongoing_requests) == (2, 5, 6)
     with pytest.raises(ConfigError, match="max_replicas"):
         _ = checked({"replicas": "2", "max_replicas": "1"}).scaling
+
+
+def test_one_damaged_modifier_keeps_the_server_from_nothing(stand_in: StandIn, tmp_path, monkeypatch) -> None:
+    shutil.copytree(stand_in.store.path(), tmp_path / "store")
+    store = Store(str(tmp_path / "store"))
+    monkeypatch.setattr(
+        "serve.arguments.load_config", lambda _: stand_in.config.model_copy(update={"storage": store.uri})
+    )
+    arguments = checked({"config": str(stand_in.config_path)})
+    store.write_bytes("modifiers/letters/CURRENT", b"../x")
+    servable(arguments)
+    for made in modifiers.list_modifiers(store):
+        store.write_bytes(f"modifiers/{made.name}/manifest.json", b"{")
+    with pytest.raises(FormatError):
+        servable(arguments)
+    shutil.rmtree(store.path("modifiers"))
+    with pytest.raises(ConfigError, match="no modifier"):
+        servable(arguments)
+
+
+def test_a_setting_without_a_value_is_named(capsys) -> None:
+    assert command_line().parse_intermixed_args(["x", "config=a=b"]).values == ["config=a=b"]
+    with pytest.raises(SystemExit):
+        command_line().parse_intermixed_args(["x", "replicas"])
+    assert "'replicas' has no value" in capsys.readouterr().err

@@ -7,14 +7,17 @@ from collections.abc import AsyncIterator
 
 import httpx
 import jsonschema
+import llguidance
 import openai
 import pytest
 from stand_in import StandIn
 
+from serve.compiles import compiled
 from serve.events import Delta, Finished, Started, TokenLogprob, Work
 from serve.gateway import Gateway
 from serve.http import build_api
 from serve.live import LiveModifiers, LiveRouter
+from serve.protocol import ChatRequest, parse
 
 SCHEMA = {
     "type": "object",
@@ -40,6 +43,13 @@ TOOLS = [
     {"type": "function", "function": {"name": "get-weather", "description": None, "parameters": SCHEMA}},
     {"type": "function", "function": {"name": "3d", "parameters": {"type": "object", "properties": {}}}},
 ]
+PLAN = {
+    "type": "object",
+    "properties": {"stops": {"type": "array", "items": {"$ref": "#/$defs/stop"}, "minItems": 1, "maxItems": 2}},
+    "required": ["stops"],
+    "additionalProperties": False,
+    "$defs": {"stop": {"enum": ["Oslo", "Rome"]}},
+}
 ASK = {"model": "letters", "messages": [{"role": "user", "content": "Weather?"}], "max_tokens": 250, "tools": TOOLS}
 
 
@@ -141,3 +151,24 @@ async def test_a_call_can_be_required(client, choice: object, parallel: bool, na
         for call in calls:
             if call.function.name == "get-weather":
                 jsonschema.validate(json.loads(call.function.arguments), SCHEMA)
+
+
+@pytest.mark.parametrize(
+    ("text", "taken"),
+    [
+        ('{"stops":["Oslo","Rome"]}', True),
+        ("[3d()]", False),  # goes by another name between us and the model
+        ("[_3d()]", True),
+        ("[_3d(), _3d()]", True),
+        ('{"stops":["Paris"]}', False),
+        ('{ "stops":["Oslo"]}', False),
+        ("Oslo", False),
+    ],
+)
+def test_with_a_response_format_an_answer_is_a_call_or_json_of_it(text: str, taken: bool) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "plan", "schema": PLAN}}
+    grammar = parse(ChatRequest, json.dumps(ASK | {"response_format": form}).encode()).grammar
+    matcher = llguidance.LLMatcher(llguidance.LLTokenizer("byte"), compiled(grammar.kind, grammar.text), log_level=0)
+    assert not matcher.get_error()
+    whole = matcher.try_consume_tokens(list(text.encode())) == len(text)
+    assert (whole and matcher.is_accepting()) is taken

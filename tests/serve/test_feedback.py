@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from cascade.artifacts import Store
 from cascade.benchmarks import get
 from cascade.tasks import Message, Route
 from serve import feedback
+from serve.errors import ApiError
 from serve.feedback import FeedbackLog
+from serve.protocol import Feedback, parse
 
 ROUTE = Route("sums", 0.9, "router")
 
@@ -31,6 +35,25 @@ def test_what_one_key_has_asked_nobody_else_can_rate_or_overwrite(store) -> None
     options = {"path": store.path("feedback/tasks")}
     (task,) = get("jsonl").load("train", domain="sums", options=options, seed=1, count=None)
     assert task.prompt == "theirs"
+
+
+@pytest.mark.parametrize("letter", ["\u2028", "\x85", "\x1c", "é"])
+def test_tasks_can_be_read_whatever_letters_are_in_them(store, letter) -> None:
+    """Some readers of lines take more than a line feed for the end of one."""
+    log = FeedbackLog(store)
+    log.answered("r1", [Message("user", f"a{letter}b")], "A", ROUTE)
+    assert log.rate("r1", "bad", right=f"4{letter}2")
+    options = {"path": store.path("feedback/tasks")}
+    (task,) = get("jsonl").load("train", domain="sums", options=options, seed=1, count=None)
+    assert task.prompt == f"a{letter}b"
+
+
+@pytest.mark.parametrize("blank", ["", " \n"])
+def test_of_a_blank_answer_no_task_is_made(blank) -> None:
+    """Nobody could load it, nor any other task in its folder."""
+    with pytest.raises(ApiError) as caught:
+        parse(Feedback, json.dumps({"request_id": "r1", "rating": "bad", "answer": blank}).encode())
+    assert caught.value.param == "answer"
 
 
 def test_what_is_remembered_is_bounded_in_bytes(store, monkeypatch) -> None:

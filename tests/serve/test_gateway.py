@@ -6,9 +6,11 @@ import asyncio
 import json
 import re
 import shutil
+import threading
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import jsonschema
@@ -26,7 +28,7 @@ from cascade.models.generation import generate
 from cascade.models.rows import Request
 from cascade.tasks import Message
 from serve.engine import Engine
-from serve.events import Delta, Failed, Finished, Started, Work
+from serve.events import Delta, Failed, Finished, Started, TokenLogprob, Work
 from serve.feedback import FeedbackLog
 from serve.gateway import Gateway
 from serve.http import build_api
@@ -187,9 +189,10 @@ class Scripted:
     """A backend that says what it is told to."""
 
     def __init__(self, *events: object) -> None:
-        self.events, self.closed = events, False
+        self.events, self.closed, self.begun = events, False, asyncio.Event()
 
     async def stream(self, work: Work):
+        self.begun.set()
         try:
             for event in self.events:
                 yield event
@@ -245,13 +248,12 @@ async def test_a_client_that_leaves_ends_the_work(gateway) -> None:
             "http_version": "1.1",
         }
         task = asyncio.create_task(build_api(gateway)(scope, receive, send))
-        await asyncio.sleep(0.3)
+        await asyncio.wait_for(gateway.backend.begun.wait(), 60)
         assert not gateway.backend.closed
         gone.set()
-        await asyncio.sleep(0.3)
         if not stream:  # Ray Serve cancels the request's task; a stream notices by itself
             task.cancel()
-        await asyncio.wait([task], timeout=5)
+        await asyncio.wait([task], timeout=50)
         assert gateway.backend.closed
 
 
@@ -305,6 +307,37 @@ async def test_logprobs_are_those_of_the_model(client, loaded) -> None:
         if chunk.choices and chunk.choices[0].logprobs:
             streamed += chunk.choices[0].logprobs.content
     assert [t.logprob for t in streamed] == pytest.approx([t.logprob for t in content], abs=1e-4)
+
+
+async def test_bytes_of_characters_that_several_tokens_make(client) -> None:
+    """A token of this vocabulary is a byte: joined they are the text, though most of them are no character alone."""
+    answer = await client.chat.completions.create(
+        **ask("base", "hello", temperature=0, logprobs=True, top_logprobs=2) | {"max_tokens": 60}
+    )
+    (choice,) = answer.choices
+    content = choice.logprobs.content
+    joined = b"".join(bytes(t.bytes) for t in content)
+    assert joined.decode("utf-8", "replace") == choice.message.content
+    assert all(len(t.bytes) == 1 for t in content)
+    assert {t.token for t in content if t.bytes[0] > 127} == {"\ufffd"}
+    assert all(t.top_logprobs[0].bytes == t.bytes for t in content)
+
+
+async def test_offsets_of_a_completion_go_on_from_event_to_event(gateway, client) -> None:
+    deltas = [Delta(t, (TokenLogprob(t, -1.0, ((t, -1.0),)),)) for t in ("ab", "c", "def")]
+    gateway.backend = Scripted(Started("", 3, 0.0, 0.0), *deltas, Finished("length", 3))
+    asked = {"model": "base", "prompt": "x", "logprobs": 1}
+    whole = (await client.completions.create(**asked)).choices[0].logprobs.text_offset
+    parts = [c.choices[0].logprobs async for c in await client.completions.create(**asked, stream=True)]
+    assert whole == [i for p in parts if p for i in p.text_offset] == [0, 2, 3]
+
+
+async def test_every_event_of_a_stream_says_whether_usage_comes(http) -> None:
+    for more, wanted in (({"stream_options": {"include_usage": True}}, [True, True]), ({}, [False, False])):
+        text = (await http.post("/v1/chat/completions", json=ask("base", "hi", stream=True, **more))).text
+        events = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+        assert ["usage" in e for e in (events[0], events[-1])] == wanted
+        assert [e["usage"] for e in events[:-1] if "usage" in e] == [None] * (len(events) - 1) * wanted[0]
 
 
 async def test_completions_continue_raw_text(client, loaded) -> None:
@@ -397,6 +430,35 @@ async def test_disliked_answers_become_tasks(gateway, client, http, tmp_path) ->
     assert (await http.post("/v1/feedback", json=said | {"rating": "meh"})).status_code == 400
 
 
+async def test_a_store_that_hangs_holds_up_the_log_alone(gateway, http, monkeypatch) -> None:
+    hangs, gateway.feedback = threading.Event(), FeedbackLog(Store("nowhere"))
+    monkeypatch.setattr(gateway.feedback, "keep", lambda *given, **more: hangs.wait(120))
+    gateway.backend = Scripted(Started("", 3, 0.0, 0.0), Delta("x"), Finished("stop", 1))
+    try:
+        for _ in range(40):  # more than threads that are there for everybody
+            answer = await asyncio.wait_for(
+                http.post("/v1/chat/completions", json=ask("cascade", "Tell me a joke.")), 60
+            )
+            assert answer.headers["x-cascade-reason"] == "low-confidence"
+    finally:
+        hangs.set()
+
+
+async def test_an_answer_that_breaks_off_is_counted(gateway, http, monkeypatch) -> None:
+    failures = []
+    monkeypatch.setattr(
+        gateway,
+        "meters",
+        SimpleNamespace(
+            **{name: (lambda *said: None) for name in ("routed", "started", "finished")}, failed=failures.append
+        ),
+    )
+    gateway.backend = Scripted(Started("", 3, 0.0, 0.0), Failed(503, "lost", "engine_lost"))
+    for stream in (False, True):
+        await http.post("/v1/chat/completions", json=ask("base", "hi", stream=stream))
+    assert failures == [503, 503]
+
+
 async def test_keys_are_asked_for_once_there_is_one(gateway, tmp_path) -> None:
     store = Store(str(tmp_path / "keys"))
     key = add_key(store, "me", requests_per_minute=3)
@@ -438,13 +500,16 @@ class Several(Scripted):
     def __init__(self) -> None:
         super().__init__()
         self.asked = self.running = 0
+        self.all_there = asyncio.Event()
 
     async def stream(self, work: Work):
         self.asked += 1
+        if self.asked == 4:
+            self.all_there.set()
         fails, self.running = self.asked == 2, self.running + 1
         try:
             yield Started("", 3, 0.0, 0.0)
-            await asyncio.sleep(0.05)
+            await self.all_there.wait()
             if fails:
                 yield Failed(503, "lost", "engine_lost")
             else:
@@ -476,6 +541,9 @@ async def test_completions_of_several_prompts_and_of_token_ids(client, loaded) -
         with pytest.raises(openai.BadRequestError) as caught:
             await client.completions.create(**more | {"model": model}, prompt=prompt)
         assert caught.value.param == ("prompt" if model == "base" else "model")
+    with pytest.raises(openai.BadRequestError) as caught:
+        await client.completions.create(**more | {"max_tokens": 5000}, prompt=texts[0])
+    assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "prompt")
 
 
 async def test_gateway_and_engine_speak_of_the_same_version(loaded, stand_in, tmp_path) -> None:

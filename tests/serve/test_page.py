@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import threading
-import time
 from collections.abc import Iterator
 
 import pytest
+import served as web
 import uvicorn
 from browser import CHROMIUM, Browser
-from stand_in import StandIn, free_port
+from stand_in import StandIn
 
 from cascade.artifacts import Store
 from serve.events import Delta, Failed, Finished, Started, Work
@@ -51,15 +50,9 @@ def served(stand_in: StandIn, tmp_path) -> Iterator[tuple[str, str, Told]]:
     store = Store(str(tmp_path))
     key, backend = add_key(store, "me"), Told()
     gateway = Gateway(backend, LiveModifiers(stand_in.store), LiveRouter(stand_in.store, tmp_path))
-    port = free_port()
-    server = uvicorn.Server(uvicorn.Config(build_api(gateway, keys=KeyRing(store)), port=port, log_level="error"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{port}", key, backend
-    server.should_exit = True
-    thread.join(timeout=10)
+    api = build_api(gateway, keys=KeyRing(store))
+    with web.served(uvicorn.Server(uvicorn.Config(api, log_level="error"))) as url:
+        yield url, key, backend
 
 
 def ask(page: Browser, question: str, cards: int) -> str:

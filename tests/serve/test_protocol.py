@@ -90,6 +90,7 @@ def test_unknown_parameters_are_refused_by_name() -> None:
         ({"n": 0}, "n"),
         ({"n": MAX_CHOICES + 1}, "n"),
         ({"top_logprobs": 21}, "top_logprobs"),
+        ({"top_logprobs": 2}, "top_logprobs"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": [{"type": "function", "function": {"name": "../x"}}]}, "tools[0].function.name"),
         ({"tools": [{"type": "code_interpreter"}]}, "tools[0].type"),

@@ -110,15 +110,16 @@ async def test_a_stream_that_breaks_off_says_so(whole: bool) -> None:
 
 
 async def test_refusals_at_the_door_keep_the_requests_id() -> None:
-    let_go = asyncio.Event()
+    is_in, let_go = asyncio.Event(), asyncio.Event()
 
     async def waits(scope: Scope, receive: Receive, send: Send) -> None:
+        is_in.set()
         await let_go.wait()
         await JSONResponse({})(scope, receive, send)
 
     async with client_of(waits) as http:
         inside = asyncio.create_task(http.post(CHAT, json={}))
-        await asyncio.sleep(0.05)
+        await is_in.wait()
         refused = await http.post(CHAT, json={}, headers={"x-request-id": "mine"})
         let_go.set()
         assert (await inside).status_code == 200

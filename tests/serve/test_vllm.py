@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from engine_events import until
 from mock_vllm import MockVllm, running
 from stand_in import random_adapter
 
@@ -81,17 +82,13 @@ async def test_log_probabilities_and_grammars_are_asked_for(backend, server, wor
 
 
 async def test_a_client_that_leaves_ends_its_request(backend, server, work):
-    server.token_s = 0.05
+    server.stands_after = 3
     events = backend.stream(work("base", max_tokens=8))
     async for event in events:
         if isinstance(event, Delta):
             break
     await events.aclose()
-    for _ in range(40):
-        await asyncio.sleep(0.05)
-        if server.ended:
-            break
-    assert server.ended == 1
+    await until(lambda: server.ended == 1)
 
 
 async def test_a_server_that_was_started_anew_is_given_the_adapter_again(backend, server, work):
@@ -146,11 +143,7 @@ async def test_a_replica_that_ends_closes_its_connections(backend, server, work)
     replica = object.__new__(EngineReplica.func_or_class)
     replica._engine = backend
     await replica.__del__()
-    for _ in range(100):
-        if not server.connections:
-            break
-        await asyncio.sleep(0.02)
-    assert server.connections == 0
+    await until(lambda: server.connections == 0)
     assert replica.__del__() is None  # Python's own call, later
 
 
