@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 from _adapters import DOMAINS, Cell, Measure, config_of, encoded, measure, rows_for_calibration, trained_adapter
+from _figures import Figures, at_least, at_most, figure
 from _rivals import Candidate, compeft, dense_int4, magnitude, peft_svd
 from rich.console import Console
 from rich.table import Table
@@ -49,7 +50,6 @@ from cascade.training.packing import plan_steps
 
 PROMISE = 48 / 260
 SIZES = {"48 of 260": PROMISE, "1/16": 1 / 16, "1/25": 1 / 25}
-Figures = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -227,9 +227,9 @@ def _quality_figures(found: list[Outcome]) -> Figures:
         if cells:
             worst = min(cells, key=lambda o: o.answer_gain)
             ends = {"low": round(worst.kept.low, 4), "high": round(worst.kept.high, 4)}
-            figures[f"answers gain at {size} on disk"] = _at_least(worst.answer_gain, target) | ends
-            figures[f"loss gain at {size} on disk"] = _at_least(min(o.loss_gain for o in cells), target)
-    figures["largest resident share"] = _at_most(max(o.resident for o in mine), PROMISE)
+            figures[f"answers gain at {size} on disk"] = at_least(worst.answer_gain, target) | ends
+            figures[f"loss gain at {size} on disk"] = at_least(min(o.loss_gain for o in cells), target)
+    figures["largest resident share"] = at_most(max(o.resident for o in mine), PROMISE)
     for method in ("magnitude", "PEFT SVD", "ComPEFT", "dense int4"):
         # Dense int4 has one size, above ours: it is compared with ours at the promise's size.
         pairs = [
@@ -239,7 +239,7 @@ def _quality_figures(found: list[Outcome]) -> Figures:
             if o.method == method and o.cell == m.cell and m.size == (o.size if method != "dense int4" else "48 of 260")
         ]
         if pairs:
-            figures[f"loss gain above {method}, worst cell and size"] = _at_least(min(pairs), -0.005)
+            figures[f"loss gain above {method}, worst cell and size"] = at_least(min(pairs), -0.005)
     return figures
 
 
@@ -252,7 +252,7 @@ def _frozen_figures(found: list[Outcome]) -> Figures:
         differences = [100 * (o.correct / o.n - b.correct / b.n) for o, b in pairs if b is not None and o.size == size]
         if differences:
             mean = sum(differences) / len(differences)
-            figures[f"A frozen at {size} on disk, points"] = {"value": round(mean, 2), "target": None, "met": True}
+            figures[f"A frozen at {size} on disk, points"] = figure(mean)
     return figures
 
 
@@ -270,18 +270,10 @@ def large(options: argparse.Namespace) -> Figures:
                 raise SystemExit(done.stderr)
             figures |= json.loads(done.stdout.splitlines()[-1])
     table = Table("figure", "value", "target", title="an adapter of Llama-3.1-8B's shapes")
-    for name, figure in figures.items():
-        table.add_row(name, f"{figure['value']:.4g}", str(figure["target"]))
+    for name, of in figures.items():
+        table.add_row(name, f"{of['value']:.4g}", str(of["target"]))
     Console(width=140).print(table)
     return figures
-
-
-def _at_least(value: float, target: float) -> dict[str, Any]:
-    return {"value": round(value, 4), "target": target, "met": value >= target}
-
-
-def _at_most(value: float, target: float) -> dict[str, Any]:
-    return {"value": round(value, 4), "target": round(target, 4), "met": value <= target}
 
 
 def main() -> None:
@@ -297,7 +289,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--train", type=int, default=1000, help="training tasks per domain")
     parser.add_argument("--validation", type=int, default=120)
-    parser.add_argument("--test", type=int, default=2000, help="they are generated: 2,000 tell 99 % of a gain from all")
+    parser.add_argument("--test", type=int, default=2000, help="generated: 2,000 tell 99 %% of a gain from all")
     parser.add_argument("--recover", type=int, default=0, help="steps of recovery training on what ours has left")
     parser.add_argument("--epochs", type=float, default=3.0)
     parser.add_argument("--processes", type=int, default=1, help="cells at the same time, each with --threads")

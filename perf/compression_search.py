@@ -39,6 +39,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+from _figures import Figures, at_least, at_most
 from _search_steps import CONFIG, SECONDS, Lab, Measured
 from rich.console import Console
 from rich.table import Table
@@ -49,7 +50,6 @@ from cascade.compression.pareto import hypervolume
 from cascade.compression.recipe import search_space, seed_points
 from ray_jobs._trial import STAGES, TRIALS, Trial
 
-Figures = dict[str, dict[str, Any]]
 Points = list[dict[str, Any]]
 TRIALS_COUNT, GRID_SIZES = 40, 5
 REFERENCES = {"promise": (48 / 260, 0.0), "goal": (1 / 16, 0.99)}
@@ -93,7 +93,7 @@ def grid(lab: Lab, *, informed: bool) -> Points:
     """Method x number format x sizes, in equal ratios; the rest at rest."""
     space = search_space(lab.config.compression)
     sizes = [n / (GRID_SIZES - 1) for n in range(GRID_SIZES)]
-    choices = [space[name][1] for name in ("method", "values")]
+    choices: list[Any] = [space[name][1] for name in ("method", "values")]
     first = seed_points(lab.config.compression)[0]
     axes = ("method", "values", "size")
     rest = {k: v for k, v in first.items() if k not in axes} if informed else {"rescale_a": 0.0, "rescale_b": 0.0}
@@ -129,9 +129,10 @@ def compare(lab: Lab, seeds: int) -> Figures:
             ratio, bounds = mean_and_interval([m / theirs for m in mine]) if theirs else (float("inf"), "")
             most = 1 / theirs if theirs else float("inf")  # by a search that covers the whole rectangle
             table.add_row(reference, f"{name} grid", f"{theirs:.4f}", f"{ratio:.3f} {bounds}", f"{most:.3f}")
-            figure = {"value": round(ratio, 3), "interval": bounds, "searches": seeds, "target": 1.2}
-            figure |= {"grid covers": round(theirs, 4), "at most": round(most, 3)}
-            figures[f"hypervolume ({reference}) / {name} grid's"] = figure | {"met": ratio >= 1.2}
+            more = {"grid covers": round(theirs, 4), "at most": round(most, 3)}
+            figures[f"hypervolume ({reference}) / {name} grid's"] = at_least(
+                ratio, 1.2, interval=bounds, searches=seeds, **more
+            )
         full = area(lab, whole, point)
         first = f"{mine[0] / full:.3f} (first)" if full else ""
         table.add_row(reference, "first search, every trial to its end", f"{full:.4f}", first, "")
@@ -140,7 +141,7 @@ def compare(lab: Lab, seeds: int) -> Figures:
     rows = [mean([t.share for t in trials]) for trials in halved.values()]
     share, bounds = mean_and_interval(rows)
     print(f"rows evaluated with successive halving: {share:.1%} {bounds} of those without")
-    figures["rows evaluated / without halving"] = at_most(share, 1.0) | {"interval": bounds}
+    figures["rows evaluated / without halving"] = at_most(share, 1, interval=bounds)
     return figures
 
 
@@ -205,10 +206,6 @@ def kill(lab: Lab, trials: int = 12, at: int = 5) -> Figures:
     assert len({t.params for t in found}) == len(found) == trials
     in_flight = lab.config.execution.tune_concurrency
     return {"trials repeated after SIGKILL": at_most(repeated, in_flight)}
-
-
-def at_most(value: float, target: float) -> dict[str, Any]:
-    return {"value": round(value, 4), "target": target, "met": value <= target}
 
 
 def main() -> None:

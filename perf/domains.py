@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from _figures import Figures, at_least, at_most, figure
 
 from cascade.reports.data import load_tables
 from cascade.scoring.statistics import Score, breakdown, mcnemar_exact
@@ -155,18 +156,17 @@ def start(name: str, config: Path, out: Path) -> subprocess.Popen[bytes]:
 
 def report(domains: list[str], out: Path) -> None:
     """Table by domain and benchmark; the last line the figures."""
-    found: dict[str, Any] = {}
+    found: Figures = {}
     print(f"{'':34}{'n':>7}" + "".join(f"{kind:>24}" for kind in KINDS) + f"{'p of the gain':>15}{'p of the loss':>15}")
     for name in domains:
         print_rows(name, out / name / name / "report.html")
         summary = json.loads((out / name / "summary.json").read_text())
         kept, ratio = kept_gain(summary), summary["ratio"]
         better = summary["gain_interval"][0] > 0
-        found[f"{name}_gain"] = {"value": round(summary["gain"], 4), "target": 0, "met": better}
-        found[f"{name}_gain_kept_by_compression"] = {"value": round(kept, 4), "target": 0.99, "met": kept >= 0.99}
-        found[f"{name}_share_of_fp16"] = {"value": round(ratio, 4), "target": 0.185, "met": ratio <= 0.185}
-        seconds = summary["wall_seconds"]
-        found[f"{name}_seconds"] = {"value": round(seconds), "target": None, "met": True}
+        found[f"{name}_gain"] = figure(summary["gain"], 0, better)
+        found[f"{name}_gain_kept_by_compression"] = at_least(kept, 0.99)
+        found[f"{name}_share_of_fp16"] = at_most(ratio, 0.185)
+        found[f"{name}_seconds"] = figure(summary["wall_seconds"])
     print(json.dumps(found))
 
 

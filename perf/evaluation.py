@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 import yaml
+from _figures import at_least, at_most
 from own_environment import python_with
 
 from cascade import benchmarks
@@ -216,7 +217,7 @@ def _mbpp(data: Path, installed: Path) -> Row:
     class Loader(yaml.SafeLoader):
         """Reads a function's name as text instead of importing it."""
 
-    Loader.add_constructor("!function", lambda loader, node: loader.construct_scalar(node))
+    Loader.add_constructor("!function", lambda _, node: str(node.value))
     task: Row = yaml.load((installed / "mbpp" / "mbpp.yaml").read_text(encoding="utf-8"), Loader)
     rows = {r["task_id"]: r for r in local_rows(str(data / "mbpp.jsonl"))}
     task["fewshot_config"]["samples"] = [{**rows[i], "is_fewshot": True} for i in SHOT_IDS]
@@ -248,14 +249,10 @@ def _compare(s: Set, tasks: list[Task], ours: Any, theirs: dict[str, Any]) -> di
     print(f"    judged differently: {', '.join(differing) or 'none'}")
     key = s.name.split(",")[0].lower()
     return _scored_otherwise(s, tasks, said, key) | {
-        f"{key}: tasks per second, ratio": {"value": round(ratio, 2), "target": TARGET, "met": ratio >= TARGET},
-        f"{key}: tasks per CPU second, ratio": {
-            "value": round(cpu_ratio, 2),
-            "target": TARGET,
-            "met": cpu_ratio >= TARGET,
-        },
-        f"{key}: prompts alike": {"value": same_prompts, "target": n, "met": same_prompts == n},
-        f"{key}: judged differently": {"value": len(differing), "target": 0, "met": not differing},
+        f"{key}: tasks per second, ratio": at_least(ratio, TARGET),
+        f"{key}: tasks per CPU second, ratio": at_least(cpu_ratio, TARGET),
+        f"{key}: prompts alike": at_least(same_prompts, n),
+        f"{key}: judged differently": at_most(len(differing), 0),
     }
 
 
@@ -276,7 +273,7 @@ def _scored_otherwise(s: Set, tasks: list[Task], said: Mapping[str, Row], key: s
             f"    {metric}: {sum(theirs)}/{len(scored)}, ours {sum(ours)}; "
             f"scored differently: {', '.join(other) or 'none'}"
         )
-        figures[f"{key}: {metric} scored differently"] = {"value": len(other), "target": 0, "met": not other}
+        figures[f"{key}: {metric} scored differently"] = at_most(len(other), 0)
     return figures
 
 

@@ -21,11 +21,12 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import psutil
+from _figures import figure
 from evaluation_noted import noted
 from faults_lab import Driver, Figures, wait_until
 from pipelines import write_config
@@ -126,12 +127,16 @@ def killed(evaluation: Evaluation, kills: int, seed: int, batch_s: float) -> Ite
         RuntimeError: it came to its end before.
     """
     rng = random.Random(seed)
+
+    def reached(seen: int, least: int) -> bool:
+        return len(evaluation.begun()) > seen and evaluation.written >= least
+
     for point in sorted(rng.randrange(BATCHES - LEFT) for _ in range(kills)):
         before, began = len(evaluation.begun()), time.monotonic()
         driver = evaluation.start("perf.evaluation_noted")
         try:
             wait_until(
-                lambda seen=before, least=point: len(evaluation.begun()) > seen and evaluation.written >= least,
+                partial(reached, before, point),
                 driver,
                 f"{point} batches written",
                 pause=0.02,
@@ -208,7 +213,7 @@ def main() -> None:
             ("answers", different(unbroken.texts(), broken.texts())),
         ):
             figures[f"{what}_that_differ"] = (differ, 0, differ == 0)
-    print(json.dumps({k: {"value": v, "target": target, "met": met} for k, (v, target, met) in figures.items()}))
+    print(json.dumps({name: figure(*of) for name, of in figures.items()}))
 
 
 if __name__ == "__main__":

@@ -52,5 +52,5 @@ class NotingStudent(_evaluate.StudentActor):
 
 
 if __name__ == "__main__":
-    _evaluate.StudentActor = NotingStudent  # type: ignore[misc]
+    _evaluate.StudentActor = NotingStudent  # type: ignore[misc, assignment]
     main("test_domain", work)

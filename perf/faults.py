@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from _figures import figure
 from faults_figures import figures
 from faults_jobs import WORKS, strike
 from faults_lab import Domain, Driver, Nodes, Row, Server, nodes
@@ -87,8 +88,8 @@ def main() -> None:
             rows.append(row)
             print(f"{row.fault}: {row.happened}: {row.lost}; {row.back_s:.1f} s", file=sys.stderr, flush=True)
     show(rows)
-    found = {key: figure for row in rows for key, figure in row.figures.items()}
-    print(json.dumps({k: {"value": v, "target": target, "met": met} for k, (v, target, met) in found.items()}))
+    found = {name: of for row in rows for name, of in row.figures.items()}
+    print(json.dumps({name: figure(*of) for name, of in found.items()}))
 
 
 if __name__ == "__main__":

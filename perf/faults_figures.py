@@ -58,7 +58,8 @@ def _summary(domain: Domain) -> dict[str, Any]:
 
 def _verdicts(domain: Domain) -> dict[tuple[str, str], tuple[str, str]]:
     """Outcome on, and text of the answer to, each test task, by model."""
-    run, found = domain.runs.validate_modifier, {}
+    run = domain.runs.validate_modifier
+    found: dict[tuple[str, str], tuple[str, str]] = {}
     for model in MODELS:
         outcomes = {v.task_id: v.outcome for v in run.read(f"{model}_verdicts", Verdict)}
         texts = {c.task_id: c.text for c in run.read(f"{model}_completions", Completion)}

@@ -6,13 +6,14 @@ The clients are the official one with its own two retries, as users have it.
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-import httpx
+import httpx2
 import openai
 import ray
 from faults_lab import Driver, Figures, Nodes, Row, free_port, wait_until
@@ -51,14 +52,14 @@ class Load:
 
     async def run(self) -> None:
         """Learn what is answered, then ask without end until it is over."""
-        async with httpx.AsyncClient(timeout=120, event_hooks={"response": [self._note]}) as http:
+        async with httpx2.AsyncClient(timeout=120, event_hooks={"response": [self._note]}) as http:
             client = openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", http_client=http)
             for pair in [(model, question) for model in MODELS for question in QUESTIONS]:
                 self.expected[pair] = await _ask(client, *pair)
             self.begun.set()
             await asyncio.gather(*(self._client(client, number) for number in range(CLIENTS)))
 
-    async def _note(self, response: httpx.Response) -> None:
+    async def _note(self, response: httpx2.Response) -> None:
         self.refused += response.status_code >= 500 and self.begun.is_set()
 
     async def _client(self, client: openai.AsyncOpenAI, number: int) -> None:
@@ -76,8 +77,9 @@ class Load:
 
 
 async def _ask(client: openai.AsyncOpenAI, model: str, question: str) -> str:
-    message = {"role": "user", "content": question}
-    answer = await client.chat.completions.create(model=model, messages=[message], max_tokens=16, temperature=0)
+    answer = await client.chat.completions.create(
+        model=model, messages=[{"role": "user", "content": question}], max_tokens=16, temperature=0
+    )
     return answer.choices[0].message.content or ""
 
 
@@ -149,8 +151,8 @@ def _engines(nodes: Nodes) -> int:
 
 def _is_up(url: str) -> bool:
     try:
-        return httpx.get(f"{url}/health", timeout=10).status_code == 200
-    except httpx.HTTPError:
+        return httpx2.get(f"{url}/health", timeout=10).status_code == 200
+    except httpx2.HTTPError:
         return False
 
 
@@ -158,7 +160,7 @@ def _end(driver: Driver, nodes: Nodes) -> None:
     """End serving, also where what had started it is dead."""
     driver.process.terminate()
     driver.process.wait(180)
-    ray.init(address=nodes.address, log_to_driver=False, logging_level="error", namespace="serve")
+    ray.init(address=nodes.address, log_to_driver=False, logging_level=logging.ERROR, namespace="serve")
     try:
         ray_serve.shutdown()
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 
 import ray
@@ -18,7 +19,7 @@ def local_ray() -> Iterator[None]:
         object_store_memory=512 * 2**20,
         include_dashboard=False,
         log_to_driver=False,
-        logging_level="error",
+        logging_level=logging.ERROR,
     )
     ray.data.DataContext.get_current().enable_progress_bars = False
     try:

@@ -16,16 +16,16 @@ import random
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
+from _figures import Figures, figure
 
 from cascade import benchmarks
 from cascade.config import Base, Lora, PromptStyle
 from cascade.models.base import LoadedBase, default_device, end_token_ids, load_base
 from cascade.models.student import Student
 from cascade.scoring.statistics import mcnemar_exact, wilson
-from cascade.tasks import Completion, Message, Task, Verdict
+from cascade.tasks import Completion, Message, Split, Task, Verdict
 from cascade.training.examples import EncodedExample, encode_example
 from cascade.training.layout import most_tokens
 from cascade.training.loop import TargetLoss, TorchEngine, run_steps
@@ -52,7 +52,7 @@ def main() -> None:
     own = {c.task_id: c.text for c in answers if c.finish_reason == "stop"}  # one cut off would be learned with an end
     kept = [t for t in train if passed[t.id] and own.get(t.id, "").strip()]
     random.Random(17).shuffle(kept)
-    figures: dict[str, Any] = {}
+    figures: Figures = {}
     for share in map(float, options.shares.split(",")):
         replayed = kept[: round(len(taught) * share)]
         examples = [*taught, *encoded(loaded, replayed, [own[t.id] for t in replayed], options)]
@@ -60,7 +60,7 @@ def main() -> None:
         name = f"share {share:g}: {len(taught)} taught, {len(examples) - len(taught)} replayed"
         show(name, test, after, before)
         gain = (sum(after) - sum(before)) / len(test)
-        figures[f"gain with replay_share {share:g}"] = {"value": round(gain, 4), "target": 0, "met": gain > 0}
+        figures[f"gain with replay_share {share:g}"] = figure(gain, 0, gain > 0)
     print(json.dumps(figures))
 
 
@@ -77,7 +77,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def tasks(split: str, count: int | None) -> list[Task]:
+def tasks(split: Split, count: int | None) -> list[Task]:
     """BFCL's single-turn tasks by the split rule of the shipped config."""
     source = yaml.safe_load(CONFIG.read_text())["tasks"]["train"]["sources"][0]
     bfcl = benchmarks.get("bfcl")

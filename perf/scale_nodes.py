@@ -61,7 +61,7 @@ class Crowd:
     """The teacher actors of some virtual nodes: each has its own client, way to the desk and journal."""
 
     def __init__(self, config: Config, desk: Any, nodes: range) -> None:
-        pool.EndpointClient = SleepingEndpoint  # type: ignore[misc]
+        pool.EndpointClient = SleepingEndpoint  # type: ignore[misc, attr-defined]
         self.config, self.desk, self.nodes = config, desk, nodes
         self.answered = 0
         self.seconds = 0.0

@@ -26,12 +26,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
-from serving_leaving import beside, computed_on_ms
+from _figures import Figure, Figures, at_least, at_most, figure
+from serving_clients import at_once, computed_on_ms, watched
 from serving_llama import served_by_llama
 from serving_openapi import attack
 from serving_setup import (
@@ -41,7 +42,6 @@ from serving_setup import (
     Ask,
     Setup,
     arriving,
-    body_of,
     load,
     one,
     percentile,
@@ -64,7 +64,6 @@ PARTS = (
     "resident",
     "openapi",
 )
-Figures = dict[str, dict[str, Any]]
 
 
 def main() -> None:
@@ -74,8 +73,8 @@ def main() -> None:
     for part in options.only.split(","):
         print(f"\n== {part}", flush=True)
         found = globals()[part](setup, options)
-        for name, figure in found.items():
-            print(f"   {name:<44} {show(figure)}", flush=True)
+        for name, of in found.items():
+            print(f"   {name:<44} {show(of)}", flush=True)
         figures |= found
     print(json.dumps(figures))
 
@@ -97,19 +96,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def figure(value: float, target: float | None = None, met: bool | None = None, **more: Any) -> dict[str, Any]:
-    return {"value": round(value, 4), "target": target, "met": met, **more}
-
-
-def at_most(value: float, target: float, **more: Any) -> dict[str, Any]:
-    return figure(value, target, value <= target, **more)
-
-
-def at_least(value: float, target: float, **more: Any) -> dict[str, Any]:
-    return figure(value, target, value >= target, **more)
-
-
-def show(found: dict[str, Any]) -> str:
+def show(found: Figure) -> str:
     target = "" if found["target"] is None else f"  target {found['target']:g}: {'met' if found['met'] else 'NOT MET'}"
     rest = {k: v for k, v in found.items() if k not in ("value", "target", "met")}
     return f"{found['value']:>12,.4g}{target}  {rest or ''}"
@@ -131,7 +118,7 @@ def swap(setup: Setup, options: argparse.Namespace) -> Figures:
     weights = mine["base_bytes"] + mine["slot_bytes"]
     found = {
         "swap_warm_p50_ms": at_most(mine["warm"]["p50"], 10, n=mine["warm"]["n"]),
-        "swap_warm_p95_ms": at_most(mine["warm"]["p95"], 25),
+        "swap_warm_p95_ms": at_most(mine["warm"]["p95"], 5 if mine["device"] == "cuda" else 25),
         "resident_over_weights": at_most(
             mine["resident_bytes"] / weights, 1.05, mb=round(mine["resident_bytes"] / 1e6)
         ),
@@ -196,13 +183,17 @@ def isolation(setup: Setup, options: argparse.Namespace) -> Figures:
 
 
 def _margin_of_difference(alone: Answered, crowd: Answered) -> float:
-    """By how many nats the token at which two answers part was ahead of the next, when it was asked alone."""
-    written = ""
+    """By how many nats the token at which two answers part was ahead of the next, when it was asked alone.
+
+    Where a token begins another one ("apple", "apples"), the texts part one token later: the closer of both counts.
+    """
+    written, before = "", math.inf
     for token, margin in alone.margins:
         written += token
-        if not (written.startswith(crowd.text) or crowd.text.startswith(written)):
-            return margin
-    return math.inf
+        if not crowd.text.startswith(written):
+            return min(margin, before)
+        before = margin
+    return before
 
 
 def throughput(setup: Setup, options: argparse.Namespace) -> Figures:
@@ -250,9 +241,12 @@ def tokens_per_second(answers: list[Answered], seconds: float) -> float:
 
 
 def shuffle(setup: Setup, options: argparse.Namespace) -> Figures:
-    """A load on one modifier, and the same load spread over three at random, in turn, twice."""
+    """A load on one modifier, and the same load spread over three at random, in turn, twice.
+
+    Six requests of each client: with few, most of the time is the end, where three groups run dry instead of one.
+    """
     rng = random.Random(1)
-    single = [Ask("code", f"{rng.choice(QUESTIONS)} ({i})", rng.randint(8, 32)) for i in range(96)]
+    single = [Ask("code", f"{rng.choice(QUESTIONS)} ({i})", rng.randint(8, 32)) for i in range(288)]
     mixed = [Ask(rng.choice(DOMAINS), a.question, a.tokens) for a in single]
     speeds: dict[str, list[float]] = {"single": [], "mixed": []}
     with served(setup, options.threads, rows=16, waiting=96) as url:
@@ -271,7 +265,7 @@ def fairness(setup: Setup, options: argparse.Namespace) -> Figures:
     async def measure(url: str) -> list[Answered]:
         busy = asyncio.create_task(load(url, crowd, 12))
         await asyncio.sleep(2)
-        lone = []
+        lone: list[Answered] = []
         async with httpx.AsyncClient(base_url=url, timeout=300) as http:
             while not busy.done() and len(lone) < 20:
                 lone.append(await one(http, Ask("reasoning", QUESTIONS[1], 4)))
@@ -304,32 +298,12 @@ def overload(setup: Setup, options: argparse.Namespace) -> Figures:
     }
 
 
-async def at_once(url: str, asks: list[Ask]) -> list[Answered]:
-    """What came of requests that perf/serving_burst.py sent together: statuses and seconds."""
-    bodies = json.dumps([body_of(ask) for ask in asks]).encode()
-    client = await beside("serving_burst.py", url)
-    said, _ = await client.communicate(bodies)
-    assert client.returncode == 0, "the burst was not sent"
-    return [
-        Answered(ask, status, seconds=seconds) for ask, (status, seconds) in zip(asks, json.loads(said), strict=True)
-    ]
-
-
-def refusals(answers: list[Answered], **more: Any) -> dict[str, Any]:
+def refusals(answers: list[Answered], **more: Any) -> Figure:
     """How long refused requests waited for that, the time that the client itself took to send them included."""
     times = [a.seconds * 1e3 for a in answers if a.status == 429]
     if not times:
         return figure(float("inf"), 100, False, refused=0, **more)
     return at_most(percentile(times, 0.95), 100, refused=len(times), p50=round(percentile(times, 0.5), 1), **more)
-
-
-async def watched(url: str, work: Awaitable[list[Answered]]) -> tuple[list[Answered], list[float]]:
-    """What came of the work, and how many seconds /health took while it was done, asked by a process of its own."""
-    watchdog = await beside("serving_health.py", url)
-    answers = await work
-    said, _ = await watchdog.communicate(b"")  # which ends its input
-    assert watchdog.returncode == 0, "/health failed"
-    return answers, json.loads(said)
 
 
 def lifecycle(setup: Setup, options: argparse.Namespace) -> Figures:
@@ -342,12 +316,13 @@ def lifecycle(setup: Setup, options: argparse.Namespace) -> Figures:
         await asyncio.to_thread(act)
         return (await running)[0]
 
+    killed, dead = 0.0, 0
+
     def kill(pid: int) -> None:
         nonlocal killed, dead
         killed, dead = time.perf_counter(), pid
         os.kill(pid, signal.SIGKILL)
 
-    killed, dead = 0.0, 0
     with served(setup, 1, replicas=2) as server:
         asyncio.run(load(server, asks[:4], 4))
         pids = server.engines()

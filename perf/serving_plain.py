@@ -15,7 +15,7 @@ import torch
 import uvicorn
 from fastapi import FastAPI
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding
 
 base, dtype, port, threads, *adapters = sys.argv[1:]
 torch.set_num_threads(int(threads))
@@ -40,6 +40,7 @@ def chat(body: dict[str, Any]) -> dict[str, Any]:
     inputs = tokenizer.apply_chat_template(
         body["messages"], add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
+    assert isinstance(inputs, BatchEncoding)
     with lock, torch.inference_mode():
         model.set_adapter(body["model"])
         made = model.generate(

@@ -12,6 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -50,15 +51,19 @@ def figures(times: list[float]) -> dict[str, float]:
 
 
 def ours(setup: Setup, rounds: int) -> dict[str, object]:
-    """Fills from the open flat files; cold: with the file's pages dropped from the system's cache before each."""
+    """Fills from the open flat files; cold: with the file's pages dropped from the system's cache before each.
+
+    Memory is the process's, on a GPU what its tensors hold there.
+    """
     # What is no weight is there before: the libraries' own state and the tokenizer.
     AutoTokenizer.from_pretrained(base_folder(setup.base))("x")
     torch.ones(300, 300, dtype=torch.float32) @ torch.ones(300, 300)
     gc.collect()
-    before = rss_bytes()
+    cuda = torch.cuda.is_available()
+    held_bytes: Callable[[], int] = torch.cuda.memory_allocated if cuda else rss_bytes
+    before = held_bytes()
     loaded = load_base(setup.base, weights=load_config(setup.config).serving.weights)
     slot = LoraSlot(loaded.model)
-    cuda = loaded.device.type == "cuda"
     cache = Path(setup.store.path()).parent / "forms"
     forms = Forms(
         setup.store, cache, base_sha256=loaded.sha256, dtype=slot.dtype, check=slot.check, int8=slot.int8, pin=cuda
@@ -68,21 +73,22 @@ def ours(setup: Setup, rounds: int) -> dict[str, object]:
         slot.fill(form)
     base = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
     gc.collect()
-    resident = rss_bytes() - before
-    warm = [timed(lambda form=opened[i % 3]: slot.fill(form)) for i in range(rounds)]
+    resident = held_bytes() - before
+    warm = [timed(partial(slot.fill, opened[i % 3])) for i in range(rounds)]
     cold = []
     for i in range(0 if cuda else min(rounds, 30)):
         form = opened[i % 3]
         os.fsync(form.file.fileno())
         os.posix_fadvise(form.file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        cold.append(timed(lambda form=form: slot.fill(form)))
-    settled = rss_bytes()
+        cold.append(timed(partial(slot.fill, form)))
+    settled = held_bytes()
     for i in range(GROWTH_SWAPS):
         slot.fill(opened[i % 3])
     gc.collect()
-    growth = rss_bytes() - settled
+    growth = held_bytes() - settled
     slot.remove()
     return {
+        "device": loaded.device.type,
         "base_bytes": base,
         "slot_bytes": slot.resident_bytes,
         "resident_bytes": resident,
@@ -99,7 +105,7 @@ def exchanged(model: torch.nn.Module, forms: list[FlatAdapter], rounds: int) -> 
     for number, form in enumerate(forms):
         slot.fill(form, number)
     held, settled = slot.resident_bytes, rss_bytes()
-    times = [timed(lambda i=i: slot.select(i % 2)) for i in range(max(rounds, GROWTH_SWAPS))]
+    times = [timed(partial(slot.select, i % 2)) for i in range(max(rounds, GROWTH_SWAPS))]
     gc.collect()
     return {**figures(times), "slot_bytes": held, "growth_bytes": rss_bytes() - settled}
 
@@ -120,11 +126,11 @@ def peft(setup: Setup, rounds: int) -> dict[str, object]:
         model.delete_adapter("slot" if i == 0 else f"new{i - 1}")
 
     few = max(rounds // 10, 6)
-    hot = [timed(lambda i=i: hotswap_adapter(model, folders[i % 3], "slot", torch_device=device)) for i in range(few)]
-    loads = [timed(lambda i=i: load_and_set(i)) for i in range(few)]
+    hot = [timed(partial(hotswap_adapter, model, folders[i % 3], "slot", torch_device=device)) for i in range(few)]
+    loads = [timed(partial(load_and_set, i)) for i in range(few)]
     for i, name in enumerate("abc"):
         model.load_adapter(folders[i], adapter_name=name)
-    sets = [timed(lambda i=i: model.set_adapter("abc"[i % 3])) for i in range(rounds)]
+    sets = [timed(partial(model.set_adapter, "abc"[i % 3])) for i in range(rounds)]
     return {"load_set_delete": figures(loads), "hotswap": figures(hot), "set_adapter": figures(sets)}
 
 

@@ -16,6 +16,7 @@ import os
 import sys
 from typing import Any
 
+from _figures import figure
 from own_ray import local_ray
 from rich.console import Console
 from rich.table import Table
@@ -64,11 +65,9 @@ def show(figures: dict[str, dict[str, Any]]) -> None:
     table = Table(title="Teachers", title_justify="left")
     for heading in ("figure", "value", "target", "met"):
         table.add_column(heading)
-    for name, figure in figures.items():
-        target = figure["target"]
-        table.add_row(
-            name, str(figure["value"]), "" if target is None else str(target), "yes" if figure["met"] else "NO"
-        )
+    for name, of in figures.items():
+        target = "" if of["target"] is None else str(of["target"])
+        table.add_row(name, str(of["value"]), target, "yes" if of["met"] else "NO")
     Console(width=100).print(table)
     print(json.dumps(figures))
 
@@ -93,7 +92,7 @@ def main() -> None:
         for part in options.only:
             print(f"{part} …", file=sys.stderr, flush=True)
             found = measure(part, server, options)
-            figures |= {name: {"value": v, "target": t, "met": met} for name, (v, t, met) in found.items()}
+            figures |= {name: figure(*of) for name, of in found.items()}
             print(f"  {found}", file=sys.stderr, flush=True)
     show(figures)
 

@@ -66,13 +66,13 @@ def cluster() -> Iterator[Cluster]:
     logging.getLogger("ray").setLevel(logging.ERROR)
     # A dead node is noticed sooner than by default.
     noticed = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 1000}
-    store = {"object_store_memory": 256 * 2**20}
+    store: dict[str, Any] = {"object_store_memory": 256 * 2**20}
     head = {"num_cpus": 0, "include_dashboard": False, "_system_config": noticed, **store, **_ports()}
     made = Cluster(initialize_head=True, head_node_args=head)
     try:
         for _ in range(_NODES):
             made.add_node(num_cpus=1, **store, **_ports())
-        ray.init(address=made.address, log_to_driver=False, logging_level="error")
+        ray.init(address=made.address, log_to_driver=False, logging_level=logging.ERROR)
         ray.data.DataContext.get_current().enable_progress_bars = False
         yield made
     finally:
@@ -80,7 +80,7 @@ def cluster() -> Iterator[Cluster]:
         made.shutdown()
 
 
-def _ports() -> dict[str, int]:
+def _ports() -> dict[str, Any]:
     """Ports whose defaults may belong to another Ray."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _figures import figure
 
 HERE = Path(__file__).parent
 TRL_PINS = ["trl==1.16.0", "transformers==5.23.0", "peft==0.21.2", "torch==2.13.0"]
@@ -84,7 +85,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", help="tokenised examples, as --write-data writes them")
     parser.add_argument("--write-data")
     parser.add_argument("--kind", choices=("tasks", "random"), default="tasks")
-    parser.add_argument("--only", default="ours,plain,trl,deepspeed,ray")
+    parser.add_argument("--only", default="ours,plain,plain-compiled,trl,deepspeed,ray")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=0, help="longest training of a contender and round")
     parser.add_argument("--limit", type=float, help="seconds that a contender may take in all; it has failed then")
@@ -181,8 +182,8 @@ def list_contenders(options: argparse.Namespace, job: dict[str, Any]) -> dict[st
         found["ours"] = (ours, {})
     if "plain" in wanted:
         found["plain padded PEFT loop"] = (plain, {"compile": False})
-        if job["compile"]:
-            found["plain padded PEFT loop, compiled"] = (plain, {})
+    if "plain-compiled" in wanted and job["compile"]:
+        found["plain padded PEFT loop, compiled"] = (plain, {})
     if "bits" in wanted and available("bitsandbytes"):
         found["ours, base in 16 bits, not compiled"] = (ours, {"compile": False})
         for bits in (8, 4):
@@ -250,7 +251,7 @@ def report(job: dict[str, Any], results: dict[str, list[dict[str, Any]]], option
     goal = loss_to_reach(results)
     until: dict[str, float | None] = {}
     for name, found in results.items():
-        reached = [seconds for r in found if (seconds := seconds_to(r, goal)) is not None]
+        reached = [taken for r in found if (taken := seconds_to(r, goal)) is not None]
         until[name] = statistics.median(reached) if reached else None
     print(f"\n{job['device']}, {job['dtype']}, rank {job['rank']}, {job['batch']} examples a step, ", end="")
     print(f"{job['threads']} threads, {options.rounds} rounds, data: {options.data or options.kind}\n")
@@ -259,13 +260,13 @@ def report(job: dict[str, Any], results: dict[str, list[dict[str, Any]]], option
     for name, found in results.items():
         rounds = " ".join(f"{rate(r, 'targets'):.0f}" for r in found)
         peak = max(r["peak_bytes"] for r in found) / 1e9
-        seconds = f"{until[name]:.1f}" if until[name] is not None else "-"
-        print(f"{name:34}{speed[name]:11.0f}{rounds:>22}{cpu[name]:9.1f}{tokens[name]:11.0f}{peak:9.2f}{seconds:>18}")
+        there = "-" if (seconds := until[name]) is None else f"{seconds:.1f}"
+        print(f"{name:34}{speed[name]:11.0f}{rounds:>22}{cpu[name]:9.1f}{tokens[name]:11.0f}{peak:9.2f}{there:>18}")
     found_figures = figures(job, results, speed, tokens, until)
     if "ours" in results:
         achieved, most = flops_per_second(job, results["ours"]), matmul_rate(job)
         print(f"\nours: {achieved / 1e12:.2f} of the {most / 1e12:.2f} TFLOP/s of a large {job['dtype']} product here")
-        found_figures["share_of_matmul_rate"] = {"value": round(achieved / most, 4), "target": None, "met": True}
+        found_figures["share_of_matmul_rate"] = figure(achieved / most)
     print(json.dumps(found_figures))
 
 
@@ -282,7 +283,7 @@ def figures(
     processor = {n: statistics.median(r["targets"] / r["cpu_seconds"] for r in found) for n, found in results.items()}
 
     def add(name: str, value: float, target: float, met: bool) -> None:
-        found[name] = {"value": round(value, 4), "target": target, "met": met}
+        found[name] = figure(value, target, met)
 
     ours, plain = speed.get("ours"), speed.get("plain padded PEFT loop")
     trl = max((v for n, v in speed.items() if n.startswith("TRL")), default=None)
@@ -303,7 +304,7 @@ def figures(
         extra = step_seconds(full, results["ours"]) / step_seconds(results["ours"], full) - 1
         add("ray_deepspeed_overhead", extra, 0.03, extra <= 0.03)
         paused = statistics.median(sum(r["checkpoint_seconds"]) / r["seconds"] for r in full)
-        found["of_it_checkpoints"] = {"value": round(paused, 4), "target": None, "met": True}
+        found["of_it_checkpoints"] = figure(paused)
     return found
 
 

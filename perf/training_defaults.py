@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _figures import figure
 
 from cascade import benchmarks
 from cascade.benchmarks.mixture import load_tasks
@@ -168,7 +169,7 @@ def figures(cells: dict[str, Cell]) -> dict[str, Any]:
             ("held_out_loss", statistics.mean(cell.losses)),
             ("exact", statistics.mean(map(float, cell.passed))),
         ):
-            found[f"{what}, {name}"] = {"value": round(value, 4), "n": len(cell.passed), "target": None, "met": True}
+            found[f"{what}, {name}"] = figure(value, n=len(cell.passed))
     return found
 
 

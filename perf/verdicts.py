@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from _figures import figure
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers"), str(Path(__file__).parent)]
@@ -310,11 +311,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         began = time.monotonic()
         print(f"{name}:", flush=True)
         measured = PARTS[name](options)
-        for figure, (value, target, met) in measured.items():
-            print(f"  {figure:45} {value!s:>16}   (target: {target}){'' if met else '  NOT MET'}")
+        for what, (value, target, met) in measured.items():
+            print(f"  {what:45} {value!s:>16}   (target: {target}){'' if met else '  NOT MET'}")
         print(f"  {time.monotonic() - began:.0f} s", flush=True)
         figures |= measured
-    print(json.dumps({k: {"value": v, "target": t, "met": bool(m)} for k, (v, t, m) in figures.items()}))
+    print(json.dumps({name: figure(*of) for name, of in figures.items()}))
 
 
 if __name__ == "__main__":

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
 import time
+from collections.abc import Awaitable
 from pathlib import Path
 
 import httpx
 import psutil
-from serving_setup import Ask, body_of
+from serving_setup import Answered, Ask, body_of
 
 HERE = Path(__file__).parent
 
@@ -19,6 +21,26 @@ async def beside(script: str, url: str) -> asyncio.subprocess.Process:
     host, port = url.removeprefix("http://").split(":")
     pipe = asyncio.subprocess.PIPE
     return await asyncio.create_subprocess_exec(sys.executable, str(HERE / script), host, port, stdin=pipe, stdout=pipe)
+
+
+async def at_once(url: str, asks: list[Ask]) -> list[Answered]:
+    """What came of requests that perf/serving_burst.py sent together: statuses and seconds."""
+    bodies = json.dumps([body_of(ask) for ask in asks]).encode()
+    client = await beside("serving_burst.py", url)
+    said, _ = await client.communicate(bodies)
+    assert client.returncode == 0, "the burst was not sent"
+    return [
+        Answered(ask, status, seconds=seconds) for ask, (status, seconds) in zip(asks, json.loads(said), strict=True)
+    ]
+
+
+async def watched(url: str, work: Awaitable[list[Answered]]) -> tuple[list[Answered], list[float]]:
+    """What came of the work, and how many seconds /health took while it was done, asked by a process of its own."""
+    watchdog = await beside("serving_health.py", url)
+    answers = await work
+    said, _ = await watchdog.communicate(b"")  # which ends its input
+    assert watchdog.returncode == 0, "/health failed"
+    return answers, json.loads(said)
 
 
 async def computed_on_ms(url: str, engine: int, ask: Ask) -> float:
