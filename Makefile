@@ -25,11 +25,11 @@ serve: $(INSTALLED)
 
 test: test-fast test-integration
 
-test-fast: $(INSTALLED)
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not integration"
+test-fast: $(INSTALLED)  # one thread for each of the two workers
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not integration" --ignore=tests/integration
 
 test-integration: $(INSTALLED)
-	$(BIN)/python -m pytest -q -m integration
+	$(BIN)/python -m pytest -q tests/integration
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -26,13 +26,17 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from cascade.errors import DataError
+from cascade.errors import CascadeError, ConfigError, DataError
 from cascade.tasks import from_table, to_table
 
 Record = TypeVar("Record")
 MANIFEST = "manifest.json"
 _MERGED = b"cascade.parts"
 """Schema metadata of a whole table: the parts that it was made of."""
+
+
+class StorageError(CascadeError, OSError):
+    """The storage takes no more: it is full, read-only or no folder. What was written before is kept."""
 
 
 def fingerprint(**parts: Any) -> str:
@@ -53,8 +57,19 @@ def sha256_of_file(path: str | os.PathLike[str]) -> str:
 
 @cache
 def _resolve(uri: str) -> tuple[pafs.FileSystem, str]:
-    """File system and path of a URI, opened once per process (an object store's client asks the network for it)."""
-    filesystem, path = pafs.FileSystem.from_uri(uri)
+    """File system and path of a URI, opened once per process (an object store's client asks the network for it).
+
+    Raises:
+        ConfigError: it is none that Arrow knows, or names no bucket.
+    """
+    try:
+        filesystem, path = pafs.FileSystem.from_uri(uri)
+    except pa.ArrowInvalid as error:
+        raise ConfigError(
+            f"{uri} is no storage: {error}. Give a path, s3://bucket/prefix or gs://bucket/prefix"
+        ) from None
+    if not path:
+        raise ConfigError(f"{uri} is no storage: it names no bucket. Give s3://bucket/prefix or gs://bucket/prefix")
     return filesystem, path
 
 
@@ -108,20 +123,22 @@ class Store:
             return stream.read()
 
     def write_bytes(self, relative: str, data: bytes) -> None:
-        """Write a file whole or not at all: object stores do so themselves, elsewhere by rename."""
-        fs, target = self.filesystem, self.path(relative)
-        if not self.is_local:
+        """Write a file whole or not at all: object stores do so themselves, elsewhere by rename.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        target = self.path(relative)
+        try:
+            if self.is_local:
+                _write_whole(target, data)
+                return
             kind = mimetypes.guess_type(target)[0]  # so that a browser shows a page rather than saves it
-            with fs.open_output_stream(target, metadata={"Content-Type": kind} if kind else None) as stream:
+            metadata = {"Content-Type": kind} if kind else None
+            with self.filesystem.open_output_stream(target, metadata=metadata) as stream:
                 stream.write(data)
-            return
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        temporary = f"{target}.{uuid.uuid4().hex}.tmp"
-        with open(temporary, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, target)
+        except OSError as error:
+            raise StorageError(f"{self.uri_of(relative)} cannot be written: {error.strerror or error}") from error
 
     def read_json(self, relative: str) -> Any:
         return json.loads(self.read_bytes(relative))
@@ -161,6 +178,21 @@ class Store:
         return target
 
 
+def _write_whole(target: str, data: bytes) -> None:
+    """A local file, through a temporary one beside it, of which nothing stays where there is no room for it."""
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    temporary = f"{target}.{uuid.uuid4().hex}.tmp"
+    try:
+        with open(temporary, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, target)
+    except OSError:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
 def _move(partial: Path, target: Path) -> None:
     """Rename; where another process was quicker, its copy is as good and ours goes."""
     try:
@@ -197,7 +229,14 @@ class Run:
     @property
     def manifest(self) -> dict[str, Any]:
         path = f"{self.folder}/{MANIFEST}"
-        return self.store.read_json(path) if self.store.exists(path) else {}
+        try:
+            return dict(self.store.read_json(path)) if self.store.exists(path) else {}
+        except (ValueError, TypeError) as error:
+            raise self._damaged(MANIFEST, error) from None
+
+    def _damaged(self, file: str, error: Exception) -> DataError:
+        where = self.store.uri_of(self.folder)
+        return DataError(f"{where}/{file} is damaged ({error}): delete {where}, and the step is done anew")
 
     @property
     def done(self) -> bool:
@@ -226,7 +265,10 @@ class Run:
 
     def write_arrow(self, table: str, content: pa.Table) -> None:
         """As `write_table`, with an Arrow table."""
-        parts = self._parts(table)
+        self._write_for(self._parts(table), table, content)
+
+    def _write_for(self, parts: Sequence[str], table: str, content: pa.Table) -> None:
+        """Write a whole table in place of these of its parts."""
         metadata = {**(content.schema.metadata or {}), _MERGED: json.dumps(parts)}
         self._put(table, content.replace_schema_metadata(metadata))
         for part in parts:
@@ -240,10 +282,13 @@ class Run:
     def _get(self, file: str, columns: Sequence[str] | None = None) -> pa.Table:
         """A file's table, or some columns of it and those of the key."""
         source = pa.BufferReader(self.store.read_bytes(f"{self.folder}/{file}"))
-        if columns is not None:
-            columns = list(dict.fromkeys([*columns, *_key_columns(pq.read_schema(source))]))
-            source.seek(0)
-        return pq.read_table(source, columns=columns)
+        try:
+            if columns is not None:
+                columns = list(dict.fromkeys([*columns, *_key_columns(pq.read_schema(source))]))
+                source.seek(0)
+            return pq.read_table(source, columns=columns)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise self._damaged(file, error) from None
 
     def _parts(self, table: str) -> list[str]:
         """File names of a table's parts, oldest first."""
@@ -256,8 +301,21 @@ class Run:
         Args:
             columns: those that are wanted; None: all.
         """
+        return self._parts_and_all(table, columns)[1]
+
+    def _parts_and_all(self, table: str, columns: Sequence[str] | None = None) -> tuple[list[str], pa.Table | None]:
+        """The parts that there are, and the table with them. What another process merges meanwhile is read merged."""
+        while True:
+            parts = self._parts(table)
+            try:
+                return parts, self._read(table, parts, columns)
+            except FileNotFoundError:
+                if self._parts(table) == parts:
+                    raise
+
+    def _read(self, table: str, parts: Sequence[str], columns: Sequence[str] | None = None) -> pa.Table | None:
+        """What was merged, with these parts."""
         pieces, merged = [], set()
-        parts = self._parts(table)
         if self.store.exists(f"{self.folder}/{table}.parquet"):
             pieces.append(self._get(f"{table}.parquet", columns))
             merged = set(json.loads((pieces[0].schema.metadata or {}).get(_MERGED, b"[]")))
@@ -280,7 +338,7 @@ class Run:
             "job": self.job,
             "domain": self.domain,
             "fingerprint": self.fingerprint,
-            "state": "running",
+            "state": "begun",
             "inputs": dict(self.inputs),
             "config": config.model_dump(mode="json") if hasattr(config, "model_dump") else config,
             "starts": manifest.get("starts", 0) + 1,
@@ -292,12 +350,12 @@ class Run:
         self.store.write_json(f"{self.folder}/{MANIFEST}", self.manifest | figures)
 
     def merge(self) -> None:
-        """Put the parts of each table together, sorted by its first column."""
+        """Put the parts of each table together, sorted by its first column; those that come meanwhile stay parts."""
         for table in self.tables():
             if self._parts(table):
-                merged = self.read_arrow(table)
+                parts, merged = self._parts_and_all(table)
                 assert merged is not None
-                self.write_arrow(table, merged.sort_by(merged.column_names[0]))
+                self._write_for(parts, table, merged.sort_by(merged.column_names[0]))
 
     def finish(self, metrics: Mapping[str, Any], **more: Any) -> None:
         """Merge the parts of each table and mark the run done."""

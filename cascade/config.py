@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from cascade.config_sections import Fraction, Positive, Section, Usd, explain
 from cascade.config_sections import Weights as Weights
@@ -113,6 +113,14 @@ class Student(Section):
         0.0, ge=0, description="of the student's answers, when tested and when served; 0: greedy"
     )
 
+    @field_validator("prompts")
+    @classmethod
+    def _have_names_of_their_own(cls, prompts: list[PromptStyle]) -> list[PromptStyle]:
+        names = [style.name.replace(".", "_") for style in prompts]  # as their tables are called
+        if len(set(names)) < len(names):
+            raise ValueError("each style needs a name of its own ('.' and '_' count alike)")
+        return prompts
+
 
 class Clusters(Section):
     """Kinds of failed tasks, by k-means over the base's own embeddings of them."""
@@ -120,6 +128,17 @@ class Clusters(Section):
     enabled: bool = Field(True, description="embed what the base fails and report by kind; takes one pass over it")
     count: Positive | None = Field(None, description="how many kinds; null: the number that separates them best")
     cap: Positive | None = Field(None, description="most training examples of one kind; null: no limit")
+
+
+ROUTER_NETWORKS = 5
+"""Networks that a router is made of, one for each fold of its training."""
+ROUTER_BYTES = 13_000_000
+"""The router's size on disk and in memory may not pass this."""
+
+
+def router_bytes(features: int, hidden: int, outputs: int = 0) -> int:
+    """Bytes of a router's three layers, with their biases, in float32."""
+    return 4 * (features * hidden + hidden * hidden + hidden * outputs + 2 * hidden + outputs)
 
 
 class Router(Section):
@@ -131,6 +150,17 @@ class Router(Section):
     threshold: Fraction = Field(
         0.8, description="below this confidence that a request is of a kind that was measured, it goes to the base"
     )
+
+    @model_validator(mode="after")
+    def _is_small(self) -> Router:
+        """Without its outputs: what each candidate adds is little, and checked when it is known."""
+        size = router_bytes(self.features, ROUTER_NETWORKS * self.hidden)
+        if size > ROUTER_BYTES:
+            raise ValueError(
+                f"features {self.features} and hidden {self.hidden} make a router of {size / 1e6:.1f} MB, of which at "
+                f"most {ROUTER_BYTES / 1e6:.0f} are allowed: lower one of them"
+            )
+        return self
 
 
 class Serving(Section):
@@ -153,7 +183,7 @@ class Reference(Section):
 
     model: str = Field(description="whose scores these are, as the report calls it")
     source: str = Field(description="where the scores were published")
-    scores: dict[str, float] = Field(description="benchmark -> score in percent")
+    scores: dict[str, Annotated[float, Field(gt=0, le=100)]] = Field(description="benchmark -> score in percent")
     target_ratio: tuple[float, float] = Field(description="aim as a share of the reference, low and high")
 
 
@@ -212,8 +242,12 @@ class Execution(Section):
 class Config(Section):
     """One domain, from tasks to router."""
 
-    domain: str = Field(pattern=r"^[a-z][a-z0-9_-]*$", description="its name: of its folder, its modifier, its route")
-    seed: int = Field(17, description="of tasks, samples, training and search; another seed is another run")
+    domain: str = Field(
+        pattern=r"^[a-z][a-z0-9_-]{0,63}$", description="its name: of its folder, its modifier, its route"
+    )
+    seed: int = Field(
+        17, ge=0, lt=2**31, description="of tasks, samples, training and search; another seed is another run"
+    )
     storage: str = Field("out", description="folder or URI (s3://…, gs://…) for runs, ledger, modifiers and router")
     base: Base
     tasks: Tasks
@@ -230,6 +264,13 @@ class Config(Section):
     serving: Serving = Serving()
     reference: Reference | None = None
     execution: Execution = Execution()
+
+    @field_validator("domain")
+    @classmethod
+    def _names_no_other_route(cls, domain: str) -> str:
+        if domain in ("base", "cascade"):
+            raise ValueError(f"requests name the base and the router so (got {domain!r}): choose another name")
+        return domain
 
     @model_validator(mode="after")
     def _sections_go_together(self) -> Config:
@@ -260,6 +301,8 @@ def load_config(path: str | os.PathLike[str]) -> Config:
         raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read the config {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text: {error}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(raw, dict):

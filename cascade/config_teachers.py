@@ -59,7 +59,7 @@ class Teacher(Section):
     batch_price_share: Fraction = Field(0.5, description="price of a batch's request as a share of the live price")
     keep_reasoning: bool = Field(False, description="train on the whole answer rather than on the final answer alone")
     timeout_s: float = Field(120.0, gt=0, description="seconds to wait for one answer")
-    retries: int = Field(5, ge=0, description="per request, on 429, 5xx, timeouts and broken connections")
+    retries: int = Field(5, ge=0, description="per request, on 5xx, timeouts and lost connections; a 429 is waited out")
     budget_usd: Usd | None = Field(None, description="hard limit for this tier; null: the domain's budget alone")
     expected_share: Fraction | None = Field(
         None, description="share of the failures that this tier is expected to solve; used by the plan alone"

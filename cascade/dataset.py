@@ -225,12 +225,13 @@ def check_dataset(folder: str | Path) -> DatasetCheck:
         front = yaml.safe_load((root / CARD).read_text(encoding="utf-8").split("---\n")[1])["cascade"]
         data = (root / PARQUET).read_bytes()
         rows = from_table(DatasetRow, pq.read_table(pa.BufferReader(data)))
-    except (OSError, KeyError, IndexError, TypeError, yaml.YAMLError, pa.ArrowInvalid) as error:
+        sha256, count, counted = front["sha256"], front["rows"], front["counts"]
+    except (OSError, KeyError, IndexError, TypeError, ValueError, yaml.YAMLError) as error:
         raise DataError(f"{folder} holds no data set that `cascade export-dataset` wrote: {error}") from error
     problems = []
-    if hashlib.sha256(data).hexdigest() != front["sha256"]:
+    if hashlib.sha256(data).hexdigest() != sha256:
         problems.append("the Parquet file is not the one that the card was written for (SHA-256)")
-    if front["rows"] != len(rows) or front["counts"] != json.loads(json.dumps(counts(rows))):
+    if count != len(rows) or counted != json.loads(json.dumps(counts(rows))):
         problems.append("the card's counts are not those of the rows")
     seen = Counter(json.dumps([m.as_dict() for m in r.messages]) for r in rows)
     problems += [f"{n} rows hold the same conversation" for n in [sum(c - 1 for c in seen.values())] if n]

@@ -25,7 +25,7 @@ from cascade.errors import ConfigError, DataError
 from cascade.models.base import check_weights, default_device, resolve_dtype
 from cascade.models.files import base_folder, base_sha256
 from cascade.models.int8 import hold_in_int8
-from cascade.routing.model import current_version, local_folder
+from cascade.routing.model import load_current, local_folder
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,7 @@ def bill(config: Config, cache: Path) -> Bill:
 
     Raises:
         ConfigError: there is nothing to serve yet, or the base cannot be had.
+        FormatError: a modifier or the router is damaged.
     """
     store, dtype = Store(config.storage), resolve_dtype(config.base.dtype, default_device())
     items = [_base(config, dtype)]
@@ -86,8 +87,9 @@ def bill(config: Config, cache: Path) -> Bill:
             items.append(Item("modifier", domain, found.version, found.sha256, found.disk_bytes, resident))
     if len(items) == 1:
         raise ConfigError(f"there is no modifier in {store.uri} yet: run the pipeline first")
-    version = current_version(store)
-    if version is not None:
+    router = load_current(store, cache)  # which sees that it is whole
+    if router is not None:
+        version = router[0]
         folder = local_folder(store, version, cache)
         size = sum(f.stat().st_size for f in folder.iterdir() if f.is_file())
         weights = folder / "router.safetensors"
@@ -103,7 +105,7 @@ def bundle(config: Config, target: Path, cache: Path) -> Path:
 
     Raises:
         DataError: the target exists and is not empty.
-        ConfigError: see `bill`.
+        ConfigError, FormatError: see `bill`.
     """
     if target.exists() and any(target.iterdir()):
         raise DataError(f"{target} exists and is not empty: give a new folder")

@@ -164,8 +164,8 @@ def cli_page() -> str:
         NOTE,
         "# Every command",
         "Each prints this with `--help`; `cascade --version` shows the version. Exit codes: 0 done; 1 an error, with "
-        "its traceback; 2 what you can mend: a config, a key, a budget, an option. CONFIG is the YAML file of a domain "
-        "([its keys](config.md)).",
+        "its traceback; 2 what you can mend: a config, a key, a budget, a full disk, an option; 130 Ctrl-C. CONFIG is "
+        "the YAML file of a domain ([its keys](config.md)).",
         *(_typer_command(name, command) for name, command in commands.items() if name not in jobs),
         "## cascade JOB CONFIG",
         f"Run one job alone; the jobs before it must be done. JOB is {_or(jobs)}.",

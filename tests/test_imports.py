@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -22,9 +23,15 @@ def modules(*packages):
     return [path for package in packages for path in sorted((ROOT / package).rglob("*.py"))]
 
 
+@cache
+def nodes(path):
+    """All of a module's syntax tree."""
+    return list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+
+
 def imported(path):
     """The packages that a module names in its imports, lazy ones included."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             yield from (alias.name.split(".")[0] for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
@@ -51,31 +58,11 @@ def test_imports_run_one_way(package, forbidden):
     assert {path: names for path, names in wrong.items() if names} == {}
 
 
-def test_the_library_works_where_ray_is_not_installed():
-    """Importing every module of the library brings no Ray with it, not even through another package."""
-    names = [".".join(p.relative_to(ROOT).with_suffix("").parts) for p in modules("cascade")]
-    names = [n.removesuffix(".__init__") for n in names if not n.endswith("__main__")]
-    program = (
-        "import sys, importlib\n"
-        "class Refuse:\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name.split('.')[0] in ('ray', 'ray_jobs', 'serve'):\n"
-        "            raise ModuleNotFoundError(name)\n"
-        "sys.meta_path.insert(0, Refuse())\n"
-        f"for name in {names!r}:\n"
-        "    importlib.import_module(name)\n"
-        "assert not {m.split('.')[0] for m in sys.modules} & {'ray', 'ray_jobs', 'serve'}\n"
-    )
-    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=240)
-    assert result.returncode == 0, result.stderr[-2000:]
-
-
 def _calls(path, name):
     """Line numbers where `name(...)` is called directly."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
     return [
         node.lineno
-        for node in ast.walk(tree)
+        for node in nodes(path)
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == name
     ]
 
@@ -94,7 +81,7 @@ def test_every_file_is_short_enough_to_be_read():
 def test_no_function_needs_scrolling():
     long = {}
     for path in modules(*PACKAGES):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in nodes(path):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 body = node.body[1:] if ast.get_docstring(node) else node.body
                 lines = (node.end_lineno or 0) - body[0].lineno + 1 if body else 0

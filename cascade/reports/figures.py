@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -74,7 +75,9 @@ def to_svg(figure: Figure, label: str) -> str:
         label: what a screen reader says; also keeps the ids of two figures on one page apart.
     """
     buffer = io.StringIO()
-    with mpl.rc_context({"svg.hashsalt": label}):
+    with mpl.rc_context({"svg.hashsalt": label}), warnings.catch_warnings():
+        # Text stays text: the browser has the letters that are missing here.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
         FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None, "Type": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
@@ -98,6 +101,16 @@ def _figure(height: float) -> tuple[Figure, Axes]:
     return figure, figure.add_subplot(facecolor="none")
 
 
+_NAME, _LABEL = 32, 64
+"""Letters of a row's name that leave room for its bars, beside them and above."""
+
+
+def _short(name: str, most: int) -> str:
+    """A name in one line, cut off where it is too long; the tables have it whole."""
+    line = " ".join(name.split())
+    return line if len(line) <= most else f"{line[: most - 1]}…"
+
+
 @mpl.rc_context(STYLE)
 def accuracy(groups: Mapping[str, Mapping[str, Score]], label: str) -> str:
     """Horizontal bars with 95 % intervals, one group of three (base, modifier, compressed) per row.
@@ -112,7 +125,7 @@ def accuracy(groups: Mapping[str, Mapping[str, Score]], label: str) -> str:
             axes.barh(y, s.accuracy, height=0.24, color=_MODEL_COLOURS[model], label=model if row == 0 else None)
             axes.plot([s.low, s.high], [y, y], color=INK, linewidth=1)
             axes.text(s.high + 0.01, y, f"{s.accuracy:.0%}", va="center", fontsize=8, color=INK)
-    names = [f"{name} ({next(iter(scores.values())).n})" for name, scores in groups.items()]
+    names = [f"{_short(name, _NAME)} ({next(iter(scores.values())).n})" for name, scores in groups.items()]
     axes.set_yticks(range(len(names)), names, color=INK)
     axes.set_ylim(len(names) - 0.45, -0.55)
     axes.set_xlim(0, 1.08)
@@ -194,8 +207,7 @@ def kinds(rows: Sequence[KindRow]) -> str:
         for n, colour, label in [*parts, (row.unsolved, BAD, "unsolved")]:
             axes.barh(y, n, left=left, height=0.42, color=colour, label=label if y == 0 else None)
             left += n
-        label = row.label if len(row.label) <= _LABEL else f"{row.label[: _LABEL - 1]}…"
-        axes.text(0, y - 0.28, label, fontsize=9, va="bottom", color=INK)
+        axes.text(0, y - 0.28, _short(row.label, _LABEL), fontsize=9, va="bottom", color=INK)
         axes.annotate(f"{row.failures:,}", (left, y), (5, 0), textcoords="offset points", va="center", fontsize=8)
     axes.set_yticks([])
     axes.set_ylim(len(shown) - 0.6, -0.75)
@@ -207,7 +219,7 @@ def kinds(rows: Sequence[KindRow]) -> str:
     return to_svg(figure, "Kinds of failures by the tier that repaired them")
 
 
-_KINDS_DRAWN, _LABEL = 16, 64
+_KINDS_DRAWN = 16
 
 
 @mpl.rc_context(STYLE)

@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from cascade.reports import figures
-from cascade.reports.console import duration, megabytes, p_value, points
+from cascade.reports.console import SMALLEST_P, duration, megabytes, p_value, points
 from cascade.reports.data import CurvePoint, ReportData, front_of, plain, save_tables, tables_folder
 from cascade.reports.heat_map import heat_map, heat_rows
 from cascade.reports.summary import MODELS, ModelScore
@@ -87,6 +87,7 @@ def environment() -> Environment:
         "megabytes": megabytes,
         "duration": duration,
         "usd": usd,
+        "p": lambda p: f"{p:.2g}" if p >= SMALLEST_P else f"< {SMALLEST_P:.0e}",
         "count": lambda n: f"{n:,}",
         "interval": lambda bounds: f"{bounds[0]:.1%} – {bounds[1]:.1%}",
     }

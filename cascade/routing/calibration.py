@@ -40,6 +40,17 @@ class Calibrator:
     method: Method = "identity"
     parameters: tuple[float, ...] = ()
 
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            ValueError: there is no such method, or it has not so many parameters.
+        """
+        count = len(self.parameters)
+        fitting = {"identity": count == 0, "temperature": count == 1, "platt": count == 2}
+        fitting["isotonic"] = count > 0 and count % 2 == 0
+        if not fitting.get(self.method, False):
+            raise ValueError(f"there is no calibration by {self.method!r} with {count} parameters")
+
     def __call__(self, logits: ArrayLike) -> Floats:
         """Probabilities of the same shape."""
         z = np.asarray(logits, dtype=np.float64)

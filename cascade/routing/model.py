@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -191,9 +192,24 @@ class RouterModel:
             }
             names = tuple(manifest["candidates"])
             threshold = float(manifest["threshold"])
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+            model = cls(network.eval(), names, manifest["features"], manifest["hidden"], threshold, calibrators)
+            model._check()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
             raise FormatError(f"the router in {source} cannot be read: {type(error).__name__}: {error}") from error
-        return cls(network.eval(), names, manifest["features"], manifest["hidden"], threshold, calibrators)
+        return model
+
+    def _check(self) -> None:
+        """
+        Raises:
+            ValueError: it is none by which requests could be routed.
+        """
+        names = self.candidates
+        if names[:1] != (BASE,) or len(set(names)) < len(names) or not all(isinstance(n, str) for n in names):
+            raise ValueError(f"the candidates are {BASE!r} and then the modifiers, each once; not {names}")
+        if not 0 <= self.threshold <= 1:
+            raise ValueError(f"a threshold lies between 0 and 1, not at {self.threshold}")
+        if not all(np.isfinite(probability).all() for probability in self.probabilities(["What?"])):
+            raise ValueError("its probabilities are none")
 
 
 TOOLS_OFFERED = "Functions to call are offered."
@@ -221,6 +237,7 @@ def query_of(task: Task) -> str:
 # ------------------------------------------------------------------------------------------------ registry
 
 _FOLDER = "router"
+_VERSION = re.compile(r"[0-9a-f]{12}")
 
 
 def publish(store: Store, model: RouterModel, report: dict[str, Any] | None = None) -> str:
@@ -239,10 +256,17 @@ def publish(store: Store, model: RouterModel, report: dict[str, Any] | None = No
 
 
 def current_version(store: Store) -> str | None:
-    """Version of the current router, None if none was trained."""
+    """Version of the current router, None if none was trained.
+
+    Raises:
+        FormatError: CURRENT is damaged.
+    """
     if not store.exists(f"{_FOLDER}/CURRENT"):
         return None
-    return store.read_bytes(f"{_FOLDER}/CURRENT").decode().strip() or None
+    version = store.read_bytes(f"{_FOLDER}/CURRENT").decode("utf-8", "replace").strip()
+    if not _VERSION.fullmatch(version):
+        raise FormatError(f"{_FOLDER}/CURRENT holds no version's name")
+    return version
 
 
 def set_threshold(store: Store, cache: str | os.PathLike[str], threshold: float) -> str:

@@ -16,11 +16,9 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from cascade.config import ROUTER_BYTES, router_bytes
 from cascade.errors import ConfigError
 from cascade.models.threads import alone
-
-MAX_BYTES = 13_000_000
-"""The router's size on disk and in memory may not pass this."""
 
 _BATCH = 32
 _MOST_STEPS = 1500
@@ -40,16 +38,16 @@ class RouterNetwork(nn.Module):
         outputs: candidates + 2.
 
     Raises:
-        ConfigError: the weights would exceed `MAX_BYTES`.
+        ConfigError: the weights would exceed `ROUTER_BYTES`.
     """
 
     def __init__(self, features: int, hidden: int, outputs: int) -> None:
         super().__init__()
-        size = 4 * (features * hidden + hidden * hidden + hidden * outputs + 2 * hidden + outputs)
-        if size > MAX_BYTES:
+        size = router_bytes(features, hidden, outputs)
+        if size > ROUTER_BYTES:
             raise ConfigError(
-                f"router.features x router.hidden ({features} x {hidden}) makes a router of {size / 1e6:.1f} MB; "
-                f"at most {MAX_BYTES / 1e6:.0f} MB are allowed, so lower one of them"
+                f"{features} features in layers of {hidden} make a router of {size / 1e6:.1f} MB, of which at most "
+                f"{ROUTER_BYTES / 1e6:.0f} are allowed: lower router.features or router.hidden"
             )
         self.layers = nn.Sequential(
             nn.Linear(features, hidden),

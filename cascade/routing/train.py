@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cascade.config import Router
+from cascade.config import ROUTER_NETWORKS, Router
 from cascade.errors import DataError
 from cascade.routing.calibration import Bin, Calibration, calibrate, expected_calibration_error, reliability
 from cascade.routing.features import featurize
@@ -29,7 +29,7 @@ from cascade.routing.network import joined, target_matrix, train_network
 from cascade.scoring.statistics import paired_bootstrap, wilson
 
 MIN_QUERIES = 10
-_FOLDS = 5
+_FOLDS = ROUTER_NETWORKS
 _THRESHOLDS = np.linspace(0, 1, 21)
 Bools = NDArray[np.bool_]
 

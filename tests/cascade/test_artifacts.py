@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
 import pickle
+import re
 import signal
 import time
 
@@ -14,9 +16,9 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from cascade import artifacts
-from cascade.artifacts import Run, Store, fingerprint, open_run, sha256_of_file
+from cascade.artifacts import Run, StorageError, Store, fingerprint, open_run, sha256_of_file
 from cascade.config import Student
-from cascade.errors import DataError
+from cascade.errors import ConfigError, DataError
 from cascade.tasks import Completion, Verdict
 
 
@@ -156,6 +158,35 @@ def test_rows_added_after_a_merge_that_was_killed_are_kept(run, monkeypatch):
     assert ids(run) == ["t001", "t002", "t003"]
 
 
+def test_a_part_that_comes_while_others_are_merged_stays(run, monkeypatch):
+    """Another driver, or an actor that Ray took for dead, may write to the same run."""
+    run.write_part("verdicts", verdicts(1))
+    read = Run._read
+
+    def slow(self, *args):
+        found = read(self, *args)
+        run.write_part("verdicts", verdicts(2))
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_read", slow)
+        run.merge()
+    assert sorted(ids(run)) == ["t001", "t002"]
+
+
+def test_a_part_that_another_process_merges_is_read_where_it_went(run, monkeypatch):
+    run.write_part("verdicts", verdicts(1))
+    get = Run._get
+
+    def late(self, *args):
+        monkeypatch.setattr(Run, "_get", get)
+        run.merge()
+        return get(self, *args)
+
+    monkeypatch.setattr(Run, "_get", late)
+    assert ids(run) == ["t001"]
+
+
 def test_a_block_repeated_after_a_crash_counts_once_and_its_later_rows_stand(run):
     run.write_part("verdicts", verdicts(1, 2, outcome="fail"))
     run.write_part("verdicts", [*verdicts(2, 3), Verdict("t002", "base", "v1", "fail")])
@@ -215,7 +246,7 @@ def test_the_manifest_says_what_ran_and_how_often(run):
     manifest = run.manifest
     assert manifest["starts"] == 2
     assert manifest["created"] == created
-    assert manifest["state"] == "running"
+    assert manifest["state"] == "begun"
     assert manifest["config"]["max_tokens"] == 256
     assert manifest["fingerprint"] == run.fingerprint
     run.finish({"n": 1}, teacher="answer-key-small")
@@ -224,6 +255,17 @@ def test_the_manifest_says_what_ran_and_how_often(run):
 
 
 # ----------------------------------------------------------------------------------------------------- store
+
+
+def test_what_is_damaged_is_named_with_how_to_go_on(run):
+    run.start({})
+    run.write_part("verdicts", verdicts(1))
+    run.finish({})
+    for file, read in (("verdicts.parquet", ids), ("manifest.json", lambda found: found.done)):
+        whole = run.store.read_bytes(f"{run.folder}/{file}")
+        run.store.write_bytes(f"{run.folder}/{file}", whole[:-9])
+        with pytest.raises(DataError, match=rf"{run.name}/{file} is damaged .*: delete .*{run.name}, and the step"):
+            read(run)
 
 
 def test_files_are_replaced_whole(tmp_path):
@@ -240,6 +282,29 @@ def test_files_are_replaced_whole(tmp_path):
     store.delete("a")
     store.delete("a")
     assert store.list() == []
+
+
+def test_a_place_that_takes_no_file_is_named_and_nothing_half_written_stays(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match=r"file/store/a/b\.txt cannot be written: Not a directory"):
+        Store(str(tmp_path / "file/store")).write_bytes("a/b.txt", b"x")
+
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    store = Store(str(tmp_path / "full"))
+    with pytest.raises(StorageError, match="No space left on device"):
+        store.write_bytes("b.txt", b"x")
+    assert store.list() == []
+
+
+@pytest.mark.parametrize(
+    ("uri", "said"), [("foo://bar", "Unrecognized filesystem type"), ("s3://?region=x", "it names no bucket")]
+)
+def test_what_is_no_storage_is_refused_in_words(uri, said):
+    with pytest.raises(ConfigError, match=rf"{re.escape(uri)} is no storage: .*{said}.* Give .*s3://bucket/prefix"):
+        Store(uri).exists("x")
 
 
 def test_a_relative_store_does_not_move_with_the_working_folder(tmp_path, monkeypatch):

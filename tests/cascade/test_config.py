@@ -11,6 +11,8 @@ import yaml
 from cascade.artifacts import fingerprint
 from cascade.config import Config, Execution, check_config, load_config
 from cascade.errors import ConfigError
+from cascade.tasks import Message, Task
+from ray_jobs import JOBS, _runs
 
 TEACHER = {
     "name": "answer-key-small",
@@ -87,9 +89,24 @@ def test_an_unknown_key_is_named_with_those_that_are_allowed_there(path, section
         ("base.model", ..., "base.model: is required"),
         ("base.dtype", "float16", "base.dtype: Input should be 'auto', 'float32' or 'bfloat16' (got 'float16')"),
         ("domain", "Code!", "domain: String should match pattern"),
+        ("domain", "a" * 65, "domain: String should match pattern"),
+        ("seed", -1, "seed: Input should be greater than or equal to 0 (got -1)"),
+        ("seed", 2**32, "seed: Input should be less than 2147483648 (got 4294967296)"),
+        ("student.prompts", [{"name": "a.b"}, {"name": "a_b"}], "student.prompts: each style needs a name of its own"),
+        (
+            "reference",
+            {"model": "m", "source": "s", "scores": {"mbpp": 0}, "target_ratio": [0.5, 1]},
+            "reference.scores.mbpp: Input should be greater than 0 (got 0)",
+        ),
+        ("domain", "base", "domain: requests name the base and the router so (got 'base')"),
         ("training.zero_stage", 4, "training.zero_stage: Input should be 0, 1, 2 or 3 (got 4)"),
         ("training.lora.rank", 0, "training.lora.rank: Input should be greater than 0 (got 0)"),
         ("probe.folds", 1, "probe.folds: Input should be greater than or equal to 2 (got 1)"),
+        (
+            "router.features",
+            16384,
+            "router: features 16384 and hidden 64 make a router of 21.4 MB",
+        ),
         ("budget_usd", -1, "budget_usd: Input should be greater than or equal to 0 (got -1)"),
         ("tasks.test.sources", [], "tasks.test.sources: List should have at least 1 item"),
         ("compression.max_ratio", 1.5, "compression.max_ratio: Input should be less than or equal to 1 (got 1.5)"),
@@ -136,6 +153,9 @@ def test_files_that_are_no_config_are_refused_in_words(tmp_path):
     bad.write_text("tiers: [1, 2")
     with pytest.raises(ConfigError, match=r"bad\.yaml is not valid YAML"):
         load_config(bad)
+    bad.write_bytes("domain: café".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"bad\.yaml is not UTF-8 text"):
+        load_config(bad)
     bad.write_text("- a\n- b\n")
     with pytest.raises(ConfigError, match="must hold a mapping with the keys domain, seed"):
         load_config(bad)
@@ -164,22 +184,31 @@ def test_execution_is_apart_so_that_fingerprints_can_leave_it_out():
         assert fingerprint(x=getattr(one, section)) == fingerprint(x=getattr(other, section))
 
 
-def test_runs_of_the_pipeline_do_not_depend_on_execution(monkeypatch):
-    from cascade.tasks import Message, Task
-    from ray_jobs import JOBS, _runs
+def tasks_of(**more):
+    """In place of `load_tasks`: one task of each split, with these fields."""
 
     def tasks(config, split):
-        return [Task(f"t/{split}", "reasoning_gym", "reasoning", split, (Message("user", split),), config.seed)]
+        asked = (Message("user", split),)
+        return [Task(f"t/{split}", "reasoning_gym", "reasoning", split, asked, config.seed, **more)]
 
-    monkeypatch.setattr(_runs, "load_tasks", tasks)
+    return tasks
+
+
+@pytest.fixture
+def fingerprints(monkeypatch):
+    """Of every job of a config whose tasks and base cost nothing."""
+    monkeypatch.setattr(_runs, "load_tasks", tasks_of())
     monkeypatch.setattr(_runs, "base_sha256", lambda base: base.model)
-    quick = _runs.Runs(check_config(MINIMAL))
 
-    def fingerprints(config):
+    def found(config):
         runs = _runs.Runs(config)
         return {job: runs.run(job).fingerprint for job in JOBS}
 
-    plain = fingerprints(quick.config)
+    return found
+
+
+def test_runs_of_the_pipeline_do_not_depend_on_execution(fingerprints):
+    plain = fingerprints(check_config(MINIMAL))
     for key, value in (("execution.student_tokens", 7), ("execution.use_gpu", True), ("execution.train_workers", 2)):
         assert fingerprints(check_config(changed(key, value))) == plain
     for key, value, first in (
@@ -196,6 +225,32 @@ def test_runs_of_the_pipeline_do_not_depend_on_execution(monkeypatch):
         changed_jobs = [job for job in JOBS if other[job] != plain[job]]
         assert changed_jobs == list(JOBS[JOBS.index(first) :]), key
     assert fingerprints(check_config(changed("tiers.0.input_usd_per_million", 9))) == plain, "a price decides no answer"
+    assert fingerprints(check_config(changed("tiers.0.answer_key.latency_ms", 9))) == plain
+
+
+@pytest.mark.parametrize(
+    "field", [{"max_tokens": 9}, {"stop": ("\n",)}, {"difficulty": 2}, {"form": "likelihood", "choices": ("a", "b")}]
+)
+def test_how_a_task_is_asked_decides_all_runs(fingerprints, monkeypatch, field):
+    plain = fingerprints(check_config(MINIMAL))
+    monkeypatch.setattr(_runs, "load_tasks", tasks_of(**field))
+    other = fingerprints(check_config(MINIMAL))
+    assert not set(plain.items()) & set(other.items())
+
+
+def test_what_a_judge_says_decides_the_tiers_and_its_limits_and_prices_do_not(fingerprints):
+    model = {"name": "judge", "endpoints": [{"base_url": "https://a/v1"}]}
+    model |= {"input_usd_per_million": 1, "output_usd_per_million": 1}
+
+    def judged(more=None, **judge):
+        return fingerprints(check_config(changed("judge", {"model": model | (more or {}), **judge})))
+
+    plain = judged()
+    assert judged({"input_usd_per_million": 2, "retries": 9, "budget_usd": 3, "timeout_s": 5}) == plain
+    assert judged({"endpoints": [{"base_url": "https://a/v1", "requests_per_minute": 5, "api_key_env": "K"}]}) == plain
+    for other in (judged({"name": "another"}), judged(rubric="short is good")):
+        assert other["test_domain"] == plain["test_domain"]
+        assert other["generate_tier1"] != plain["generate_tier1"]
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,13 @@ def test_nothing_to_export_and_no_data_set_are_said(tmp_path: Path) -> None:
         check_dataset(tmp_path)
 
 
+@pytest.mark.parametrize("card", [b"---\ncascade: {rows: 4}\n---\n", b"---\n- 1\n---\n", b"\xff\xfe---\n"])
+def test_a_damaged_card_is_said(written: Path, card: bytes) -> None:
+    (written / CARD).write_bytes(card)
+    with pytest.raises(DataError, match="holds no data set"):
+        check_dataset(written)
+
+
 def test_hugging_face_datasets_loads_it(written: Path) -> None:
     datasets = pytest.importorskip("datasets")
     loaded = datasets.load_dataset(str(written), split="train", cache_dir=str(written.parent / "cache"))

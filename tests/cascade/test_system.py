@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from cascade import modifiers
 from cascade.artifacts import Store
 from cascade.bundles import open_bundle
 from cascade.config import Serving
-from cascade.errors import ConfigError, DataError
+from cascade.errors import ConfigError, DataError, FormatError
 from cascade.models.base import load_base
 from cascade.models.files import base_sha256
 from cascade.routing.model import RouterModel, current_report, load_current
@@ -71,6 +72,19 @@ def test_the_bill_counts_the_modifiers_that_are_in_memory_together(
 def test_without_modifiers_there_is_no_bill(stand_in: StandIn, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="run the pipeline first"):
         bill(stand_in.config.model_copy(update={"storage": str(tmp_path)}), tmp_path)
+
+
+def test_a_damaged_router_is_not_packed(stand_in: StandIn, tmp_path: Path) -> None:
+    shutil.copytree(stand_in.store.path(), tmp_path / "store")
+    config = stand_in.config.model_copy(update={"storage": str(tmp_path / "store")})
+    (weights,) = (tmp_path / "store" / "router").glob("*/router.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(FormatError, match="damaged"):
+        bundle(config, tmp_path / "packed", tmp_path)
+    shutil.rmtree(weights.parent)
+    with pytest.raises(FormatError, match="cannot be read"):
+        bundle(config, tmp_path / "packed", tmp_path)
+    assert not (tmp_path / "packed").exists()
 
 
 def test_a_bundle_is_the_whole_system(stand_in: StandIn, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from cascade.scoring.function_tests import run_cases
@@ -56,8 +57,8 @@ FORGED = {
     "gone under a bare except": "import os\ndef add(a, b): os._exit(0)",
     "interrupts init": "import os, signal\ndef add(a, b):\n  os.kill(1, signal.SIGINT)\n  return 99",
     "every signal to init": "import os, signal\ndef add(a, b):\n  for s in signal.valid_signals(): os.kill(1, s)\n  return 99",
-    "hides what it burned": "import os, time\nend = time.process_time() + 1.3\nwhile time.process_time() < end: pass\nos._exit = lambda code: time.sleep(60)\ndef add(a, b): return a + b",
-    "burns in a thread": "import threading\ndef burn():\n  while True: pass\nthreading.Thread(target=burn, daemon=True).start()\ndef add(a, b):\n  import time\n  while time.process_time() < 1.3: time.sleep(0.01)\n  return a + b",
+    "hides what it burned": "import os, time\nend = time.process_time() + 0.5\nwhile time.process_time() < end: pass\nos._exit = lambda code: time.sleep(60)\ndef add(a, b): return a + b",
+    "burns in a thread": "import threading\ndef burn():\n  while True: pass\nthreading.Thread(target=burn, daemon=True).start()\ndef add(a, b):\n  import time\n  while time.process_time() < 0.5: time.sleep(0.01)\n  return a + b",
     "nested beyond the stack": "import os\ndef add(a, b):\n  for fd in range(3, 64):\n    try: os.write(fd, b'{\"value\": ' + b'[' * 19000 + b']' * 19000 + b'}\\n')\n    except OSError: pass\n  return 99",
 }  # fmt: skip
 
@@ -140,7 +141,7 @@ JAVASCRIPT = {
     "children that compute": "const { spawn } = require('child_process'); for (let i = 0; i < 3; i++) { const c = spawn('python3', ['-c', 'while True: pass'], { detached: true, stdio: 'ignore' }); if (!c.pid) throw new Error('no child'); } function add(a, b) { return a + b }",
     "shell": "require('child_process').execSync('true'); function add(a, b) { return a + b }",
     "fork of node": "const c = require('child_process').fork('/tmp/x.js'); if (!c.pid) throw new Error('no child'); function add(a, b) { return a + b }",
-    "worker that computes": "const { Worker } = require('worker_threads'); new Worker('for (;;);', { eval: true }); async function add(a, b) { while (process.cpuUsage().user < 1.3e6) await new Promise(r => setTimeout(r, 50)); return a + b }",
+    "worker that computes": "const { Worker } = require('worker_threads'); new Worker('for (;;);', { eval: true }); async function add(a, b) { while (process.cpuUsage().user < 0.9e6) await new Promise(r => setTimeout(r, 50)); return a + b }",
     "addon of its own": "require('fs').copyFileSync('/usr/lib/x86_64-linux-gnu/libm.so.6', '/tmp/own.node'); try { process.dlopen({ exports: {} }, '/tmp/own.node') } catch (e) { if (!/did not self-register/.test(e)) throw e } function add(a, b) { return a + b }",
     "writes its own report": "require('fs').writeSync(1, '{\"results\": [{\"value\": 3}, {\"value\": 0}]}\\n'); function add() { return 99 }",
     "always a number": "function add() { return { valueOf: () => 3, toJSON: () => '3' } }",
@@ -162,7 +163,14 @@ OWN_TESTS = {
     "long text for the tests to search": "assert add(1, 2).count('a' * 1_000_000 + 'b') + add(1, 2).find(('a' * 999 + 'b') * 999) == 1",
 }
 """Attack -> the tests that it aims at, where those are not `TESTS`."""
-JAVASCRIPT_LIMITS = Limits(cpu_seconds=1, wall_seconds=5, memory_bytes=128 << 20)
+BURNS = {
+    *("hides what it burned", "burns in a thread", "busy loop", "busy loop at import", "ignores the CPU signal"),
+    *("catastrophic regex", "huge power", "output flood", "stack"),
+}
+"""Attacks that compute for as long as they are let, which a quarter of a second shows as well as a whole one."""
+WAITS = {"sleeps", "sleeps bit by bit", "threads that outlive", "closes its pipes and sleeps", "stops itself"}
+"""Attacks that do nothing for as long as they are let."""
+JAVASCRIPT_LIMITS = Limits(cpu_seconds=0.7, wall_seconds=5, memory_bytes=128 << 20)
 JAVASCRIPT_CASES = [{"args": [1, 2], "returns": 3}, {"args": [-1, 1], "returns": 0}]
 
 
@@ -170,4 +178,9 @@ def judge(name: str) -> TestResult:
     """What the checker says of an attack of FORGED, HUNG, BOMBS or JAVASCRIPT."""
     if name in JAVASCRIPT:
         return run_cases(JAVASCRIPT[name], "javascript", "add", JAVASCRIPT_CASES, JAVASCRIPT_LIMITS)
-    return run_tests((FORGED | HUNG | BOMBS)[name], OWN_TESTS.get(name, TESTS), limits=FAST)
+    limits = FAST
+    if name in BURNS:
+        limits = replace(FAST, cpu_seconds=0.25)
+    elif name in WAITS:
+        limits = replace(FAST, wall_seconds=2)
+    return run_tests((FORGED | HUNG | BOMBS)[name], OWN_TESTS.get(name, TESTS), limits=limits)

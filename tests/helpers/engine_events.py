@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
 from serve.engine import Engine
@@ -18,25 +18,34 @@ async def collect(engine: Engine, piece: Work) -> list[Event]:
     return [event async for event in engine.stream(piece)]
 
 
+async def until(reached: Callable[[], bool]) -> None:
+    """Wait, two minutes at most."""
+    end = time.perf_counter() + 120
+    while not reached():
+        assert time.perf_counter() < end
+        await asyncio.sleep(0.002)
+
+
 async def until_load(engine: Engine, wanted: tuple[int, int]) -> None:
     """Wait until so many rows run and jobs wait."""
-    end = time.perf_counter() + 30
-    while engine.load != wanted:
-        assert time.perf_counter() < end
-        await asyncio.sleep(0.005)
+    await until(lambda: engine.load == wanted)
 
 
 @asynccontextmanager
 async def crowded(engine: Engine, piece: Work, clients: int) -> AsyncIterator[None]:
-    """So many clients have begun to ask the same again and again; their last answers are waited for."""
+    """So many clients ask the same again and again, one at least has its answer; their last ones are waited for."""
     stop = asyncio.Event()
 
+    answered = 0
+
     async def client() -> None:
+        nonlocal answered
         while not stop.is_set():
             await collect(engine, piece)
+            answered += 1
 
     tasks = [asyncio.create_task(client()) for _ in range(clients)]
-    await asyncio.sleep(0.2)
+    await until(lambda: answered > 0)
     try:
         yield
     finally:

@@ -44,6 +44,7 @@ class Settings:
         completion_tokens: of every answer that is not in the book.
         cached_prompts: how many prompts (all messages but the last) it remembers.
         batch_s: how long a batch takes.
+        enqueued_tokens: most prompt tokens in batches that are in progress; one beyond them fails as it is validated.
         prices: US dollars per million prompt, cached and completion tokens.
     """
 
@@ -57,6 +58,7 @@ class Settings:
     completion_tokens: int = 20
     cached_prompts: int = 0
     batch_s: float = 1.0
+    enqueued_tokens: float = 1e9
     batch_price_share: float = 0.5
     prices: list[float] = field(default_factory=lambda: [1.0, 0.5, 4.0])
     seed: int = 0
@@ -244,11 +246,11 @@ class MockOpenAI:
             "endpoint": body["endpoint"],
             "input_file_id": body["input_file_id"],
             "completion_window": "24h",
-            "status": "in_progress",
+            "status": "validating",
             "created_at": int(time.time()),
             "metadata": body.get("metadata"),
         }
-        self.batches[batch["id"]] = batch | {"ready": time.monotonic() + self.settings.batch_s}
+        self.batches[batch["id"]] = dict(batch)
         return JSONResponse(batch)
 
     async def list_batches(self, request: Request) -> Response:
@@ -260,7 +262,9 @@ class MockOpenAI:
         return JSONResponse(self._look(self.batches[request.path_params["id"]]))
 
     def _look(self, batch: Body) -> Body:
-        """A batch as it stands; it is worked through when its time is up."""
+        """A batch as it stands: validated at the first look, worked through when its time is up."""
+        if batch["status"] == "validating":
+            self._validate(batch)
         if batch["status"] == "in_progress" and time.monotonic() >= batch["ready"]:
             results = []
             for line in self.files[batch["input_file_id"]].splitlines():
@@ -270,11 +274,30 @@ class MockOpenAI:
                 if not failed:
                     self.charge(call["body"], completion, self.settings.batch_price_share)
                 response = {"status_code": 500 if failed else 200, "body": {} if failed else completion}
-                results.append(json.dumps({"custom_id": call["custom_id"], "response": response, "error": None}))
+                line = {"custom_id": call["custom_id"], "response": response, "error": None}
+                results.append(json.dumps(line, ensure_ascii=False))
             name = f"file-{uuid.uuid4().hex}"
             self.files[name] = "\n".join(results).encode()
             batch |= {"status": "completed", "output_file_id": name}
-        return {k: v for k, v in batch.items() if k != "ready"}
+        return {k: v for k, v in batch.items() if k not in ("ready", "tokens")}
+
+    def _validate(self, batch: Body) -> None:
+        others = [b for b in self.batches.values() if b["status"] == "in_progress"]
+        taken = sum(b["tokens"] for b in others if self._look(b)["status"] == "in_progress")
+        calls = [json.loads(line) for line in self.files[batch["input_file_id"]].splitlines()]
+        tokens = sum(4 + -(-len(m["content"]) // 4) for call in calls for m in call["body"]["messages"])
+        if taken + tokens > self.settings.enqueued_tokens:
+            problem = {"code": "token_limit_exceeded", "message": queue_full(self.settings.enqueued_tokens)}
+            batch |= {"status": "failed", "errors": {"object": "list", "data": [problem]}}
+            return
+        batch |= {"status": "in_progress", "tokens": tokens, "ready": time.monotonic() + self.settings.batch_s}
+
+
+def queue_full(limit: float) -> str:
+    return (
+        f"Enqueued token limit reached for model-a in organization org-x. Limit: {limit:,.0f} enqueued tokens. "
+        "Please try again once some in_progress batches have been completed."
+    )
 
 
 def error(status: int, message: str, headers: dict[str, str] | None = None) -> Response:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
-from stand_in import free_port
+from served import served
 
 from cascade.compression.adapter import load_peft_folder
 
@@ -26,6 +25,7 @@ class MockVllm:
         requests: bodies of completions, in order.
         ended: how many streams were left before their end.
         updates: whether adapters may be loaded while it runs.
+        stands_after: tokens after which answers stand still until their clients leave, if any do.
         script: what the next completion answers instead of an answer: a status and a body.
     """
 
@@ -36,7 +36,7 @@ class MockVllm:
         self.ended = 0
         self.updates = True
         self.script: list[tuple[int, str]] = []
-        self.token_s = 0.0
+        self.stands_after: int | None = None
         self.api = self._api()
         self._web: uvicorn.Server
 
@@ -85,7 +85,8 @@ class MockVllm:
         text = body["model"][: body["max_tokens"]]
         try:
             for i, letter in enumerate(text):
-                await asyncio.sleep(self.token_s)
+                if i == self.stands_after:
+                    await asyncio.Event().wait()
                 reason = None if i + 1 < len(text) else "length" if len(text) == body["max_tokens"] else "stop"
                 yield line({"choices": [{"text": letter, "finish_reason": reason, "logprobs": noted(letter, body)}]})
             usage = {"prompt_tokens": len(body["prompt"]), "completion_tokens": len(text)}
@@ -112,13 +113,6 @@ def error(status: int, message: str) -> Response:
 @contextmanager
 def running(server: MockVllm) -> Iterator[str]:
     """Its URL, while it answers on loopback."""
-    port = free_port()
-    web = uvicorn.Server(uvicorn.Config(server.api, port=port, log_level="error"))
-    server._web = web
-    thread = threading.Thread(target=web.run, daemon=True)
-    thread.start()
-    while not web.started:
-        assert thread.is_alive(), "the mock server did not start"
-    yield f"http://127.0.0.1:{port}"
-    web.should_exit = True
-    thread.join()
+    server._web = uvicorn.Server(uvicorn.Config(server.api, log_level="error"))
+    with served(server._web) as url:
+        yield url

@@ -6,6 +6,7 @@ enough that base and modifiers answer everything differently. Built in a second,
 
 from __future__ import annotations
 
+import functools
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +25,8 @@ from cascade.compression.methods import Recipe
 from cascade.compression.packed import compress
 from cascade.config import Base, Config, Router, load_config
 from cascade.models.files import base_sha256
-from cascade.routing.model import publish
-from cascade.routing.train import train_router
+from cascade.routing.model import RouterModel, publish
+from cascade.routing.train import RouterReport, train_router
 
 CONTEXT = 512
 DOMAINS = ("letters", "sums")
@@ -138,7 +139,8 @@ def compressed_adapter(base_path: Path, seed: int) -> CompressedAdapter:
 def router_data(count: int = 60) -> tuple[list[str], dict[str, list[bool]]]:
     """Questions of both domains; each modifier answers those of its own, the base next to none."""
     rng = np.random.default_rng(0)
-    queries, outcomes = [], {"base": [], "letters": [], "sums": []}
+    queries: list[str] = []
+    outcomes: dict[str, list[bool]] = {"base": [], "letters": [], "sums": []}
     for i in range(count):
         of_letters = i % 2 == 0
         if of_letters:
@@ -154,10 +156,16 @@ def router_data(count: int = 60) -> tuple[list[str], dict[str, list[bool]]]:
 
 
 def publish_router(store: Store) -> str:
-    """Train and publish a router; returns its version."""
-    queries, outcomes = router_data()
-    model, report = train_router(queries, outcomes, Router(features=1024, hidden=16, epochs=20), seed=5)
+    """Publish a router; returns its version."""
+    model, report = _trained_router()
     return publish(store, model, report.as_dict())
+
+
+@functools.cache
+def _trained_router() -> tuple[RouterModel, RouterReport]:
+    """Trained once in a process: it takes most of the second that building takes, and is the same each time."""
+    queries, outcomes = router_data()
+    return train_router(queries, outcomes, Router(features=1024, hidden=16, epochs=20), seed=5)
 
 
 def _config(base_path: Path, storage: Path) -> dict[str, object]:

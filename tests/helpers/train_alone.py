@@ -28,15 +28,20 @@ def examples_of(runs: Runs) -> list[Example]:
     ]  # fmt: skip
 
 
-def main() -> None:
-    runs = Runs(load_config(sys.argv[1]))
-    _train.RESIZE_S = float(sys.argv[2]) if len(sys.argv) > 2 else _train.RESIZE_S
-    connect_ray(runs.config)
+def train(runs: Runs) -> None:
+    """Run the job, on the Ray that this process has joined."""
 
     def work(job: Job) -> Metrics:
         return _train.train_modifier(job, examples_of(runs), training_style(runs))
 
     run_job("train_modifier", work, runs)
+
+
+def main() -> None:
+    runs = Runs(load_config(sys.argv[1]))
+    _train.RESIZE_S = float(sys.argv[2]) if len(sys.argv) > 2 else _train.RESIZE_S
+    connect_ray(runs.config)
+    train(runs)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import yaml
 from clusters import add_worker
 from pipelines import ROOT, environment, write_config
 from ray.cluster_utils import Cluster
+from sums import own_sums
 
 from cascade.config import load_config
 from cascade.tasks import Verdict
@@ -25,7 +26,8 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 def config_of(folder: Path, storage: Path) -> Path:
     """The same domain in a storage of its own, in small blocks, with two teacher actors that take their time."""
-    config = yaml.safe_load(write_config(folder, storage=str(storage)).read_text())
+    tasks = own_sums(folder, levels=3, train=60, validation=24, test=30)
+    config = yaml.safe_load(write_config(folder, storage=str(storage), tasks=tasks).read_text())
     config |= {"clusters": {"enabled": False}, "student": {"max_tokens": 8, "prompts": [{"name": "direct"}]}}
     config["execution"] = {"teacher_actors": 2, "task_block": 8}
     config["tiers"][0]["answer_key"]["latency_ms"] = 400

@@ -18,6 +18,7 @@ import pytest
 import torch
 import yaml
 from stand_in import save_tiny_base
+from sums import own_sums
 from transformers import AutoModelForCausalLM
 
 from cascade import benchmarks
@@ -45,14 +46,12 @@ IN_FLIGHT = 2
 
 def write_config(folder: Path) -> Path:
     save_tiny_base(folder / "base")
-    generators = [{"name": "chain_sum", "options": {"min_terms": 2, "max_terms": 2, "max_digits": 2}}]
-    sources = [{"benchmark": "reasoning_gym", "options": {"generators": generators}}]
     prices = {"input_usd_per_million": 1.0, "output_usd_per_million": 2.0, "answer_key": {"max_difficulty": 3}}
     config = {
         "domain": "sums",
         "storage": str(folder / "out"),
         "base": {"model": str(folder / "base"), "dtype": "float32"},
-        "tasks": {n: {"count": 30, "sources": sources} for n in ("train", "validation", "test")},
+        "tasks": own_sums(folder, levels=2, train=30, validation=30, test=30),
         "student": {"max_tokens": 4},
         "tiers": [{"name": f"answer-key-{n}", "endpoints": [{"base_url": "answer-key"}], **prices} for n in (1, 2, 3)],
         "budget_usd": 1.0,
@@ -198,7 +197,9 @@ def check_choice(runs: Runs, adapter: AdapterWeights) -> None:
     assert metrics["resident_bytes"] <= limit
     assert metrics["disk_bytes"] == len(runs.store.read_bytes(f"{run.folder}/{FILE}"))
     assert metrics["recipe"] in metrics["finalists"].values()
-    assert "accura" in metrics["reason"]
+    chosen, whole = (metrics["validation"][name] for name in (metrics["chosen"], "trained"))
+    assert chosen["n"] == whole["n"] == len(runs.validation_tasks)
+    assert f"{chosen['passed']} of {chosen['n']} passed, uncompressed {whole['passed']}" in metrics["reason"]
     assert "3 steps of recovery training" in metrics["reason"]
 
 

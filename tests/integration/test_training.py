@@ -9,20 +9,23 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+import ray
 import torch
 import yaml
 from clusters import add_worker
 from ray.cluster_utils import Cluster
 from safetensors.torch import load_file
 from stand_in import save_tiny_base
-from train_alone import examples_of
+from sums import own_sums
+from train_alone import examples_of, train
 
 from cascade.config import load_config
+from cascade.errors import DataError
 from cascade.models.base import end_token_ids, load_base
 from cascade.training.examples import encode_examples
 from cascade.training.looks import Look
@@ -35,6 +38,7 @@ from ray_jobs._train_ledger import PROGRESS, Attempt
 from ray_jobs._train_worker import ADAPTER, RAY_FOLDER
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
+LONG = {"epochs": 150, "checkpoint_steps": 50}
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tests" / "helpers" / "train_alone.py"
 
@@ -46,15 +50,13 @@ def write_config(
     base = folder / "base"
     if not base.exists():
         save_tiny_base(base)
-    generators = [{"name": "chain_sum", "options": {"min_terms": 2, "max_terms": 2, "max_digits": 1}}]
-    tasks = {"count": 24, "sources": [{"benchmark": "reasoning_gym", "options": {"generators": generators}}]}
     tier = {"endpoints": [{"base_url": "answer-key"}], "answer_key": {"max_difficulty": 1}}
     prices = {"input_usd_per_million": 1.0, "output_usd_per_million": 1.0}
     config = {
         "domain": "sums",
         "storage": str(folder / "out"),
         "base": {"model": str(base), "dtype": "float32"},
-        "tasks": {"train": tasks, "validation": tasks | {"count": 8}, "test": tasks | {"count": 8}},
+        "tasks": own_sums(folder, train=24, validation=8, test=8),
         "student": {"max_tokens": 8},
         "tiers": [{"name": f"answer-key-{n}", **tier, **prices} for n in (1, 2, 3)],
         "budget_usd": 1.0,
@@ -147,10 +149,13 @@ def check_is_the_unbroken(runs: Runs, starts: int) -> list[StepReport]:
     return curve
 
 
-def test_three_killed_workers_and_a_killed_driver_change_nothing(tmp_path: Path) -> None:
-    config = write_config(tmp_path, epochs=150, checkpoint_steps=50, execution={"train_workers": 1})
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a training whose worker was killed three times, and then its driver; for tests to copy."""
+    folder = tmp_path_factory.mktemp("broken")
+    config = write_config(folder, execution={"train_workers": 1}, **LONG)
     runs = Runs(load_config(config))
-    checkpoints = Path(runs.store.path(runs.train_modifier.folder)) / "train"
+    checkpoints = Path(runs.store.path(runs.train_modifier.folder)) / RAY_FOLDER
     saved = lambda: len(list(checkpoints.rglob("checkpoint*/position.json"))) > 0  # noqa: E731
     driver = start(config)
     points = (lambda: steps_done(runs) >= 1, saved, lambda: steps_done(runs) > 200)
@@ -164,36 +169,53 @@ def test_three_killed_workers_and_a_killed_driver_change_nothing(tmp_path: Path)
     driver.wait()
     time.sleep(3)  # Ray's processes notice that their driver is gone
     assert not runs.train_modifier.done
+    return folder
+
+
+def test_three_killed_workers_and_a_killed_driver_change_nothing(tmp_path: Path, broken: Path) -> None:
+    folder = shutil.copytree(broken, tmp_path / "copy")
     # How it is computed may change meanwhile.
-    write_config(tmp_path, epochs=150, checkpoint_steps=50, execution={"train_workers": 2}, stage=2)
+    config = write_config(folder, execution={"train_workers": 2}, stage=2, **LONG)
     assert start(config).wait(300) == 0, config.with_suffix(".log").read_text()[-3000:]
-    curve = check_is_the_unbroken(runs, starts=5)
+    curve = check_is_the_unbroken(Runs(load_config(config)), starts=5)
     assert {point.workers for point in curve} == {1, 2}
 
 
-def test_what_cannot_be_gone_on_from_says_how_to_begin_again(tmp_path: Path) -> None:
-    config = write_config(tmp_path, epochs=150, checkpoint_steps=50, execution={"train_workers": 1})
-    runs = Runs(load_config(config))
-    folder = Path(runs.store.path(runs.train_modifier.folder)) / RAY_FOLDER
-    driver = start(config)
-    wait_until(lambda: steps_done(runs) > 120, driver, config)
-    os.kill(driver.pid, signal.SIGKILL)
-    driver.wait()
-    time.sleep(3)
-    for file in folder.rglob("state.pt"):
+@pytest.fixture
+def local_ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Ray for what trains in this process."""
+    for name, value in {"CUDA_VISIBLE_DEVICES": "", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}.items():
+        monkeypatch.setenv(name, value)
+    variables = {"DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false"}
+    ray.init(
+        address="local",
+        num_cpus=2,
+        object_store_memory=200 * 2**20,
+        include_dashboard=False,
+        log_to_driver=False,
+        runtime_env={"env_vars": variables},
+    )
+    yield
+    ray.shutdown()
+
+
+def test_what_cannot_be_gone_on_from_says_how_to_begin_again(tmp_path: Path, broken: Path, local_ray: None) -> None:
+    folder = shutil.copytree(broken, tmp_path / "copy")
+    runs = Runs(load_config(write_config(folder, execution={"train_workers": 1}, **LONG)))
+    begun = Path(runs.store.path(runs.train_modifier.folder)) / RAY_FOLDER
+    states = list(begun.rglob("state.pt"))
+    assert states
+    for file in states:
         file.unlink()
     for said in ("training cannot go on from its checkpoint", "what an earlier start of the training left cannot be"):
-        began = time.monotonic()
-        assert start(config).wait(300) == 2
-        error = config.with_suffix(".log").read_text().rpartition("error: ")[2]
-        assert error.startswith(said), error
-        assert f"remove {folder} and run again" in error
-        print(said, f"{time.monotonic() - began:.0f} s")
-        for checkpoint in folder.glob("checkpoint_*/"):  # Ray's own note of them stays
+        with pytest.raises(DataError, match=f"^{said}") as refused:
+            train(runs)
+        assert f"remove {begun} and run again" in str(refused.value)
+        for checkpoint in begun.glob("checkpoint_*/"):  # Ray's own note of them stays
             if checkpoint.is_dir():
                 shutil.rmtree(checkpoint)
-    shutil.rmtree(folder)
-    assert start(config).wait(300) == 0, config.with_suffix(".log").read_text()[-3000:]
+    shutil.rmtree(begun)
+    train(runs)
     assert runs.train_modifier.done
 
 

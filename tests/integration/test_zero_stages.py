@@ -1,4 +1,7 @@
-"""ZeRO 0 to 3 with two workers train what one process trains without DeepSpeed, and go on from each other."""
+"""ZeRO 0 to 3 with two workers train what one process trains without DeepSpeed, and go on from each other.
+
+On CPUs; where there are GPUs, on one and on two of them too.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from stand_in import free_port, save_tiny_base
 from cascade.config import Base, Lora, Training
 from cascade.models.base import load_base
 from cascade.training import deepspeed_engine
-from cascade.training.deepspeed_engine import DeepSpeedEngine
+from cascade.training.deepspeed_engine import DeepSpeedEngine, write_state
 from cascade.training.examples import EncodedExample
 from cascade.training.loop import TargetLoss, TorchEngine, run_steps
 from cascade.training.lora import add_lora
@@ -41,13 +44,19 @@ def make_plan(workers: int) -> list[Step]:
 
 
 def make_module(folder: str, fused: bool, settings: Lora = SETTINGS) -> TargetLoss:
-    base = load_base(Base(model=folder, dtype="float32"), torch.device("cpu"))
+    base = load_base(Base(model=folder, dtype="float32"), here())
     return TargetLoss(add_lora(base, settings, seed=3), fused=fused)
 
 
 def make_engine(folder: str, stage: int, settings: Lora = SETTINGS, *, offload: bool = False) -> DeepSpeedEngine:
     training = Training(lora=settings, zero_stage=stage, offload=offload)  # type: ignore[arg-type]
-    return DeepSpeedEngine(make_module(folder, stage < 3, settings), training, torch.device("cpu"), torch.float32)
+    return DeepSpeedEngine(make_module(folder, stage < 3, settings), training, here(), torch.float32)
+
+
+def here() -> torch.device:
+    """This worker's GPU if it was told to take one."""
+    gpu = os.environ.get("DS_ACCELERATOR") == "cuda"
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
 
 
 def spread_everything() -> None:
@@ -62,16 +71,18 @@ def spread_everything() -> None:
     deepspeed_engine.deepspeed_config = config
 
 
-def join(rank: int, world: int, port: int) -> None:
+def join(rank: int, world: int, port: int, accelerator: str = "cpu") -> None:
     """Become one of several workers."""
     torch.set_num_threads(1)
     variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in variables.items()}, DS_ACCELERATOR="cpu")
+    os.environ.update({name: str(value) for name, value in variables.items()}, DS_ACCELERATOR=accelerator)
+    if accelerator == "cuda":
+        torch.cuda.set_device(here())
     spread_everything()
 
 
 def add_up(value: float) -> float:
-    total = torch.tensor([value], dtype=torch.float64)
+    total = torch.tensor([value], dtype=torch.float64, device=here())
     torch.distributed.all_reduce(total)
     return float(total)
 
@@ -81,22 +92,22 @@ def run(engine: DeepSpeedEngine, rank: int, world: int, start: int = 0, end: int
     return [(r.loss, r.gradient_norm) for r in itertools.islice(steps, None if end is None else end - start)]
 
 
-def train(rank: int, folder: str, port: int, out: str) -> None:
-    """One of two workers: each stage in turn, with a checkpoint; the first writes losses and weights."""
-    join(rank, 2, port)
+def train(rank: int, folder: str, port: int, out: str, world: int = 2, accelerator: str = "cpu") -> None:
+    """One of `world` workers: each stage in turn, with a checkpoint; the first writes losses and weights."""
+    join(rank, world, port, accelerator)
     found: dict[Any, Any] = {}
     for stage in STAGES:
         engine = make_engine(folder, stage)
-        curve = run(engine, rank, 2, end=BREAK)
-        checkpoint = Path(out).parent / f"stage{stage}"
-        checkpoint.mkdir(exist_ok=True)
-        engine.save(checkpoint, BREAK)
-        found[stage] = (curve + run(engine, rank, 2, start=BREAK), engine.weights())
+        curve = run(engine, rank, world, end=BREAK)
+        state = engine.state(BREAK)
+        found[stage] = (curve + run(engine, rank, world, start=BREAK), engine.weights())
+        if state is not None:  # written late, as it is while training goes on: later steps must not show in it
+            write_state(state, Path(out).parent / f"stage{stage}")
         frozen = make_engine(folder, stage, FROZEN)
-        run(frozen, rank, 2, end=2)
+        run(frozen, rank, world, end=2)
         found[stage, "frozen"] = frozen.weights()
     offloaded = make_engine(folder, 2, offload=True)
-    found["offload"] = (run(offloaded, rank, 2), offloaded.weights())
+    found["offload"] = (run(offloaded, rank, world), offloaded.weights())
     if rank == 0:
         torch.save(found, out)
 
@@ -167,6 +178,17 @@ def check_same(found: tuple[list[Any], dict[str, torch.Tensor]], curve: list[Any
 def test_all_stages_train_the_same_adapter(trained: dict[Any, Any], alone: Any) -> None:
     for key in (*STAGES, "offload"):
         check_same(trained[key], *alone)
+
+
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_all_stages_train_the_same_adapter_on_gpus(gpus: int, alone: Any, folder: str) -> None:
+    if torch.cuda.device_count() < gpus:
+        pytest.skip(f"needs {gpus} GPUs")
+    out = Path(folder).parent / f"gpus{gpus}.pt"
+    torch.multiprocessing.spawn(train, (folder, free_port(), str(out), gpus, "cuda"), nprocs=gpus)
+    found = torch.load(out, map_location="cpu")
+    for key in (*STAGES, "offload"):
+        check_same(found[key], *alone)
 
 
 def test_an_adapter_with_frozen_a_is_whole_in_all_stages(trained: dict[Any, Any], folder: str) -> None:

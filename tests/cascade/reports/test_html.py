@@ -15,6 +15,7 @@ from cascade.errors import DataError
 from cascade.reports import figures
 from cascade.reports.console import points
 from cascade.reports.data import ReportData, TrialRow, front_of, general_rows, load_tables
+from cascade.reports.heat_map import heat_map
 from cascade.reports.html import render, write_report
 from cascade.reports.summary import TierRow
 from cascade.scoring.statistics import wilson
@@ -48,6 +49,28 @@ class Page(HTMLParser):
     def handle_data(self, data):
         if self._open and self._open[-1][1]:
             self.figures[self._open[-1][1]] += data.strip()
+
+
+PICTURES = ("accuracy", "tier_flow", "cost", "kinds", "training_curves", "pareto", "reliability")
+DRAWN = {}
+
+
+@pytest.fixture(autouse=True)
+def _drawn_once(monkeypatch):
+    """Pictures of the same data are drawn once for all variations of a page: drawing takes most of its time."""
+
+    def once(draw):
+        def drawn(*arguments):
+            key = (draw.__name__, repr(arguments))
+            if key not in DRAWN:
+                DRAWN[key] = draw(*arguments)
+            return DRAWN[key]
+
+        return drawn
+
+    for name in PICTURES:
+        monkeypatch.setattr(figures, name, once(getattr(figures, name)))
+    monkeypatch.setattr("cascade.reports.html.heat_map", once(heat_map))
 
 
 @pytest.fixture(scope="module")
@@ -268,6 +291,7 @@ def test_forgetting_is_paired_by_task_and_by_benchmark():
 
 
 def test_the_page_made_from_its_tables_is_the_same_page(report, report_data):
+    DRAWN.clear()
     again = load_tables(report)
     assert again.summary == report_data.summary
     assert list(again.tasks) == list(report_data.tasks)
@@ -328,6 +352,20 @@ def test_category_names_with_dollar_signs_and_markup_are_drawn_as_they_are(repor
     tasks = [dataclasses.replace(t, category=f"$x_{t.difficulty}$ <&>") for t in report_data.tasks]
     html = render(dataclasses.replace(report_data, tasks=tasks), tables="t")
     assert html.count("$x_1$ &lt;&amp;&gt; (100)") == 1
+
+
+def test_long_and_foreign_category_names_leave_the_bars_their_room(report_data, recwarn):
+    names = {1: "\n".join(["a very long name"] * 9), 2: "漢字", 3: "c"}
+    tasks = [dataclasses.replace(t, category=names[t.difficulty]) for t in report_data.tasks]
+    html = render(dataclasses.replace(report_data, tasks=tasks), tables="t")
+    assert "a very long name a very long na… (100)" in html
+    assert names[1] in html
+    assert not recwarn.list
+
+
+def test_a_p_value_too_small_for_a_number_is_no_zero(report_data):
+    general = [dataclasses.replace(report_data.general[0], p=0.0)]
+    assert "&lt; 1e-300" in render(dataclasses.replace(report_data, general=general), tables="t")
 
 
 def test_the_answer_key_is_called_what_it_is(report, report_data):

@@ -79,6 +79,23 @@ def test_the_command_writes_table_and_figures(tiny_folder, data, tmp_path):
     assert sum(s["n"] for s in figures["by_difficulty"].values()) == 2
 
 
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        (["--dtype", "float16"], "'auto', 'float32', 'bfloat16'"),
+        (["--data", "nowhere"], "--data nowhere is no folder"),
+        (["--only", "gsm8k"], "--only gsm8k: no row is called so; benchmarks are humaneval, mbpp"),
+    ],
+)
+def test_what_the_command_cannot_do_is_said_before_a_base_is_loaded(option, said, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    app = typer.Typer()
+    app.command()(run)
+    done = CliRunner().invoke(app, ["--base", "no/base", *option])
+    assert done.exit_code
+    assert said in done.output + str(done.exception)
+
+
 def test_every_entry_names_a_benchmark_and_a_title_of_its_own():
     assert len({e.title for e in ENTRIES}) == len(ENTRIES)
     assert all(scoreboard_rows.benchmarks.get(e.benchmark).name == e.benchmark for e in ENTRIES)

@@ -12,7 +12,7 @@ from rich.console import Console
 from scipy.stats import binomtest
 
 from cascade.errors import DataError
-from cascade.reports.console import duration, megabytes, print_summary
+from cascade.reports.console import duration, megabytes, p_value, print_summary
 from cascade.reports.summary import Summary, TierRow, read_summary, teacher_statement, write_summary
 from cascade.tasks import Verdict
 
@@ -160,6 +160,12 @@ def test_small_p_values_are_never_printed_as_zero():
     assert "e-" in printed(
         summarise(base=verdicts("f" * 300), modifier=verdicts("p" * 300), compressed=verdicts("p" * 300))
     )
+
+
+def test_a_p_value_too_small_for_a_number_is_not_printed_as_zero():
+    gained = verdicts("p" * 1200)
+    summary = summarise(base=verdicts("f" * 1200), modifier=gained, compressed=gained)
+    assert p_value(summary) == "p < 1e-300"
 
 
 def test_sizes_and_times_in_words():

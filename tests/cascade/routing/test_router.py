@@ -13,7 +13,7 @@ from stand_in import LETTERS_QUESTION, SUMS_QUESTION, router_data
 
 from cascade.artifacts import Store
 from cascade.benchmarks.bfcl import SYSTEM_PROMPT
-from cascade.config import Router
+from cascade.config import ROUTER_BYTES, Router
 from cascade.errors import ConfigError, DataError, FormatError
 from cascade.routing.model import (
     RESERVED,
@@ -24,11 +24,13 @@ from cascade.routing.model import (
     publish,
     queries_of,
 )
-from cascade.routing.network import MAX_BYTES, RouterNetwork, joined, train_network
+from cascade.routing.network import RouterNetwork, joined, train_network
 from cascade.routing.train import RouterReport, follow_ups, general_chat, train_router
 from cascade.tasks import Message
 
 SETTINGS = Router(features=1024, hidden=16, epochs=20)
+BRIEF = Router(features=1024, hidden=16, epochs=2)
+"""For what does not depend on how much is learned."""
 
 
 @pytest.fixture(scope="module")
@@ -149,12 +151,12 @@ def test_the_same_seed_gives_the_same_router_and_leaves_torch_alone() -> None:
     torch.manual_seed(9)
     expected = torch.rand(3)
     torch.manual_seed(9)
-    first = train_router(queries, outcomes, SETTINGS, seed=1)
+    first = train_router(queries, outcomes, BRIEF, seed=1)
     assert torch.equal(torch.rand(3), expected)
-    second = train_router(queries, outcomes, SETTINGS, seed=1)
+    second = train_router(queries, outcomes, BRIEF, seed=1)
     assert first[1] == second[1]
     assert first[0].route(SUMS_QUESTION) == second[0].route(SUMS_QUESTION)
-    assert train_router(queries, outcomes, SETTINGS, seed=2)[1] != first[1]
+    assert train_router(queries, outcomes, BRIEF, seed=2)[1] != first[1]
 
 
 def test_the_router_is_the_same_whatever_number_of_threads_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +172,7 @@ def test_the_router_is_the_same_whatever_number_of_threads_there_is(monkeypatch:
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        train_router(*router_data(40), SETTINGS, seed=1)
+        train_router(*router_data(40), BRIEF, seed=1)
         assert set(computing) == {1}
         assert torch.get_num_threads() == 2
     finally:
@@ -218,8 +220,8 @@ def test_bad_input_is_explained() -> None:
         train_router(queries, outcomes | {"sums": outcomes["sums"][1:]}, SETTINGS, seed=1)
     with pytest.raises(DataError, match="validation"):
         train_router(queries[:5], {k: v[:5] for k, v in outcomes.items()}, SETTINGS, seed=1)
-    with pytest.raises(ConfigError, match=r"router\.features"):
-        train_router(queries, outcomes, Router(features=100_000, hidden=64), seed=1)
+    with pytest.raises(ConfigError, match=r"make a router of 25\.6 MB.*lower router\.features"):
+        RouterNetwork(100_000, 64, 3)
 
 
 def test_the_built_in_chat_is_varied_and_clean() -> None:
@@ -240,7 +242,7 @@ def test_it_comes_back_from_disk_as_it_was(trained: tuple[RouterModel, RouterRep
     for question in (LETTERS_QUESTION, SUMS_QUESTION, "Hello!"):
         assert found[1].route(question) == trained[0].route(question)
     size = sum(f.stat().st_size for f in (tmp_path / "store" / "router" / version).iterdir())
-    assert size < MAX_BYTES
+    assert size < ROUTER_BYTES
     newer = publish(store, replace(trained[0], threshold=0.9))
     assert newer != version
     assert load_current(store, tmp_path)[0] == newer  # type: ignore[index]
@@ -254,7 +256,22 @@ def test_damaged_routers_are_refused(trained: tuple[RouterModel, RouterReport], 
     with pytest.raises(FormatError, match="damaged"):
         RouterModel.load(tmp_path)
     weights.write_bytes(good)
-    for change in ({"format_version": 99}, {"hidden": 17}, {"candidates": None}, {"threshold": "x"}):
+    changes: list[dict[str, object]] = [
+        {"format_version": 99},
+        {"hidden": 17},
+        {"candidates": None},
+        *(
+            {"candidates": names}
+            for names in ("abc", ["letters", "base", "sums"], ["base", "sums", "sums"], ["base", 1, 2])
+        ),
+        *({"threshold": threshold} for threshold in ("x", 7, float("nan"))),
+        *({"calibrators": made} for made in ([], {"base": {"method": "magic", "parameters": []}})),
+        {"calibrators": {"base": {"method": "platt", "parameters": [float("nan"), 0]}}},
+        *({"calibrators": {"base": {"method": "platt", "parameters": [value, 0]}}} for value in ("a", None)),
+        *({"calibrators": {"sums": {"method": "isotonic", "parameters": knots}}} for knots in ([], [1, 2, 3])),
+        {"calibrators": {"known": {"method": "temperature", "parameters": []}}},
+    ]
+    for change in changes:
         manifest.write_text(json.dumps(said | change))
         with pytest.raises(FormatError):
             RouterModel.load(tmp_path)
@@ -263,3 +280,14 @@ def test_damaged_routers_are_refused(trained: tuple[RouterModel, RouterReport], 
         RouterModel.load(tmp_path)
     with pytest.raises(FormatError):
         RouterModel.load(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("name", [b"../../etc", b"\xff\xfe", b"a\nb", b"0123456789abc"])
+def test_a_version_is_a_name_and_no_path(
+    trained: tuple[RouterModel, RouterReport], tmp_path: Path, name: bytes
+) -> None:
+    store = Store(str(tmp_path))
+    publish(store, trained[0])
+    store.write_bytes("router/CURRENT", name)
+    with pytest.raises(FormatError, match="no version's name"):
+        current_version(store)
