@@ -14,7 +14,6 @@ from training_plain import Stopwatch, read_job, validation_loss
 from cascade.config import Base, Lora, Training
 from cascade.models.base import load_base
 from cascade.training.examples import EncodedExample
-from cascade.training.fused import compile_layers
 from cascade.training.loop import TargetLoss, TorchEngine, run_steps
 from cascade.training.lora import add_lora
 from cascade.training.packing import Step, plan_steps
@@ -40,7 +39,7 @@ def run(job: dict[str, Any], train: list[dict[str, Any]], validation: list[dict[
     model = add_lora(loaded, settings, seed=0)
     module = TargetLoss(model)
     if job["compile"]:
-        compile_layers(model)
+        module.compile_parts()
     plan = make_plan(job, train, settings)
     engine = make_engine(job, module, settings, device)
     watch = Stopwatch(job)

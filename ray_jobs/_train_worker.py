@@ -32,7 +32,6 @@ from cascade.models.student import Student
 from cascade.tasks import Example, Message, Task
 from cascade.training.deepspeed_engine import DeepSpeedEngine, write_state
 from cascade.training.examples import EncodedSet, encode_conversations, encode_examples
-from cascade.training.fused import compile_layers
 from cascade.training.layout import most_tokens
 from cascade.training.looks import Look, best_of, is_better, is_enough, look_steps, needs_loss
 from cascade.training.loop import TargetLoss, run_steps, summed_loss
@@ -110,7 +109,7 @@ class _Session:
         # ZeRO 3 gathers weights in the hooks of the modules that fused layers go past.
         module = TargetLoss(self.model, fused=config.training.zero_stage < 3)
         if config.execution.compile:
-            compile_layers(self.model)
+            module.compile_parts()
         self.row_tokens = config.execution.row_tokens or most_tokens(module.inputs)
         lora = config.training.lora
         self.plan = plan_steps(self.encoded.examples, lora, config.seed, row_tokens=self.row_tokens, workers=self.world)

@@ -63,7 +63,7 @@ class DeepSpeedEngine:
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         named = module.model.named_parameters()
         # Kept as they are: DeepSpeed rounds them to bfloat16, and spreads them over the workers in stage 3.
-        self.frozen = {name: _copied(p) for name, p in named if "lora_" in name and not p.requires_grad}
+        self.frozen = {name: _on_cpu(p) for name, p in named if "lora_" in name and not p.requires_grad}
         self.norm: torch.Tensor | None = None
         optimizer = adamw(module, training.lora)
         if not self.stage:
@@ -107,6 +107,8 @@ class DeepSpeedEngine:
         """A checkpoint for `write_state`, fit for any stage and number of workers: copies of weights and moments, as
         they are now, and the next step.
 
+        The copies are where the originals are: on a GPU they take its memory, not the training's time.
+
         LoRA's state is small enough to be gathered whole. Every worker calls it, the first gets it.
         """
         updates = self._updates()
@@ -115,7 +117,8 @@ class DeepSpeedEngine:
             state["moments"] = {key: {} for key in MOMENTS}
         first = torch.distributed.get_rank() == 0
         for name, parameter in self._trainable() if self.stage or first else ():
-            weight, moments = self._whole(parameter), [self._moment(parameter, key) for key in state["moments"]]
+            weight = _kept(self._whole(parameter))
+            moments = [_kept(self._moment(parameter, key)) for key in state["moments"]]
             if first:  # the others only take part in gathering
                 state["weights"][name] = weight
                 for values, moment in zip(state["moments"].values(), moments, strict=True):
@@ -145,7 +148,7 @@ class DeepSpeedEngine:
 
         Every worker calls it.
         """
-        return self.frozen | {name: self._whole(p) for name, p in self._trainable()}
+        return self.frozen | {name: _on_cpu(self._whole(p)) for name, p in self._trainable()}
 
     def _trainable(self) -> list[tuple[str, torch.nn.Parameter]]:
         return [(name, p) for name, p in self.module.model.named_parameters() if p.requires_grad]
@@ -154,15 +157,16 @@ class DeepSpeedEngine:
         from deepspeed.utils import safe_get_full_fp32_param
 
         if not self.stage:
-            return _copied(parameter)
-        return _copied(safe_get_full_fp32_param(parameter).reshape(getattr(parameter, "ds_shape", parameter.shape)))
+            return parameter
+        whole: torch.Tensor = safe_get_full_fp32_param(parameter)
+        return whole.reshape(getattr(parameter, "ds_shape", parameter.shape))
 
     def _moment(self, parameter: torch.nn.Parameter, key: str) -> torch.Tensor:
         from deepspeed.utils import safe_get_full_optimizer_state
 
         if not self.stage:
-            return _copied(self.optimizer.state[parameter][key])
-        return _copied(safe_get_full_optimizer_state(parameter, key))
+            return self.optimizer.state[parameter][key]
+        return safe_get_full_optimizer_state(parameter, key)
 
     @property
     def _inner(self) -> torch.optim.Optimizer:
@@ -219,15 +223,41 @@ class DeepSpeedEngine:
             getattr(utils, f"safe_set_{write}_optimizer_state")(parameter, part, key)
 
 
-def _copied(tensor: torch.Tensor) -> torch.Tensor:
-    """In float32, on the CPU: what it is now, whatever the next step makes of it."""
+def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in float32 on the CPU."""
     return tensor.detach().to("cpu", torch.float32, copy=True)
 
 
+def _kept(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in float32 of what it is now, whatever the next step makes of it; on its own device if that has room."""
+    try:
+        return tensor.detach().to(torch.float32, copy=True)
+    except torch.OutOfMemoryError:
+        return _on_cpu(tensor)
+
+
 def write_state(state: dict[str, Any], folder: str | Path) -> None:
-    """As one file of a checkpoint, which `DeepSpeedEngine.load` reads."""
+    """As one file of a checkpoint, which `DeepSpeedEngine.load` reads.
+
+    Takes copies that are on a GPU from there, and leaves them on the CPU in `state`. Another thread may go on training.
+    """
+    for tensors in (state["weights"], *state["moments"].values()):
+        _fetch(tensors)
     Path(folder).mkdir(parents=True, exist_ok=True)
     torch.save(state, Path(folder) / STATE)
+
+
+def _fetch(tensors: dict[str, torch.Tensor]) -> None:
+    """Replace tensors on a GPU by copies on the CPU, on a stream beside the one that the training computes on."""
+    streams: dict[torch.device, torch.cuda.Stream] = {}
+    for name, tensor in tensors.items():
+        if not tensor.is_cuda:
+            continue
+        if tensor.device not in streams:
+            streams[tensor.device] = torch.cuda.Stream(tensor.device)
+            streams[tensor.device].wait_stream(torch.cuda.default_stream(tensor.device))  # it made the tensors
+        with torch.cuda.stream(streams[tensor.device]):
+            tensors[name] = tensor.cpu()  # waits for the copy, so that the GPU's memory can be used again at once
 
 
 def read_state(folder: str | Path) -> dict[str, Any]:

@@ -12,7 +12,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from cascade.errors import DataError
@@ -42,7 +45,17 @@ class EncodedExample:
 
     @property
     def targets(self) -> int:
-        return sum(self.is_target)
+        return len(self.learned)
+
+    @cached_property
+    def ids(self) -> NDArray[np.int64]:
+        """`input_ids` as an array, which goes into a row in every epoch."""
+        return np.asarray(self.input_ids, np.int64)
+
+    @cached_property
+    def learned(self) -> NDArray[np.int64]:
+        """Places of the learned tokens, shape (targets,)."""
+        return np.flatnonzero(self.is_target)
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from peft import PeftModel
 from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from cascade.models import attention
+from cascade.training.examples import EncodedExample
 from cascade.training.packing import Row
 
 Layout = Callable[[Row, torch.device], dict[str, Any]]
@@ -72,23 +74,19 @@ def shared(row: Row, device: torch.device) -> dict[str, Any]:
     prefix = common_prefix(row)
     if prefix < SHORTEST_PREFIX:
         prefix = 0
-    ids: list[Any] = [row.examples[0].input_ids[:prefix]]
-    positions = [np.arange(prefix)]
+    ids, positions = [row.examples[0].ids[:prefix]], [np.arange(prefix)]
     index, targets, starts = [], [], [prefix]
     for example in row.examples:
         own = len(example) - 1 - prefix
-        ids.append(example.input_ids[prefix:-1])
+        ids.append(example.ids[prefix:-1])
         positions.append(np.arange(prefix, prefix + own))
-        learned = np.flatnonzero(example.is_target[1:])
+        asked = _asked(example)
         # The first learned token may follow the last one of the prefix, which all examples share.
-        index.append(np.where(learned >= prefix, learned - prefix + starts[-1], learned))
-        targets.append(np.asarray(example.input_ids)[learned + 1])
+        index.append(np.where(asked >= prefix, asked - prefix + starts[-1], asked))
+        targets.append(example.ids[asked + 1])
         starts.append(starts[-1] + own)
     return {
-        "input_ids": _on(device, ids)[None],
-        "position_ids": _on(device, positions)[None],
-        "target_index": _on(device, index),
-        "target_ids": _on(device, targets),
+        **_model_input(device, ids, positions, index, targets),
         "starts": tuple(starts),
         "attention_mask": _unused_mask(device),
     }
@@ -111,14 +109,17 @@ def varlen(row: Row, device: torch.device) -> dict[str, Any]:
     examples = row.examples
     lengths = np.array([len(e) - 1 for e in examples])
     starts = np.concatenate([[0], np.cumsum(lengths)])
-    learned = [np.flatnonzero(e.is_target[1:]) for e in examples]
-    bounds = _on(device, [starts]).to(torch.int32)
+    asked = [_asked(e) for e in examples]
+    bounds = torch.from_numpy(starts.astype(np.int32)).to(device)
     longest = 1 << int(lengths.max() - 1).bit_length()  # few values, so that compiled code is seldom compiled anew
     return {
-        "input_ids": _on(device, [e.input_ids[:-1] for e in examples])[None],
-        "position_ids": _on(device, [np.arange(n) for n in lengths])[None],
-        "target_index": _on(device, [at + start for at, start in zip(learned, starts[:-1], strict=True)]),
-        "target_ids": _on(device, [np.asarray(e.input_ids)[at + 1] for e, at in zip(examples, learned, strict=True)]),
+        **_model_input(
+            device,
+            [e.ids[:-1] for e in examples],
+            [np.arange(n) for n in lengths],
+            [at + start for at, start in zip(asked, starts[:-1], strict=True)],
+            [e.ids[at + 1] for e, at in zip(examples, asked, strict=True)],
+        ),
         "cu_seq_lens_q": bounds,
         "cu_seq_lens_k": bounds,
         "max_length_q": longest,
@@ -127,15 +128,26 @@ def varlen(row: Row, device: torch.device) -> dict[str, Any]:
     }
 
 
+def _asked(example: EncodedExample) -> NDArray[np.int64]:
+    """Places whose next token is learned. The first token of all has none before it that could be asked for it."""
+    return example.learned[example.learned > 0] - 1
+
+
 def _unused_mask(device: torch.device) -> torch.Tensor:
     """Transformers hands a mask of four dimensions on as it is; without one it would make its own of the positions."""
     return torch.empty(1, 1, 0, 0, device=device)
 
 
-def _on(device: torch.device, parts: list[Any]) -> torch.Tensor:
-    """Integer sequences as one int64 tensor; copied to a GPU without waiting for it."""
-    whole = torch.from_numpy(np.concatenate([np.asarray(p, np.int64) for p in parts]))
-    return whole.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else whole.to(device)
+def _model_input(device: torch.device, *kinds: list[NDArray[np.int64]]) -> dict[str, torch.Tensor]:
+    """Token ids, positions, places that are asked for their next token and those tokens, as `Row.tensors` gives them.
+
+    Copied to a GPU together: each copy waits for the GPU, and pinned memory takes longer to get than to copy from.
+    """
+    names = ("input_ids", "position_ids", "target_index", "target_ids")
+    joined = [np.concatenate(kind) for kind in kinds]
+    whole = torch.from_numpy(np.concatenate(joined)).to(device)
+    ids, positions, index, targets = whole.split([len(kind) for kind in joined])
+    return dict(zip(names, (ids[None], positions[None], index, targets), strict=True))
 
 
 def packed_attention(

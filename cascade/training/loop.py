@@ -13,7 +13,7 @@ from torch import nn
 
 from cascade.config import Lora
 from cascade.errors import DataError
-from cascade.training.fused import fuse_lora
+from cascade.training.fused import compile_layers, fuse_lora
 from cascade.training.layout import Layout, layout_for
 from cascade.training.memory import memory_bytes
 from cascade.training.packing import Row, Step
@@ -37,6 +37,15 @@ class TargetLoss(nn.Module):
             fuse_lora(model)
         self.inputs: Layout = layout_for(model)
         """A row and a device to what `forward` takes."""
+        self.cross_entropy: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = summed_cross_entropy
+
+    def compile_parts(self, backend: Any = "inductor") -> None:
+        """Let torch.compile join the operations of the decoder layers, and those of the loss, into fewer kernels.
+
+        Compiled, the loss makes no float32 copies of the logits, the largest tensors of all.
+        """
+        compile_layers(self.model, backend)
+        self.cross_entropy = torch.compile(summed_cross_entropy, dynamic=True, backend=backend)
 
     def forward(
         self,
@@ -58,7 +67,12 @@ class TargetLoss(nn.Module):
             logits_to_keep=target_index,
             **bounds,
         ).logits
-        return nn.functional.cross_entropy(logits[0].float(), target_ids, reduction="sum")
+        return self.cross_entropy(logits[0], target_ids)
+
+
+def summed_cross_entropy(logits: torch.Tensor, target_ids: torch.Tensor) -> torch.Tensor:
+    """Sum of −log p (nats) in float32; logits of shape (targets, vocabulary)."""
+    return nn.functional.cross_entropy(logits.float(), target_ids, reduction="sum")
 
 
 class Engine(Protocol):

@@ -12,7 +12,7 @@ from cascade.training.deepspeed_engine import STATE, read_state, write_state
 
 
 def test_what_was_written_is_read(tmp_path: Path) -> None:
-    write_state({"next_step": 3, "weights": {"a": torch.arange(4.0)}}, tmp_path / "checkpoint")
+    write_state({"next_step": 3, "weights": {"a": torch.arange(4.0)}, "moments": {}}, tmp_path / "checkpoint")
     found = read_state(tmp_path / "checkpoint")
     assert found["next_step"] == 3
     assert found["weights"]["a"].tolist() == [0, 1, 2, 3]
@@ -20,7 +20,7 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("length", [None, 0, 500, 9000])
 def test_a_file_that_is_not_there_or_not_whole_is_named(tmp_path: Path, length: int | None) -> None:
-    write_state({"weights": {"a": torch.zeros(4000)}}, tmp_path)
+    write_state({"weights": {"a": torch.zeros(4000)}, "moments": {}}, tmp_path)
     if length is None:
         (tmp_path / STATE).unlink()
     else:  # as a machine leaves it that lost its power

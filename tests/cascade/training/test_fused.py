@@ -83,3 +83,15 @@ def test_answering_between_two_steps_compiles_nothing_anew(make_module):
     module.model.train(was_training)
     loss_and_gradients(module, [row(2), row(5)])
     assert counter.frame_count == 2
+
+
+def test_the_compiled_loss_is_one_program_more_and_the_same_loss(make_module):
+    torch.compiler.reset()
+    module, counter = make_module(fused=True), CompileCounter()
+    plain = loss_and_gradients(make_module(fused=True), [row(2), row(5), row(7)])
+    module.compile_parts(backend=counter)
+    compiled = loss_and_gradients(module, [row(2), row(5), row(7)])
+    assert counter.frame_count == 3
+    torch.testing.assert_close(compiled[0], plain[0])
+    for one, other in zip(compiled[1], plain[1], strict=True):
+        torch.testing.assert_close(one, other)
