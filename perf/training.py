@@ -303,6 +303,9 @@ def figures(
     if full and results.get("ours"):
         extra = step_seconds(full, results["ours"]) / step_seconds(results["ours"], full) - 1
         add("ray_deepspeed_overhead", extra, 0.03, extra <= 0.03)
+        found["of_the_median_step"] = figure(middle_step(full) / middle_step(results["ours"]) - 1)
+        beside = statistics.median(1 - r["seconds_in_steps"] / r["seconds"] for r in full)
+        found["of_it_between_steps"] = figure(beside)
         paused = statistics.median(sum(r["checkpoint_seconds"]) / r["seconds"] for r in full)
         found["of_it_checkpoints"] = figure(paused)
     return found
@@ -316,6 +319,11 @@ def step_seconds(found: list[dict[str, Any]], beside: list[dict[str, Any]]) -> f
     """Mean seconds of a step, checkpoints included, over the steps that both took; the median of the rounds."""
     shortest = min(len(r["steps"]) for r in [*found, *beside])
     return statistics.median(statistics.mean(s for s, _ in r["steps"][:shortest]) for r in found)
+
+
+def middle_step(found: list[dict[str, Any]]) -> float:
+    """Median seconds of a step, which a few that waited for something do not show in; the median of the rounds."""
+    return statistics.median(statistics.median(s for s, _ in r["steps"]) for r in found)
 
 
 def loss_to_reach(results: dict[str, list[dict[str, Any]]]) -> float:

@@ -100,6 +100,7 @@ def figures(job: dict[str, Any], ends: list[tuple[float, float, StepReport]], to
     seconds = [after[0] - before[0] for before, after in itertools.pairwise(ends)]
     return {
         "seconds": sum(seconds),
+        "seconds_in_steps": sum(r.seconds for r in reports),
         "cpu_seconds": ends[-1][1] - ends[0][1],
         "targets": sum(r.targets for r in reports),
         "tokens": sum(r.tokens for r in reports),

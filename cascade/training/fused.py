@@ -2,16 +2,18 @@
 
 y = x Wᵀ + s (x Aᵀ) Bᵀ. The low-rank product is added into the layer's own output, and its gradient into dx, so that
 no tensor of the layer's size is made, scaled or added apart; x is kept once, not once in each dtype; A and B, which
-may be float32, are multiplied in x's dtype.
+may be float32, are multiplied in x's dtype. Where the layer has weights of few bits, x Wᵀ and its gradient are its own.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
 from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -52,22 +54,60 @@ class LoraProduct(torch.autograd.Function):
         x_gradient = None
         if ctx.needs_input_grad[0]:
             x_gradient = (out @ weight).addmm_(back, low).view(ctx.shape)
-        a_gradient = (back.T @ flat).to(ctx.dtypes[0]) if ctx.needs_input_grad[3] else None
-        b_gradient = (out.T @ hidden).to(ctx.dtypes[1]) * ctx.scaling if ctx.needs_input_grad[4] else None
-        return x_gradient, None, None, a_gradient, b_gradient, None
+        return x_gradient, None, None, *_factor_gradients(ctx, out, back, flat, hidden), None
 
 
-class FusedLoraLinear(LoraLinear):
-    """PEFT's layer with the forward pass of `LoraProduct`.
+class LowRankAddition(torch.autograd.Function):
+    """y + s (x Aᵀ) Bᵀ, where y is what a layer makes of x by itself; gradients to y, x, A and B."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, y: torch.Tensor, scaling: float, a: torch.Tensor, b: torch.Tensor
+    ) -> torch.Tensor:
+        """
+        Args:
+            x: shape (…, in). y: (…, out). a: (rank, in). b: (out, rank).
+        """
+        flat = x.reshape(-1, x.shape[-1])
+        low, scaled = a.to(x.dtype), (b * scaling).to(x.dtype)
+        hidden = flat @ low.T
+        ctx.save_for_backward(flat, low, scaled, hidden)
+        ctx.scaling, ctx.dtypes, ctx.shape = scaling, (a.dtype, b.dtype), x.shape
+        return torch.addmm(y.reshape(-1, y.shape[-1]), hidden, scaled.T).view(y.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        flat, low, scaled, hidden = ctx.saved_tensors
+        out = gradients[0].reshape(-1, gradients[0].shape[-1])
+        back = out @ scaled
+        x_gradient = (back @ low).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        return x_gradient, gradients[0], None, *_factor_gradients(ctx, out, back, flat, hidden)
+
+
+def _factor_gradients(
+    ctx: Any, out: torch.Tensor, back: torch.Tensor, flat: torch.Tensor, hidden: torch.Tensor
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Of A and B, the fourth and fifth arguments of either function.
+
+    Args:
+        out: gradient of the output, shape (tokens, out). back: the same times s B, shape (tokens, rank).
+    """
+    a = (back.T @ flat).to(ctx.dtypes[0]) if ctx.needs_input_grad[3] else None
+    b = (out.T @ hidden).to(ctx.dtypes[1]) * ctx.scaling if ctx.needs_input_grad[4] else None
+    return a, b
+
+
+class _Fused:
+    """Before one of PEFT's classes of layers: its forward pass through the functions above.
 
     A class, not a `forward` of each layer's own: torch.compile takes that for another program in every layer, compiles
     the first eight and leaves the others as they are.
     """
 
-    def forward(self, x: torch.Tensor, *more: Any, **named: Any) -> torch.Tensor:
+    def forward(self: Any, x: torch.Tensor, *more: Any, **named: Any) -> torch.Tensor:
         """x: shape (…, in). Returns shape (…, out)."""
         if not torch.is_grad_enabled() or self.disable_adapters or self.merged or more or named:
-            plain: torch.Tensor = super().forward(x, *more, **named)
+            plain: torch.Tensor = super().forward(x, *more, **named)  # type: ignore[misc]
             return plain
         name = self.active_adapters[0]
         base = self.get_base_layer()
@@ -75,17 +115,26 @@ class FusedLoraLinear(LoraLinear):
         if START in self.lora_A:
             start_a, start_b = factors(self, START)
             a, b = torch.cat([a, start_a]), torch.cat([b, -start_b], 1)
-        out: torch.Tensor = LoraProduct.apply(x, base.weight, base.bias, a, b, self.scaling[name])
+        if type(base) is nn.Linear:
+            out: torch.Tensor = LoraProduct.apply(x, base.weight, base.bias, a, b, self.scaling[name])
+        else:
+            out = LowRankAddition.apply(x, base(x), self.scaling[name], a, b)
         return out
 
 
+@cache
+def _fused(plain: type[LoraLayer]) -> type[LoraLayer]:
+    return type(f"Fused{plain.__name__}", (_Fused, plain), {})
+
+
 def fuse_lora(model: nn.Module) -> None:
-    """Let a PEFT model's plain LoRA layers train through `LoraProduct`; without gradients they compute as before."""
+    """Let a PEFT model's plain LoRA layers train through these functions; without gradients they compute as before."""
     if not isinstance(model, PeftModel):
         return
     for layer in model.modules():
-        if type(layer) is LoraLinear and not layer.fan_in_fan_out and _is_plain(layer):
-            layer.__class__ = FusedLoraLinear
+        if isinstance(layer, LoraLayer) and _is_plain(layer):
+            fused: Any = _fused(type(layer))
+            layer.__class__ = fused
 
 
 def compile_layers(model: nn.Module, backend: Any = "inductor") -> None:
@@ -99,12 +148,13 @@ def compile_layers(model: nn.Module, backend: Any = "inductor") -> None:
             layer.compile(dynamic=True, backend=backend)
 
 
-def _is_plain(layer: LoraLinear) -> bool:
-    base = layer.get_base_layer()
+def _is_plain(layer: LoraLayer) -> bool:
+    whole = type(layer) is LoraLinear and type(layer.get_base_layer()) is nn.Linear and not layer.fan_in_fan_out
+    few_bits = type(layer).__module__ == "peft.tuners.lora.bnb"  # which is empty where bitsandbytes is not installed
     name = next(iter(layer.lora_A), "")
     return bool(
         name
-        and type(base) is nn.Linear
+        and (whole or few_bits)
         and list(layer.active_adapters) in ([name], [name, START])
         and name not in layer.lora_variant
         and isinstance(layer.lora_dropout[name], nn.Identity)

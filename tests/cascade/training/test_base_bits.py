@@ -17,8 +17,8 @@ from cascade.errors import ConfigError
 from cascade.models.base import load_base
 from cascade.training.examples import EncodedExample
 from cascade.training.loop import TargetLoss, TorchEngine, run_steps
-from cascade.training.lora import add_lora, save_adapter
-from cascade.training.packing import plan_steps
+from cascade.training.lora import add_lora, save_adapter, trainable
+from cascade.training.packing import Row, plan_steps
 
 CPU = torch.device("cpu")
 SETTINGS = Lora(rank=4, learning_rate=1e-2, epochs=20, tokens_per_step=64, max_length=64)
@@ -82,6 +82,41 @@ def test_what_is_learned_on_few_bits_fits_the_whole_base(even_folder, tmp_path, 
     slot = LoraSlot(whole.model)
     slot.fill(load_peft_folder(tmp_path))
     assert mean_loss(whole.model) < 0.6 * before
+
+
+def step_on_few_bits(folder, bits, dtype, *, fused):
+    """Loss, gradients, and the bytes of activations that the backward pass needed."""
+    model = add_lora(held_in(bits, folder, dtype), SETTINGS, seed=3)
+    module = TargetLoss(model, fused=fused)
+    for number, parameter in enumerate(trainable(model)):
+        parameter.data += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+    held = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in held:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = module(**module.inputs(Row(tuple(EXAMPLES)), CPU))
+    loss.backward()
+    return loss.detach(), [p.grad for p in trainable(model)], sum(kept.values())
+
+
+@pytest.mark.parametrize(("bits", "near"), [(8, 0.01), (4, 1e-4)])
+def test_layers_of_few_bits_train_as_pefts_do(even_folder, bits, near):
+    ours, theirs = (step_on_few_bits(even_folder, bits, "float32", fused=fused) for fused in (True, False))
+    torch.testing.assert_close(ours[0], theirs[0], rtol=near / 10, atol=0)
+    for one, other in zip(ours[1], theirs[1], strict=True):
+        assert (one - other).norm() < near * other.norm()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_layers_of_few_bits_keep_no_float32_activations(even_folder, bits):
+    ours, theirs = (step_on_few_bits(even_folder, bits, "bfloat16", fused=fused)[2] for fused in (True, False))
+    assert ours < 0.8 * theirs
 
 
 def test_without_bitsandbytes_the_error_says_what_to_install(tiny_folder, monkeypatch):

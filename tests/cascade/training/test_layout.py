@@ -11,7 +11,7 @@ from cascade.config import Base, Lora
 from cascade.models.attention import NAME
 from cascade.models.base import load_base
 from cascade.training.examples import EncodedExample
-from cascade.training.fused import LoraProduct
+from cascade.training.fused import LoraProduct, LowRankAddition
 from cascade.training.layout import common_prefix, layout_for, packed_attention, plain, shared, varlen
 from cascade.training.loop import TargetLoss
 from cascade.training.lora import add_lora, trainable
@@ -202,6 +202,9 @@ def test_the_fused_layer_has_the_gradients_of_its_definition(bias):
     expected = torch.nn.functional.linear(x, w, offset) + 1.5 * (x @ a.T) @ b.T
     torch.testing.assert_close(LoraProduct.apply(x, w, offset, a, b, 1.5), expected)
     assert torch.autograd.gradcheck(lambda x, a, b: LoraProduct.apply(x, w, offset, a, b, 1.5), (x, a, b))
+    by_layer = lambda x, a, b: LowRankAddition.apply(x, torch.nn.functional.linear(x, w, offset), 1.5, a, b)  # noqa: E731
+    torch.testing.assert_close(by_layer(x, a, b), expected)
+    assert torch.autograd.gradcheck(by_layer, (x, a, b))
 
 
 def test_gradients_come_in_each_weights_own_dtype():
