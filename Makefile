@@ -28,8 +28,8 @@ test: test-fast test-integration
 test-fast: $(INSTALLED)  # one thread for each of the two workers
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not integration" --ignore=tests/integration
 
-test-integration: $(INSTALLED)
-	$(BIN)/python -m pytest -q tests/integration
+test-integration: $(INSTALLED)  # in a worker: after many Rays in one process, their threads may crash it as it exits
+	PYTHONFAULTHANDLER=1 $(BIN)/python -m pytest -q -n 1 --dist loadfile tests/integration
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .
