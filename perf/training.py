@@ -3,6 +3,7 @@
     python perf/training.py                          # this machine's GPU if it has one, else its CPU
     python perf/training.py --only ours,plain        # leave contenders out (trl-padded: its one best setting on a GPU)
     python perf/training.py --only ours,ray          # what Ray, DeepSpeed, checkpoints and trackers add to a step
+    python perf/training.py --only ours --profile    # and where the time of a step goes
     python perf/training.py --only bits              # a base of 8 and 4 bits (bitsandbytes) beside one of 16
     python perf/training.py --write-data FILE        # tokenise only; then elsewhere: --data FILE
 
@@ -93,6 +94,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=0)
     parser.add_argument("--tokens", type=int, default=0, help="of one optimiser step")
     parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--profile", action="store_true", help="of ours, three steps behind what is measured")
     parser.add_argument("--eager", action="store_true", help="torch.compile for none of them, on a GPU too")
     return parser.parse_args()
 
@@ -168,6 +170,7 @@ def make_job(options: argparse.Namespace, data: Path) -> dict[str, Any]:
         "zero_stage": 0,
         "way": "torch",
         "base_bits": 16,
+        "profile": options.profile,
         "compile": gpu and not options.eager,
     }
 
@@ -267,6 +270,8 @@ def report(job: dict[str, Any], results: dict[str, list[dict[str, Any]]], option
         achieved, most = flops_per_second(job, results["ours"]), matmul_rate(job)
         print(f"\nours: {achieved / 1e12:.2f} of the {most / 1e12:.2f} TFLOP/s of a large {job['dtype']} product here")
         found_figures["share_of_matmul_rate"] = figure(achieved / most)
+        for name, value in results["ours"][-1]["profile"].items():
+            print(f"  {name:12}{value:9.1f}" + ("" if name == "kernels" else " ms a step"))
     print(json.dumps(found_figures))
 
 

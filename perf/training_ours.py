@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from training_plain import Stopwatch, read_job, validation_loss
+from training_profile import profile_steps
 
 from cascade.config import Base, Lora, Training
 from cascade.models.base import load_base
@@ -49,6 +50,8 @@ def run(job: dict[str, Any], train: list[dict[str, Any]], validation: list[dict[
         computed = functools.partial(tokens_computed, module, plan[report.step])
         if not watch.step(examples, lambda: validation_loss(model, validation, job["device"]), computed):
             break
+    if job["profile"]:
+        watch.profile = profile_steps(run_steps(engine, plan, settings), job["device"])
     return watch
 
 

@@ -27,6 +27,7 @@ class Stopwatch:
         self.cpu_seconds = 0.0
         self.steps: list[list[float]] = []
         self.curve: list[list[float]] = []
+        self.profile: dict[str, float] = {}
         self.warmup = job["warmup_steps"]
         self.began, self.cpu_began = time.perf_counter(), time.process_time()
 
@@ -64,7 +65,7 @@ class Stopwatch:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         if self.job["device"] == "cuda":
             peak = torch.cuda.max_memory_allocated()
-        fields = ("seconds", "cpu_seconds", "targets", "tokens", "computed", "steps", "curve")
+        fields = ("seconds", "cpu_seconds", "targets", "tokens", "computed", "steps", "curve", "profile")
         print(json.dumps({name: getattr(self, name) for name in fields} | {"peak_bytes": peak}), flush=True)
 
 
