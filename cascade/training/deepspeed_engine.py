@@ -235,14 +235,13 @@ def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
 def _joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """A copy of them all in float32, end to end: what they are now, whatever the next step makes of them.
 
-    On their own device if that has room. One large tensor is written in a third of the time of many, nearly all of
+    On their own device if that has room. One large tensor is written in a fraction of the time of many, nearly all of
     it without Python, which the training's own thread goes on with.
     """
-    flat = [tensor.detach().float().flatten() for tensor in tensors]
     try:
-        return torch.cat(flat)
+        return torch.cat([tensor.detach().float().flatten() for tensor in tensors])
     except torch.OutOfMemoryError:
-        return torch.cat([tensor.cpu() for tensor in flat])
+        return torch.cat([tensor.detach().cpu().float().flatten() for tensor in tensors])
 
 
 def _apart(joined: torch.Tensor, shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, torch.Tensor]]:
