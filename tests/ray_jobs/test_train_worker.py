@@ -47,13 +47,16 @@ class AloneEngine(TorchEngine):
         return {n: p.detach().clone() for n, p in named if p.requires_grad}
 
     def state(self, step: int) -> dict[str, Any]:
-        return {"step": step, "weights": self.weights(), "adam": copy.deepcopy(self.optimizer.state_dict())}
+        weights = self.weights()
+        joined = torch.cat([w.flatten() for w in weights.values()])  # as `write_state` takes them
+        adam = copy.deepcopy(self.optimizer.state_dict())
+        return {"step": step, "weights": joined, "moments": {}, "by_name": weights, "adam": adam}
 
     def load(self, folder: str | Path) -> int:
         if not Path(folder, STATE).exists():
             raise DataError("it is no checkpoint of this version")
         state = torch.load(Path(folder) / STATE)
-        self.module.model.load_state_dict(state["weights"], strict=False)
+        self.module.model.load_state_dict(state["by_name"], strict=False)
         self.optimizer.load_state_dict(state["adam"])
         return int(state["step"])
 
@@ -342,7 +345,7 @@ def test_a_training_that_has_broken_down_ends_and_leaves_the_sound_checkpoint(
     assert fake.reports == [{"step": 3}]
     assert fake.checkpoint is not None
     state = torch.load(Path(fake.checkpoint.path) / STATE)
-    assert all(bool(w.isfinite().all()) for w in state["weights"].values())
+    assert bool(state["weights"].isfinite().all())
 
 
 def test_a_checkpoint_under_way_when_an_error_ends_training_is_stored_whole(
