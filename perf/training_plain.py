@@ -37,7 +37,7 @@ class Stopwatch:
         Args:
             computed: called for how many tokens the model computed, where that is neither those nor padded ones.
         """
-        self.wait()
+        wait_for(self.job["device"])
         now = time.perf_counter()
         if self.warmup > 0:
             self.warmup -= 1
@@ -52,13 +52,9 @@ class Stopwatch:
         number = len(self.steps)
         if number and number % self.job["validate_every"] == 0:
             self.curve.append([self.seconds, validate()])
-        self.wait()
+        wait_for(self.job["device"])
         self.began, self.cpu_began = time.perf_counter(), time.process_time()
         return number < self.job["steps"] and self.seconds < self.job["most_seconds"]
-
-    def wait(self) -> None:
-        if self.job["device"] == "cuda":
-            torch.cuda.synchronize()
 
     def report(self) -> None:
         """Print the figures as the last line."""
@@ -67,6 +63,12 @@ class Stopwatch:
             peak = torch.cuda.max_memory_allocated()
         fields = ("seconds", "cpu_seconds", "targets", "tokens", "computed", "steps", "curve", "profile")
         print(json.dumps({name: getattr(self, name) for name in fields} | {"peak_bytes": peak}), flush=True)
+
+
+def wait_for(device: str) -> None:
+    """Until a GPU has done what it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def read_job() -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:

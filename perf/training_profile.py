@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity
+from training_plain import wait_for
 
 KINDS = {
     "attention": ("flash", "attention", "fmha"),
@@ -25,12 +26,12 @@ def profile_steps(steps: Iterator[Any], device: str, count: int = 3) -> dict[str
     """
     gpu = device == "cuda"
     next(steps)
-    _wait(device)
+    wait_for(device)
     with torch.profiler.profile(activities=[ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU]) as found:
         began = time.perf_counter()
         for _ in range(count):
             next(steps)
-        _wait(device)
+        wait_for(device)
         wall = time.perf_counter() - began
     events: list[Any] = [e for e in found.events() or () if (e.device_type.name == "CUDA") == gpu]
     took: Counter[str] = Counter()
@@ -54,8 +55,3 @@ def covered(spans: list[tuple[float, float]]) -> float:
             total += stop - max(start, end)
             end = stop
     return total
-
-
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()

@@ -57,6 +57,11 @@ class EncodedExample:
         """Places of the learned tokens, shape (targets,)."""
         return np.flatnonzero(self.is_target)
 
+    @property
+    def asked(self) -> NDArray[np.int64]:
+        """Places whose next token is learned. The first token of all has none before it that could be asked for it."""
+        return self.learned[self.learned > 0] - 1
+
 
 @dataclass(frozen=True)
 class EncodedSet:

@@ -19,14 +19,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from peft import PeftModel
 from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from cascade.models import attention
-from cascade.training.examples import EncodedExample
-from cascade.training.packing import Row
+from cascade.training.packing import Row, model_input
 
 Layout = Callable[[Row, torch.device], dict[str, Any]]
 """A row as keyword arguments of `cascade.training.loop.TargetLoss.forward`."""
@@ -80,13 +78,13 @@ def shared(row: Row, device: torch.device) -> dict[str, Any]:
         own = len(example) - 1 - prefix
         ids.append(example.ids[prefix:-1])
         positions.append(np.arange(prefix, prefix + own))
-        asked = _asked(example)
+        asked = example.asked
         # The first learned token may follow the last one of the prefix, which all examples share.
         index.append(np.where(asked >= prefix, asked - prefix + starts[-1], asked))
         targets.append(example.ids[asked + 1])
         starts.append(starts[-1] + own)
     return {
-        **_model_input(device, ids, positions, index, targets),
+        **model_input(device, ids, positions, index, targets),
         "starts": tuple(starts),
         "attention_mask": _unused_mask(device),
     }
@@ -109,11 +107,11 @@ def varlen(row: Row, device: torch.device) -> dict[str, Any]:
     examples = row.examples
     lengths = np.array([len(e) - 1 for e in examples])
     starts = np.concatenate([[0], np.cumsum(lengths)])
-    asked = [_asked(e) for e in examples]
+    asked = [e.asked for e in examples]
     bounds = torch.from_numpy(starts.astype(np.int32)).to(device)
     longest = 1 << int(lengths.max() - 1).bit_length()  # few values, so that compiled code is seldom compiled anew
     return {
-        **_model_input(
+        **model_input(
             device,
             [e.ids[:-1] for e in examples],
             [np.arange(n) for n in lengths],
@@ -128,26 +126,9 @@ def varlen(row: Row, device: torch.device) -> dict[str, Any]:
     }
 
 
-def _asked(example: EncodedExample) -> NDArray[np.int64]:
-    """Places whose next token is learned. The first token of all has none before it that could be asked for it."""
-    return example.learned[example.learned > 0] - 1
-
-
 def _unused_mask(device: torch.device) -> torch.Tensor:
     """Transformers hands a mask of four dimensions on as it is; without one it would make its own of the positions."""
     return torch.empty(1, 1, 0, 0, device=device)
-
-
-def _model_input(device: torch.device, *kinds: list[NDArray[np.int64]]) -> dict[str, torch.Tensor]:
-    """Token ids, positions, places that are asked for their next token and those tokens, as `Row.tensors` gives them.
-
-    Copied to a GPU together: each copy waits for the GPU, and pinned memory takes longer to get than to copy from.
-    """
-    names = ("input_ids", "position_ids", "target_index", "target_ids")
-    joined = [np.concatenate(kind) for kind in kinds]
-    whole = torch.from_numpy(np.concatenate(joined)).to(device)
-    ids, positions, index, targets = whole.split([len(kind) for kind in joined])
-    return dict(zip(names, (ids[None], positions[None], index, targets), strict=True))
 
 
 def packed_attention(
