@@ -40,6 +40,9 @@ class EncodedExample:
     input_ids: tuple[int, ...]
     is_target: tuple[bool, ...]
 
+    def __post_init__(self) -> None:
+        _ = self.ids, self.learned  # made here: in a step a GPU would wait for them
+
     def __len__(self) -> int:
         return len(self.input_ids)
 
