@@ -151,7 +151,9 @@ class Compression(Section):
         0.02, ge=0, description="share of validation tasks that may be lost, one standard error included"
     )
     choose: Literal["smallest", "best"] = Field(
-        "smallest", description="the smallest within the tolerance, or the most accurate within the size limits"
+        "smallest",
+        description="the smallest within the tolerance, or within the size limits the nearest to the uncompressed one, "
+        "unless another is surely more accurate",
     )
     keep_gain: Fraction = Field(
         0.99, description="choose smallest: share of the improvement in held-out loss that a small finalist must keep"

@@ -134,20 +134,26 @@ class Measure:
         loss: mean cross-entropy per target token, nats.
         correct: per example, whether greedy decoding gives the reference answer word for word: it does exactly if
             the most likely token is the right one at every position of the answer, its end included.
+        losses: cross-entropy of every target token, nats, in one order for the same examples.
     """
 
     loss: float
     correct: tuple[bool, ...]
+    losses: torch.Tensor
 
     @property
     def accuracy(self) -> float:
         return sum(self.correct) / len(self.correct)
 
+    def drift(self, other: Measure) -> float:
+        """Mean change of a target's log-probability, nats, either way."""
+        return float((self.losses - other.losses).abs().mean())
+
 
 @torch.no_grad()
 def measure(loaded: LoadedBase, examples: list[EncodedExample]) -> Measure:
     """Loss and greedy exact match, in one pass without generating."""
-    total, right = 0.0, {}
+    losses, right = [], {}
     for row in pack(examples, ROW_TOKENS[loaded.device.type]):
         batch = row.tensors(loaded.device)
         logits = loaded.model(
@@ -156,14 +162,14 @@ def measure(loaded: LoadedBase, examples: list[EncodedExample]) -> Measure:
             use_cache=False,
             logits_to_keep=batch["target_index"],
         ).logits[0]
-        total += float(torch.nn.functional.cross_entropy(logits.float(), batch["target_ids"], reduction="sum"))
+        losses.append(torch.nn.functional.cross_entropy(logits.float(), batch["target_ids"], reduction="none").cpu())
         hits = (logits.argmax(-1) == batch["target_ids"]).tolist()
         at = 0
         for example in row.examples:
             right[example.sample_id] = all(hits[at : at + example.targets])
             at += example.targets
-    targets = sum(e.targets for e in examples)
-    return Measure(total / targets, tuple(right[e.sample_id] for e in examples))
+    joined = torch.cat(losses)
+    return Measure(float(joined.mean()), tuple(right[e.sample_id] for e in examples), joined)
 
 
 def rows_for_calibration(splits: Splits, count: int = 16) -> list[Row]:

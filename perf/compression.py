@@ -45,7 +45,7 @@ from cascade.compression.recover import recover
 from cascade.compression.truncate import Calibration
 from cascade.config import Base, Compression
 from cascade.models.base import LoadedBase, load_base
-from cascade.scoring.statistics import Interval, paired_bootstrap
+from cascade.scoring.statistics import Interval, paired_bootstrap, surely_lost
 from cascade.training.packing import plan_steps
 
 PROMISE = 48 / 260
@@ -137,9 +137,9 @@ class Lab:
 def ours(lab: Lab, share: float, calibration: Calibration, recovery: int) -> Candidate:
     """What the product chooses under `choose: best`, said before anything was tested.
 
-    Of the search's first points that keep both limits, the Pareto front by bytes and validation loss; of its finalists
-    the most accurate on the validation split, the smallest of equals. With recovery, what it has left is then trained,
-    and that is taken if it still fits and the validation loss falls.
+    Of the search's first points that keep both limits, the finalists are those nearest to the adapter as trained on the
+    validation split; of them the nearest, unless another is surely more accurate. With recovery, what it has left is
+    then trained, and that is taken if it still fits and the validation loss falls.
     """
     wanted = Compression(max_ratio=share, choose="best")
     bounds = limits(lab.adapter, wanted)
@@ -148,8 +148,11 @@ def ours(lab: Lab, share: float, calibration: Calibration, recovery: int) -> Can
         found = lab.candidate(compress(lab.adapter, recipe_from(point, room), calibration))
         if found.disk_bytes <= bounds.disk and found.resident_bytes <= bounds.resident:
             tried.append((found, lab.validation(found.adapter)))
-    finalists = front(tried, lambda one: (one[0].disk_bytes, one[1].loss))[-wanted.finalists :]
-    chosen, measured = max(finalists, key=lambda one: (one[1].accuracy, -one[0].disk_bytes))
+    whole = lab.validation(lab.adapter)
+    finalists = front(tried, lambda one: (one[0].disk_bytes, one[1].drift(whole)))[-wanted.finalists :]
+    top = max((of.correct for _, of in finalists), key=sum)
+    level = [one for one in finalists if not surely_lost(top, one[1].correct)]
+    chosen, measured = min(level, key=lambda one: one[1].drift(whole))
     if recovery:
         assert isinstance(chosen.adapter, CompressedAdapter)
         trained = lab.candidate(lab.recovered(chosen.adapter, recovery))

@@ -24,13 +24,13 @@ from ray_jobs._held_out import Conversation, held_out
 from ray_jobs._progress import polling
 from ray_jobs._study import Distributions, FrontSampler, StudyFile, TrialSearch, distributions
 from ray_jobs._trial import (
-    SHARES,
     TRIALS,
     Groundwork,
     Setting,
     Trial,
     TrialRunner,
     load_bench,
+    nearest_front,
     packed_rows,
     pareto_front,
 )
@@ -45,7 +45,7 @@ def search(job: Job, adapter: AdapterWeights, style: PromptStyle, ground: Ground
     """Try recipes; those of an interrupted search are not tried again.
 
     Returns:
-        The trials by loss, also written to the run with the files of the Pareto front, and as an Optuna study.
+        The trials by loss, also written to the run with the files of both fronts, and as an Optuna study.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     bounds = limits(adapter, job.config.compression)
@@ -61,7 +61,7 @@ def search(job: Job, adapter: AdapterWeights, style: PromptStyle, ground: Ground
     _check_lost(job, results, len(watch.tried))
     trials = sorted(watch.tried.values(), key=lambda t: (t.loss, t.disk_bytes, t.recipe))
     job.run.write_table(TRIALS, Trial, trials)
-    kept = {t.file for t in pareto_front(trials)}
+    kept = {t.file for t in (*pareto_front(trials), *nearest_front(trials))}
     for file in {t.file for t in trials if t.fits and t.share == 1} - kept:
         job.run.store.delete(f"{job.run.folder}/{file}")
     watch.study.put()
@@ -114,8 +114,7 @@ def _groundwork(
     calibration = calibrate(bench.loaded.model, adapter, rows[::step][: config.compression.calibration_rows])
     base_loss = bench.loss(None)
     bench.slot.fill(adapter)
-    trained = dict(bench.growing((*SHARES, 1.0)))
-    return Groundwork(calibration, base_loss, trained[1.0], trained)
+    return Groundwork(calibration, base_loss, bench.losses(bench.rows))
 
 
 def resources(config: Config) -> dict[str, float]:

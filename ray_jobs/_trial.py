@@ -16,9 +16,11 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from ray import tune
 from ray.tune.result import DONE
 
@@ -33,7 +35,7 @@ from cascade.compression.truncate import Calibration
 from cascade.config import Config, PromptStyle
 from cascade.models.base import LoadedBase, end_token_ids, load_base
 from cascade.training.examples import encode_conversations
-from cascade.training.loop import TargetLoss, mean_loss
+from cascade.training.loop import TargetLoss, target_losses
 from cascade.training.packing import Row, pack
 from ray_jobs._evaluate import limit_process
 from ray_jobs._follow import Follower
@@ -60,6 +62,8 @@ class Trial:
         fits: whether both keep their limit, also once the file is published with its scores and teachers.
         loss: mean held-out loss per target token, nats; of a trial that ended early what it would come to over all
             rows (`Groundwork.estimate`).
+        drift: how far it is from the adapter as trained, over the rows that were measured (`Groundwork.drift`);
+            infinite where nobody measured it.
         seconds: of compressing and measuring, without what Tune needs around it.
         share: of the held-out rows that were measured; below 1 the trial ended early.
     """
@@ -72,6 +76,7 @@ class Trial:
     fits: bool
     seconds: float
     share: float = 1.0
+    drift: float = math.inf
 
     @property
     def file(self) -> str:
@@ -84,33 +89,56 @@ def pareto_front(trials: Sequence[Trial]) -> list[Trial]:
     return front([t for t in trials if t.fits and t.share == 1], lambda t: (t.disk_bytes, t.loss))
 
 
+def nearest_front(trials: Sequence[Trial]) -> list[Trial]:
+    """The same of bytes and drift: the last one is the nearest to the adapter as trained."""
+    return front([t for t in trials if t.fits and t.share == 1], lambda t: (t.disk_bytes, t.drift))
+
+
 @dataclass(frozen=True)
 class Groundwork:
     """What is measured once before the search.
 
     Attributes:
         calibration: how much each component of the adapter matters on examples that it was trained on.
-        base_loss, trained_loss: held-out loss of the bare base and with the adapter as trained, nats per token.
-        trained_so_far: the latter over the first part of the held-out rows alone, by that part's share of them.
+        base_loss: held-out loss of the bare base, nats per target token.
+        trained: loss of every held-out target with the adapter as trained, nats, in the order of `Bench.rows`.
     """
 
     calibration: Calibration
     base_loss: float
-    trained_loss: float
-    trained_so_far: Mapping[float, float] = field(default_factory=dict)
+    trained: NDArray[np.float32]
+
+    @property
+    def trained_loss(self) -> float:
+        """Held-out loss with the adapter as trained, nats per target token."""
+        return mean(self.trained)
 
     def gain(self, loss: float) -> float:
         """The share of the improvement in held-out loss that is left at a loss; NaN where there was none."""
         gained = self.base_loss - self.trained_loss
         return (self.base_loss - loss) / gained if gained > 0 else float("nan")
 
-    def estimate(self, share: float, loss: float) -> float:
-        """The loss over all held-out rows of what has a loss over the first part of them.
+    def estimate(self, losses: NDArray[np.float32]) -> float:
+        """The loss over all held-out rows of what has these losses in the first part of them.
 
         Some rows are harder than others, for the adapter as trained too: what a candidate has lost against it on these
         rows is what it is taken to lose on all.
         """
-        return loss + self.trained_loss - self.trained_so_far[share]
+        return mean(losses) + self.trained_loss - mean(self.trained[: len(losses)])
+
+    def drift(self, losses: NDArray[np.float32]) -> float:
+        """Mean change of a target's log-probability (nats, either way) against the adapter as trained.
+
+        Loss and verdicts tell little between candidates that keep nearly all: a compressed adapter is less sure of
+        itself, which can lower the loss while answers change, and of a few hundred verdicts few differ. How far every
+        single probability has moved tells more (Dutta et al., arXiv:2407.09141).
+        """
+        return mean(np.abs(losses - self.trained[: len(losses)]))
+
+
+def mean(losses: NDArray[np.float32]) -> float:
+    """Over targets; NaN for none."""
+    return float(losses.mean(dtype=np.float64)) if len(losses) else math.nan
 
 
 @dataclass(frozen=True)
@@ -205,8 +233,9 @@ def _measure(params: dict[str, Any], setting: Setting, key: str, stages: StagesS
     published = len(data) + publishing_bytes(tuple(t.name for t in setting.config.tiers))
     fits = published <= setting.limits.disk and resident <= setting.limits.resident
     bench.slot.fill(compressed)
-    share, loss = _loss(setting, key, bench, len(data), stages, hopeless=not fits)
-    trial = Trial(recipe.model_dump_json(), key, len(data), resident, loss, fits, time.perf_counter() - began, share)
+    share, loss, drift = _loss(setting, key, bench, len(data), stages, hopeless=not fits)
+    seconds = time.perf_counter() - began
+    trial = Trial(recipe.model_dump_json(), key, len(data), resident, loss, fits, seconds, share, drift)
     if fits and share == 1:
         setting.run.store.write_bytes(f"{setting.run.folder}/{trial.file}", data)
     return trial
@@ -214,21 +243,22 @@ def _measure(params: dict[str, Any], setting: Setting, key: str, stages: StagesS
 
 def _loss(
     setting: Setting, key: str, bench: Bench, size: int, stages: StagesSoFar, *, hopeless: bool
-) -> tuple[float, float]:
-    """Share of the held-out rows that the trial got to, and its loss over all of them, if need be as estimated."""
-    shares = SHARES if setting.config.compression.halving else ()
-    share, loss = 1.0, math.nan
-    for share, loss in bench.growing((*shares, 1.0)):
-        if share < 1:
-            estimate = setting.ground.estimate(share, loss)
-            if hopeless:  # no stage: nothing that fits is behind it
-                return share, estimate
-            setting.run.write_part(STAGES, [Stage(key, share, size, loss)])
+) -> tuple[float, float, float]:
+    """Share of the held-out rows that the trial got to, its loss over all of them, if need be as estimated, and its
+    drift over those."""
+    shares, ground = SHARES if setting.config.compression.halving else (), setting.ground
+    for share, losses in bench.growing((*shares, 1.0)):
+        if share == 1:
+            return share, mean(losses), ground.drift(losses)
+        estimate = ground.estimate(losses)
+        if not hopeless:  # no stage: nothing that fits is behind it
+            setting.run.write_part(STAGES, [Stage(key, share, size, mean(losses))])
             so_far = [s for s in stages() if s.share == share]
-            wanted = setting.ground.gain(estimate) >= setting.config.compression.keep_gain
-            if not (wanted or _is_promoted(key, so_far)):
-                return share, estimate
-    return share, loss
+            wanted = ground.gain(estimate) >= setting.config.compression.keep_gain
+            if wanted or _is_promoted(key, so_far):
+                continue
+        return share, estimate, ground.drift(losses)
+    return 1.0, math.nan, math.nan
 
 
 def _is_promoted(key: str, stages: Sequence[Stage]) -> bool:
@@ -250,21 +280,20 @@ class Bench:
             self.slot.clear()
         else:
             self.slot.fill(adapter)
-        return self.mean_loss(self.rows)
+        return mean(self.losses(self.rows))
 
-    def growing(self, shares: Sequence[float]) -> Iterator[tuple[float, float]]:
-        """With what is in the slot, the loss over ever more of the rows: each share that adds some, and its loss."""
-        total, targets, begun = 0.0, 0, 0
+    def growing(self, shares: Sequence[float]) -> Iterator[tuple[float, NDArray[np.float32]]]:
+        """With what is in the slot, the losses in ever more of the rows: each share that adds some, and all so far."""
+        found, begun = np.empty(0, np.float32), 0
         for share in shares:
             if rows := self.rows[begun : round(share * len(self.rows))]:
                 begun += len(rows)
-                targets += (new := sum(row.targets for row in rows))
-                total += new * self.mean_loss(rows)
-                yield share, total / targets
+                found = np.concatenate([found, self.losses(rows)])
+                yield share, found
 
-    def mean_loss(self, rows: Sequence[Row]) -> float:
-        """Over some rows, with what is in the slot."""
-        return mean_loss(TargetLoss(self.loaded.model), rows, self.loaded.device)
+    def losses(self, rows: Sequence[Row]) -> NDArray[np.float32]:
+        """Of every target of some rows, with what is in the slot; nats, shape (targets,)."""
+        return target_losses(TargetLoss(self.loaded.model), rows, self.loaded.device)
 
 
 @functools.lru_cache(maxsize=1)

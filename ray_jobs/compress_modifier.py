@@ -10,14 +10,14 @@ from dataclasses import asdict
 from cascade.compression.adapter import AdapterWeights, fp16_bytes
 from cascade.compression.recipe import limits
 from cascade.errors import CascadeError
-from cascade.scoring.statistics import Score, paired_loss
+from cascade.scoring.statistics import Score, paired_loss, surely_lost
 from cascade.tasks import Example, Verdict
 from ray_jobs._context import Job, Metrics, main
 from ray_jobs._evaluate import Assignment, evaluate, read_adapter
 from ray_jobs._results import training_style
 from ray_jobs._search import lay_groundwork, search
 from ray_jobs._train_worker import ADAPTER
-from ray_jobs._trial import Groundwork, Trial, pareto_front
+from ray_jobs._trial import Groundwork, Trial, nearest_front, pareto_front
 from ray_jobs._winner import finish, in_words
 
 FILE = "modifier.safetensors"
@@ -64,8 +64,12 @@ def work(job: Job) -> Metrics:
 
 
 def _finalists(job: Job, trials: list[Trial], ground: Groundwork, adapter: AdapterWeights) -> list[Trial]:
-    """Of the front, the one of least loss and, of those that keep the wanted share of the gain, the smallest and some
-    between, evenly: where few tasks decide, the smallest may fail by chance. Smallest first."""
+    """Whose verdicts are compared, smallest first.
+
+    Where the best is wanted, those that are nearest to the adapter as trained. Otherwise, of the Pareto front, the one
+    of least loss and, of those that keep the wanted share of the gain, the smallest and some between, evenly: where few
+    tasks decide, the smallest may fail by chance.
+    """
     wanted = job.config.compression
     candidates = pareto_front(trials)
     if not candidates and any(t.fits for t in trials):
@@ -77,9 +81,9 @@ def _finalists(job: Job, trials: list[Trial], ground: Groundwork, adapter: Adapt
             f"no trial stayed within {bounds.disk} bytes on disk and {bounds.resident} in memory (the smallest had "
             f"{disk} and {resident}): raise compression.max_ratio, target_bytes or max_resident_ratio, or trials"
         )
-    *smaller, best = candidates
     if wanted.choose == "best":
-        return candidates[-wanted.finalists :]
+        return (nearest_front(trials) or candidates)[-wanted.finalists :]
+    *smaller, best = candidates
     enough = [t for t in smaller if ground.gain(t.loss) >= wanted.keep_gain]
     count = min(len(enough), wanted.finalists - 1)
     return [*(enough[i * len(enough) // count] for i in range(count)), best]
@@ -96,24 +100,25 @@ def _compare(job: Job, finalists: list[Trial], trained: str) -> dict[str, list[V
 
 
 def _choose(job: Job, finalists: list[Trial], verdicts: dict[str, list[Verdict]]) -> tuple[int, str]:
-    """By the config's rule: the smallest within the tolerated loss of accuracy, or the most accurate; and why.
+    """By the config's rule: the smallest within the tolerated loss of accuracy, or the best; and why.
 
     A loss counts with one standard error on top (Breiman's rule): few tasks tolerate less than many, and a candidate
-    that was lucky on them is not taken for it.
+    that was lucky on them is not taken for it. Nor does luck make the best: of those that the most accurate is not
+    surely ahead of, it is the nearest to the adapter as trained.
     """
     wanted = job.config.compression
-    scores = {name: Score.of(v) for name, v in verdicts.items()}
-    numbers = range(len(finalists))
-    lost = {n: sum(paired_loss(*_paired(verdicts["trained"], verdicts[f"candidate{n}"]))) for n in numbers}
-    good = [n for n in numbers if lost[n] <= wanted.tolerance]
+    found = [verdicts[f"candidate{n}"] for n in range(len(finalists))]
+    good = [n for n, v in enumerate(found) if sum(paired_loss(*_paired(verdicts["trained"], v))) <= wanted.tolerance]
     if good and wanted.choose == "smallest":
         chosen = min(good, key=lambda n: finalists[n].disk_bytes)
         why = f"the smallest that lost, by one standard error at most, {wanted.tolerance:.1%} of validation tasks"
     else:
-        chosen = max(numbers, key=lambda n: (scores[f"candidate{n}"].accuracy, -finalists[n].disk_bytes))
-        why = "the most accurate on validation tasks within the size limits"
-        why += "" if good else f", though none lost surely at most {wanted.tolerance:.1%}"
-    mine, whole = scores[f"candidate{chosen}"], scores["trained"]
+        top = max(found, key=lambda v: Score.of(v).passed)
+        level = [n for n, v in enumerate(found) if not surely_lost(*_paired(top, v))]
+        chosen = min(level, key=lambda n: finalists[n].drift)
+        why = "the nearest to the uncompressed within the size limits, and none is surely more accurate"
+        why += "" if good else f"; none lost surely at most {wanted.tolerance:.1%}"
+    mine, whole = Score.of(found[chosen]), Score.of(verdicts["trained"])
     return chosen, f"{why} ({mine.passed} of {mine.n} passed, uncompressed {whole.passed}; finalists: {len(finalists)})"
 
 

@@ -101,6 +101,12 @@ def paired_loss(before: Sequence[bool], after: Sequence[bool]) -> tuple[float, f
     return (lost - won) / n, _agresti_min_error(lost + won, lost - won, n)
 
 
+def surely_lost(before: Sequence[bool], after: Sequence[bool]) -> bool:
+    """Whether accuracy fell by more than two standard errors (`paired_loss`) between two verdicts on each task."""
+    lost, error = paired_loss(before, after)
+    return lost > 2 * error
+
+
 def _agresti_min_error(changed: float, net: float, n: int) -> float:
     """Standard error of a paired difference of shares, half a task added to either kind of change."""
     return math.sqrt(changed + 1 - net**2 / (n + 2)) / (n + 2)

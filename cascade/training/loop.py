@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from cascade.config import Lora
@@ -60,14 +62,32 @@ class TargetLoss(nn.Module):
         Args:
             bounds: where examples begin, for the attention (`cascade.training.layout`).
         """
-        logits = self.model(
+        return self.cross_entropy(self._logits(input_ids, position_ids, target_index, bounds), target_ids)
+
+    def each(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        target_index: torch.Tensor,
+        target_ids: torch.Tensor,
+        **bounds: Any,
+    ) -> torch.Tensor:
+        """−log p of each of the row's targets (nats, float32), shape (targets,); arguments as those of `forward`."""
+        logits = self._logits(input_ids, position_ids, target_index, bounds)
+        return nn.functional.cross_entropy(logits.float(), target_ids, reduction="none")
+
+    def _logits(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, target_index: torch.Tensor, bounds: dict[str, Any]
+    ) -> torch.Tensor:
+        """Of the targets, shape (targets, vocabulary)."""
+        logits: torch.Tensor = self.model(
             input_ids=input_ids,
             position_ids=position_ids,
             use_cache=False,
             logits_to_keep=target_index,
             **bounds,
         ).logits
-        return self.cross_entropy(logits[0], target_ids)
+        return logits[0]
 
 
 def summed_cross_entropy(logits: torch.Tensor, target_ids: torch.Tensor) -> torch.Tensor:
@@ -238,6 +258,13 @@ def summed_loss(engine: Engine, step: Step, rank: int, world: int) -> float:
         loss = engine.loss(row or step.rows[0])
         total += float(loss) if row is not None else 0.0
     return total
+
+
+@torch.no_grad()
+def target_losses(module: TargetLoss, rows: Sequence[Row], device: torch.device) -> NDArray[np.float32]:
+    """Loss of every target (nats) without learning, shape (targets,), row after row."""
+    found = [module.each(**module.inputs(row, device)).cpu().numpy() for row in rows]
+    return np.concatenate([np.empty(0, np.float32), *found])
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from cascade.tasks import Verdict
 from ray_jobs import _winner, compress_modifier
 from ray_jobs.compress_modifier import _choose, _finalists
 
-FINALISTS = [SimpleNamespace(disk_bytes=size) for size in (10, 20, 30)]
+FINALISTS = [SimpleNamespace(disk_bytes=size, drift=1 / size) for size in (10, 20, 30)]
 
 
 def verdicts(failed, n):
@@ -37,10 +37,32 @@ def test_few_tasks_tolerate_less_than_many():
     assert chosen([range(30), range(14), ()], 1200)[0] == 1
 
 
-def test_where_none_is_sure_the_most_accurate_is_taken():
+def test_where_none_is_sure_the_nearest_of_the_most_accurate_is_taken():
     best, why = chosen([range(9), range(5), range(5)], 60)
-    assert best == 1
+    assert best == 2
     assert "none lost surely" in why
+
+
+@pytest.mark.parametrize(("failed", "taken"), [([range(2), range(1), range(4)], 2), ([range(2), (), range(9)], 1)])
+def test_the_best_is_the_nearest_unless_another_is_surely_more_accurate(failed, taken):
+    best, why = chosen(failed, 120, choose="best")
+    assert best == taken
+    assert why.startswith("the nearest to the uncompressed")
+
+
+def test_finalists_of_the_best_are_those_nearest_to_the_uncompressed():
+    """Not those of least loss: a compressed adapter can have less than the uncompressed one, and other answers."""
+    near, far = ((0.4, 0.3, 0.2, 0.1), (9, 9, 9, 9))
+    made = [
+        SimpleNamespace(disk_bytes=size, resident_bytes=size, loss=size / 100, drift=d, fits=True, share=1.0)
+        for drifts, start in ((near, 10), (far, 15))
+        for size, d in enumerate(drifts, start)
+    ]
+    job = SimpleNamespace(config=SimpleNamespace(compression=Compression(finalists=3, choose="best")))
+    assert [t.drift for t in _finalists(job, made, None, None)] == [0.3, 0.2, 0.1]
+    for trial in made:
+        trial.drift = math.inf  # by a search that did not measure it
+    assert [t.disk_bytes for t in _finalists(job, made, None, None)] == [10]
 
 
 def test_finalists_are_spread_over_the_front():

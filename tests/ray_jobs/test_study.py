@@ -8,6 +8,7 @@ import pickle
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import optuna
 import pytest
 from optuna.storages import JournalStorage
@@ -133,11 +134,13 @@ def test_without_a_front_there_is_nothing_to_be_near():
 
 
 def test_what_does_not_fit_holds_back_nothing_that_does(run):
-    ground = _trial.Groundwork({}, 4.0, 0.05, {0.25: 0.05, 0.5: 0.05})
+    ground = _trial.Groundwork({}, 4.0, np.full(8, 0.05, np.float32))
     setting: Any = SimpleNamespace(run=run, config=SimpleNamespace(compression=Compression()), ground=ground)
 
     def measure(key: str, loss: float, size: int, *, fits: bool) -> float:
-        bench: Any = SimpleNamespace(growing=lambda shares: ((share, loss) for share in shares))
+        bench: Any = SimpleNamespace(
+            growing=lambda shares: ((s, np.full(round(8 * s), loss, np.float32)) for s in shares)
+        )
         return _trial._loss(setting, key, bench, size, lambda: run.read(STAGES, Stage), hopeless=not fits)[0]
 
     assert [measure(key, 0.06, 10, fits=False) for key in "abc"] == [0.25] * 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from forged import tiny
@@ -17,9 +18,9 @@ from cascade.compression.recipe import Limits
 from cascade.config import Compression
 from ray_jobs import _trial as trials
 from ray_jobs._follow import Follower
-from ray_jobs._trial import STAGES, TRIALS, Bench, Groundwork, Stage, Trial, _loss, run_trial
+from ray_jobs._trial import STAGES, TRIALS, Bench, Groundwork, Stage, Trial, _loss, mean, run_trial
 
-LEVEL = Groundwork({}, 4.0, 0.05, {0.25: 0.05, 0.5: 0.05, 1.0: 0.05})
+LEVEL = Groundwork({}, 4.0, np.full(80, 0.05, np.float32))
 """Of rows that are all as hard."""
 
 
@@ -30,9 +31,9 @@ class Rows(Bench):
         rows: Any = [SimpleNamespace(targets=10, loss=loss) for loss in losses]
         super().__init__(loaded=None, slot=None, rows=rows)  # type: ignore[arg-type]
 
-    def mean_loss(self, rows: Any) -> float:
+    def losses(self, rows: Any) -> Any:
         self.__dict__["measured"] = self.__dict__.get("measured", 0) + len(rows)
-        return sum(row.loss for row in rows) / len(rows)
+        return np.repeat(np.float32([row.loss for row in rows]), 10)
 
 
 @pytest.fixture
@@ -47,8 +48,9 @@ def setting(tmp_path):
 
 def measure(setting: Any, key: str, loss: float, size: int, *, hopeless: bool = False) -> tuple[float, float, int]:
     bench = Rows([loss] * 8)
-    share, found = _loss(setting, key, bench, size, lambda: setting.run.read(STAGES, Stage), hopeless=hopeless)
-    return share, found, bench.__dict__["measured"]
+    share, found, drift = _loss(setting, key, bench, size, lambda: setting.run.read(STAGES, Stage), hopeless=hopeless)
+    assert drift == pytest.approx(abs(loss - 0.05), abs=1e-6)
+    return share, pytest.approx(found), bench.__dict__["measured"]
 
 
 def test_a_trial_that_is_behind_ends_after_a_quarter(setting):
@@ -82,18 +84,26 @@ def test_what_does_not_fit_ends_at_the_first_look(setting):
 def test_a_trial_that_ended_is_compared_with_whole_ones_by_what_it_lost_against_the_adapter(setting):
     hard_first = [2.0, 2.0, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1]
     trained = Rows(hard_first)
-    ground = Groundwork({}, 4.0, 0.575, dict(trained.growing((0.25, 0.5, 1.0))))
-    assert ground.trained_so_far == pytest.approx({0.25: 2.0, 0.5: 1.05, 1.0: 0.575})
+    ground = Groundwork({}, 4.0, trained.losses(trained.rows))
+    assert ground.trained_loss == pytest.approx(0.575)
     halved = setting(halving=True, ground=ground)
     bench = Rows([loss + 0.3 for loss in hard_first])
-    share, loss = _loss(halved, "x", bench, 9, lambda: halved.run.read(STAGES, Stage), hopeless=True)
-    assert share == 0.25
+    share, loss, drift = _loss(halved, "x", bench, 9, lambda: halved.run.read(STAGES, Stage), hopeless=True)
+    assert (share, drift) == (0.25, pytest.approx(0.3))
     assert loss == pytest.approx(0.875), "2.3 on the hard rows is 0.3 more than the adapter has, not 1.7 more"
-    assert Rows([loss + 0.3 for loss in hard_first]).mean_loss(bench.rows) == pytest.approx(loss)
+    assert bench.losses(bench.rows).mean() == pytest.approx(loss)
 
 
 def test_parts_without_rows_are_no_stages():
-    assert list(Rows([1.0, 3.0]).growing((0.25, 0.5, 1.0))) == [(0.5, 1.0), (1.0, 2.0)]
+    found = [(share, mean(losses)) for share, losses in Rows([1.0, 3.0]).growing((0.25, 0.5, 1.0))]
+    assert found == [(0.5, 1.0), (1.0, 2.0)]
+
+
+def test_drift_counts_changes_of_either_sign():
+    """Which cancel out in the loss, and are changes of the answers all the same."""
+    ground = Groundwork({}, 4.0, np.float32([0.5, 0.5, 1.0, 1.0]))
+    assert ground.drift(np.float32([0.9, 0.1])) == pytest.approx(0.4)
+    assert ground.drift(ground.trained) == 0.0
 
 
 def test_what_was_measured_before_is_neither_measured_nor_noted_again(setting):
@@ -120,7 +130,7 @@ def test_what_is_counted_and_measured_is_the_form_that_is_served(setting, monkey
     monkeypatch.setattr(trials, "load_base", lambda base: SimpleNamespace(model=model))
     monkeypatch.setattr(trials, "limit_process", lambda *_: None)
     monkeypatch.setattr(trials, "packed_rows", lambda *_: [])
-    monkeypatch.setattr(trials, "_loss", lambda *_, **__: (1.0, 0.1))
+    monkeypatch.setattr(trials, "_loss", lambda *_, **__: (1.0, 0.1, 0.2))
     config = SimpleNamespace(
         serving=SimpleNamespace(weights=weights),
         base=None,

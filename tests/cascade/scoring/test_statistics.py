@@ -18,6 +18,7 @@ from cascade.scoring.statistics import (
     paired_bootstrap,
     paired_loss,
     pass_at_k,
+    surely_lost,
     wilson,
 )
 from cascade.tasks import Message, Task, Verdict
@@ -178,6 +179,13 @@ def test_a_paired_loss_is_as_uncertain_as_it_varies() -> None:
     losses, errors = np.array(found).T
     assert np.mean(losses) == pytest.approx(0.04, abs=0.002)
     assert np.mean(errors) == pytest.approx(np.std(losses), rel=0.06)
+
+
+@pytest.mark.parametrize(("lost", "won", "surely"), [(3, 0, False), (5, 0, True), (9, 5, False), (5, 9, False)])
+def test_a_few_tasks_lost_are_not_surely_a_loss(lost: int, won: int, surely: bool) -> None:
+    before = [True] * lost + [False] * won + [True] * (120 - lost - won)
+    after = [not b for b in before[: lost + won]] + before[lost + won :]
+    assert surely_lost(before, after) == surely
 
 
 def test_no_change_is_not_certain_to_be_none() -> None:

@@ -7,6 +7,7 @@ import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,7 +18,7 @@ from cascade.models.generation import generate
 from cascade.models.rows import Request
 from cascade.tasks import Message
 from cascade.training.examples import EncodedExample, encode_example
-from cascade.training.loop import TargetLoss, TorchEngine, mean_loss, run_steps
+from cascade.training.loop import TargetLoss, TorchEngine, mean_loss, run_steps, target_losses
 from cascade.training.lora import add_lora, trainable
 from cascade.training.packing import Row, Step, pack, plan_steps
 from cascade.training.schedule import learning_rate_at
@@ -306,3 +307,12 @@ def test_a_training_of_which_no_step_counts_is_none(module):
     steps = run_steps(poisoned(TorchEngine(module, SETTINGS), range(99), "loss"), PLAN[:2], SETTINGS)
     with pytest.raises(DataError, match="not finite in 2 steps in a row"):
         list(steps)
+
+
+def test_the_losses_of_all_targets_add_up_to_that_of_their_rows(module):
+    rows = [Row(tuple(made([6, 30]))), Row(tuple(made([9])))]
+    losses = target_losses(module, rows, CPU)
+    assert losses.shape == (sum(row.targets for row in rows),)
+    split = np.split(losses, [rows[0].targets])
+    assert [part.sum() for part in split] == pytest.approx([module(**r.tensors(CPU)).item() for r in rows], rel=1e-5)
+    assert target_losses(module, [], CPU).shape == (0,)
