@@ -141,6 +141,7 @@ def _trials(runs: Runs) -> list[TrialRow]:
             resident_bytes=t.resident_bytes,
             fits=t.fits,
             reason=run.metrics["reason"] if t.recipe == run.metrics["recipe"] else "",
+            drift=t.drift if math.isfinite(t.drift) else None,
         )
         for t in run.read(TRIALS, Trial)
     ]

@@ -60,6 +60,8 @@ class TrialRow:
         resident_bytes: what serving would hold of it.
         fits: whether both sizes keep their limits.
         reason: why it was chosen, if it was.
+        drift: mean change of a reference token's log-probability (nats, either way) against the uncompressed adapter,
+            on those examples, if it was measured.
     """
 
     recipe: str
@@ -71,6 +73,7 @@ class TrialRow:
     resident_bytes: int = 0
     fits: bool = True
     reason: str = ""
+    drift: float | None = None
 
 
 def front_of(trials: Sequence[TrialRow]) -> list[TrialRow]:

@@ -438,6 +438,8 @@ def test_the_table_of_recipes_marks_the_front_and_shows_both_sizes(report_data):
     assert 1 < len(marked) < len(trials)
     assert all("3.00 MB" in row or "9.00 MB" in row for row in rows)
     assert "best of all, but too large (too large)" in html
+    shown = [None if t.drift is None else f"{t.drift:.4f}" for t in sorted(trials, key=lambda t: t.bytes)]
+    assert [re.findall(r'"num">([^<]*)<', row)[3] for row in rows] == [drift or "–" for drift in shown]
 
 
 def test_the_drawn_front_is_the_marked_one(report_data):
