@@ -29,8 +29,8 @@ from ray_jobs._trial import (
     Setting,
     Trial,
     TrialRunner,
+    kept_files,
     load_bench,
-    nearest_front,
     packed_rows,
     pareto_front,
 )
@@ -45,7 +45,7 @@ def search(job: Job, adapter: AdapterWeights, style: PromptStyle, ground: Ground
     """Try recipes; those of an interrupted search are not tried again.
 
     Returns:
-        The trials by loss, also written to the run with the files of both fronts, and as an Optuna study.
+        The trials by loss, also written to the run with the files of `kept_files`, and as an Optuna study.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     bounds = limits(adapter, job.config.compression)
@@ -61,7 +61,7 @@ def search(job: Job, adapter: AdapterWeights, style: PromptStyle, ground: Ground
     _check_lost(job, results, len(watch.tried))
     trials = sorted(watch.tried.values(), key=lambda t: (t.loss, t.disk_bytes, t.recipe))
     job.run.write_table(TRIALS, Trial, trials)
-    kept = {t.file for t in (*pareto_front(trials), *nearest_front(trials))}
+    kept = kept_files(trials, job.config.compression)
     for file in {t.file for t in trials if t.fits and t.share == 1} - kept:
         job.run.store.delete(f"{job.run.folder}/{file}")
     watch.study.put()

@@ -32,7 +32,7 @@ from cascade.compression.format import encode_modifier, publishing_bytes
 from cascade.compression.pareto import front, leaders
 from cascade.compression.recipe import Limits, Room, compress, recipe_from
 from cascade.compression.truncate import Calibration
-from cascade.config import Config, PromptStyle
+from cascade.config import Compression, Config, PromptStyle
 from cascade.models.base import LoadedBase, end_token_ids, load_base
 from cascade.training.examples import encode_conversations
 from cascade.training.loop import TargetLoss, target_losses
@@ -92,6 +92,12 @@ def pareto_front(trials: Sequence[Trial]) -> list[Trial]:
 def nearest_front(trials: Sequence[Trial]) -> list[Trial]:
     """The same of bytes and drift: the last one is the nearest to the adapter as trained."""
     return front([t for t in trials if t.fits and t.share == 1], lambda t: (t.disk_bytes, t.drift))
+
+
+def kept_files(trials: Sequence[Trial], wanted: Compression) -> set[str]:
+    """Of the modifier files that a search wrote, those of the Pareto front and of what may be chosen beside it."""
+    nearest = nearest_front(trials) if wanted.choose == "best" else []
+    return {t.file for t in (*pareto_front(trials), *nearest)}
 
 
 @dataclass(frozen=True)

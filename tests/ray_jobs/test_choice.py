@@ -11,6 +11,7 @@ from cascade.config import Compression, Lora
 from cascade.errors import CascadeError, DataError
 from cascade.tasks import Verdict
 from ray_jobs import _winner, compress_modifier
+from ray_jobs._trial import kept_files
 from ray_jobs.compress_modifier import _choose, _finalists
 
 FINALISTS = [SimpleNamespace(disk_bytes=size, drift=1 / size) for size in (10, 20, 30)]
@@ -54,12 +55,14 @@ def test_finalists_of_the_best_are_those_nearest_to_the_uncompressed():
     """Not those of least loss: a compressed adapter can have less than the uncompressed one, and other answers."""
     near, far = ((0.4, 0.3, 0.2, 0.1), (9, 9, 9, 9))
     made = [
-        SimpleNamespace(disk_bytes=size, resident_bytes=size, loss=size / 100, drift=d, fits=True, share=1.0)
+        SimpleNamespace(disk_bytes=size, loss=size / 100, drift=d, fits=True, share=1.0, file=f"{size}")
         for drifts, start in ((near, 10), (far, 15))
         for size, d in enumerate(drifts, start)
     ]
     job = SimpleNamespace(config=SimpleNamespace(compression=Compression(finalists=3, choose="best")))
     assert [t.drift for t in _finalists(job, made, None, None)] == [0.3, 0.2, 0.1]
+    assert kept_files(made, job.config.compression) >= {t.file for t in made[:4]}
+    assert kept_files(made, Compression()) == {made[0].file}
     for trial in made:
         trial.drift = math.inf  # by a search that did not measure it
     assert [t.disk_bytes for t in _finalists(job, made, None, None)] == [10]

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -201,10 +201,13 @@ def test_two_runs_do_not_see_each_others_files() -> None:
     assert run_python("import os; print('left' in os.listdir('/tmp'))", "", Limits()).text.strip() == "False"
 
 
-def test_nothing_is_left_behind() -> None:
-    before = {p for p in os.listdir("/tmp") if p.startswith("cascade-sandbox-")}
+def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, make = [], tempfile.mkdtemp
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # others' runs leave theirs in /tmp meanwhile
+    monkeypatch.setattr(tempfile, "mkdtemp", lambda *a, **more: seen.append(make(*a, **more)) or seen[-1])
     run_tests("def add(a, b): return a + b", TESTS)
-    assert {p for p in os.listdir("/tmp") if p.startswith("cascade-sandbox-")} <= before
+    assert any(Path(folder).parent == tmp_path for folder in seen)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_programs_read_input_and_floods_are_cut() -> None:
