@@ -27,7 +27,7 @@ from ray_jobs._context import Job
 from ray_jobs._held_out import held_out
 from ray_jobs._runs import Runs
 from ray_jobs._search import _groundwork, search
-from ray_jobs._trial import Groundwork, load_bench, mean
+from ray_jobs._trial import Groundwork, load_bench
 
 CONFIG, ADAPTER, GROUND, SECONDS = "config.json", "adapter", "ground.pickle", "seconds"
 STYLE = PromptStyle(name="direct", system="Give only the final answer.")
@@ -115,8 +115,7 @@ def alone(folder: Path, points: Path, results: Path) -> None:
         compressed = compress(lab.adapter, recipe_from(point, room), lab.ground.calibration)
         disk, resident = len(encode_modifier(compressed)), bench.slot.bytes_for(compressed)
         fits = disk <= bounds.disk and resident <= bounds.resident
-        bench.slot.fill(compressed)
-        loss = mean(bench.losses(bench.rows))
+        loss = bench.loss(compressed)
         found.append(asdict(Measured(disk, resident, loss, fits, time.perf_counter() - began)))
     results.write_text(json.dumps(found))
 

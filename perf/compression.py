@@ -39,13 +39,13 @@ from cascade.compression.calibrate import calibrate
 from cascade.compression.compressed import CompressedAdapter
 from cascade.compression.format import disk_bytes, publishing_bytes
 from cascade.compression.packed import compress
-from cascade.compression.pareto import front
+from cascade.compression.pareto import best_of, front
 from cascade.compression.recipe import Room, limits, recipe_from, seed_points
 from cascade.compression.recover import recover
 from cascade.compression.truncate import Calibration
 from cascade.config import Base, Compression
 from cascade.models.base import LoadedBase, load_base
-from cascade.scoring.statistics import Interval, paired_bootstrap, surely_lost
+from cascade.scoring.statistics import Interval, paired_bootstrap
 from cascade.training.packing import plan_steps
 
 PROMISE = 48 / 260
@@ -150,9 +150,8 @@ def ours(lab: Lab, share: float, calibration: Calibration, recovery: int) -> Can
             tried.append((found, lab.validation(found.adapter)))
     whole = lab.validation(lab.adapter)
     finalists = front(tried, lambda one: (one[0].disk_bytes, one[1].drift(whole)))[-wanted.finalists :]
-    top = max((of.correct for _, of in finalists), key=sum)
-    level = [one for one in finalists if not surely_lost(top, one[1].correct)]
-    chosen, measured = min(level, key=lambda one: one[1].drift(whole))
+    drifts, passed = [of.drift(whole) for _, of in finalists], [of.correct for _, of in finalists]
+    chosen, measured = finalists[best_of(drifts, passed)]
     if recovery:
         assert isinstance(chosen.adapter, CompressedAdapter)
         trained = lab.candidate(lab.recovered(chosen.adapter, recovery))

@@ -35,7 +35,7 @@ from cascade.compression.truncate import Calibration
 from cascade.config import Compression, Config, PromptStyle
 from cascade.models.base import LoadedBase, end_token_ids, load_base
 from cascade.training.examples import encode_conversations
-from cascade.training.loop import TargetLoss, target_losses
+from cascade.training.loop import TargetLoss, mean, target_losses
 from cascade.training.packing import Row, pack
 from ray_jobs._evaluate import limit_process
 from ray_jobs._follow import Follower
@@ -86,12 +86,16 @@ class Trial:
 
 def pareto_front(trials: Sequence[Trial]) -> list[Trial]:
     """Of the whole trials that fit, those that no other one beats in both bytes and loss; smallest first."""
-    return front([t for t in trials if t.fits and t.share == 1], lambda t: (t.disk_bytes, t.loss))
+    return front(_eligible(trials), lambda t: (t.disk_bytes, t.loss))
 
 
 def nearest_front(trials: Sequence[Trial]) -> list[Trial]:
     """The same of bytes and drift: the last one is the nearest to the adapter as trained."""
-    return front([t for t in trials if t.fits and t.share == 1], lambda t: (t.disk_bytes, t.drift))
+    return front(_eligible(trials), lambda t: (t.disk_bytes, t.drift))
+
+
+def _eligible(trials: Sequence[Trial]) -> list[Trial]:
+    return [t for t in trials if t.fits and t.share == 1]
 
 
 def kept_files(trials: Sequence[Trial], wanted: Compression) -> set[str]:
@@ -140,11 +144,6 @@ class Groundwork:
         single probability has moved tells more (Dutta et al., arXiv:2407.09141).
         """
         return mean(np.abs(losses - self.trained[: len(losses)]))
-
-
-def mean(losses: NDArray[np.float32]) -> float:
-    """Over targets; NaN for none."""
-    return float(losses.mean(dtype=np.float64)) if len(losses) else math.nan
 
 
 @dataclass(frozen=True)

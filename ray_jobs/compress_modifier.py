@@ -8,9 +8,10 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from cascade.compression.adapter import AdapterWeights, fp16_bytes
+from cascade.compression.pareto import best_of
 from cascade.compression.recipe import limits
 from cascade.errors import CascadeError
-from cascade.scoring.statistics import Score, paired_loss, surely_lost
+from cascade.scoring.statistics import Score, paired_loss
 from cascade.tasks import Example, Verdict
 from ray_jobs._context import Job, Metrics, main
 from ray_jobs._evaluate import Assignment, evaluate, read_adapter
@@ -103,29 +104,24 @@ def _choose(job: Job, finalists: list[Trial], verdicts: dict[str, list[Verdict]]
     """By the config's rule: the smallest within the tolerated loss of accuracy, or the best; and why.
 
     A loss counts with one standard error on top (Breiman's rule): few tasks tolerate less than many, and a candidate
-    that was lucky on them is not taken for it. Nor does luck make the best: of those that the most accurate is not
-    surely ahead of, it is the nearest to the adapter as trained.
+    that was lucky on them is not taken for it. Nor does luck make the best (`best_of`).
+
+    Args:
+        verdicts: of the modifier as trained and of every finalist, all in one order of tasks.
     """
     wanted = job.config.compression
-    found = [verdicts[f"candidate{n}"] for n in range(len(finalists))]
-    good = [n for n, v in enumerate(found) if sum(paired_loss(*_paired(verdicts["trained"], v))) <= wanted.tolerance]
+    trained = [v.passed for v in verdicts["trained"]]
+    found = [[v.passed for v in verdicts[f"candidate{n}"]] for n in range(len(finalists))]
+    good = [n for n, passed in enumerate(found) if sum(paired_loss(trained, passed)) <= wanted.tolerance]
     if good and wanted.choose == "smallest":
         chosen = min(good, key=lambda n: finalists[n].disk_bytes)
         why = f"the smallest that lost, by one standard error at most, {wanted.tolerance:.1%} of validation tasks"
     else:
-        top = max(found, key=lambda v: Score.of(v).passed)
-        level = [n for n, v in enumerate(found) if not surely_lost(*_paired(top, v))]
-        chosen = min(level, key=lambda n: finalists[n].drift)
+        chosen = best_of([t.drift for t in finalists], found)
         why = "the nearest to the uncompressed within the size limits, and none is surely more accurate"
         why += "" if good else f"; none lost surely at most {wanted.tolerance:.1%}"
-    mine, whole = Score.of(found[chosen]), Score.of(verdicts["trained"])
-    return chosen, f"{why} ({mine.passed} of {mine.n} passed, uncompressed {whole.passed}; finalists: {len(finalists)})"
-
-
-def _paired(before: list[Verdict], after: list[Verdict]) -> tuple[list[bool], list[bool]]:
-    """Whether each task was passed, in one order."""
-    passed = {v.task_id: v.passed for v in after}
-    return [v.passed for v in before], [passed[v.task_id] for v in before]
+    outcome = f"{sum(found[chosen])} of {len(trained)} passed, uncompressed {sum(trained)}"
+    return chosen, f"{why} ({outcome}; finalists: {len(finalists)})"
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+from cascade.scoring.statistics import surely_lost
+
 Item = TypeVar("Item")
 Point = tuple[float, float]
 
@@ -36,6 +38,21 @@ def leaders(items: Sequence[Item], key: Callable[[Item], Point], share: float) -
         best += foremost
         rest = [i for i in rest if not any(i is f for f in foremost)]
     return best
+
+
+def best_of(drift: Sequence[float], passed: Sequence[Sequence[bool]]) -> int:
+    """Of some candidates, the nearest to the uncompressed adapter, unless another is surely more accurate.
+
+    Args:
+        drift: of each, how far it is from the uncompressed adapter.
+        passed: of each, whether it passed each of the same tasks.
+
+    Returns:
+        Its place.
+    """
+    most = max(passed, key=sum)
+    level = [place for place, tasks in enumerate(passed) if not surely_lost(most, tasks)]
+    return min(level, key=drift.__getitem__)
 
 
 def hypervolume(points: Sequence[Point], reference: Point) -> float:

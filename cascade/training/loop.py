@@ -49,37 +49,26 @@ class TargetLoss(nn.Module):
         compile_layers(self.model, backend)
         self.cross_entropy = torch.compile(summed_cross_entropy, dynamic=True, backend=backend)
 
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        position_ids: torch.Tensor,
-        target_index: torch.Tensor,
-        target_ids: torch.Tensor,
-        **bounds: Any,
+    def forward(self, *, target_ids: torch.Tensor, **row: Any) -> torch.Tensor:
+        """Sum of −log p over the row's targets (nats).
+
+        Args:
+            target_ids: shape (targets,). row: what `logits` takes.
+        """
+        return self.cross_entropy(self.logits(**row), target_ids)
+
+    def each(self, *, target_ids: torch.Tensor, **row: Any) -> torch.Tensor:
+        """−log p of each of the row's targets (nats, float32), shape (targets,); arguments as those of `forward`."""
+        return nn.functional.cross_entropy(self.logits(**row).float(), target_ids, reduction="none")
+
+    def logits(
+        self, *, input_ids: torch.Tensor, position_ids: torch.Tensor, target_index: torch.Tensor, **bounds: Any
     ) -> torch.Tensor:
-        """Sum of −log p over the row's targets (nats); shapes as `Row.tensors` gives them.
+        """Of the targets, shape (targets, vocabulary); shapes as `Row.tensors` gives them.
 
         Args:
             bounds: where examples begin, for the attention (`cascade.training.layout`).
         """
-        return self.cross_entropy(self._logits(input_ids, position_ids, target_index, bounds), target_ids)
-
-    def each(
-        self,
-        input_ids: torch.Tensor,
-        position_ids: torch.Tensor,
-        target_index: torch.Tensor,
-        target_ids: torch.Tensor,
-        **bounds: Any,
-    ) -> torch.Tensor:
-        """−log p of each of the row's targets (nats, float32), shape (targets,); arguments as those of `forward`."""
-        logits = self._logits(input_ids, position_ids, target_index, bounds)
-        return nn.functional.cross_entropy(logits.float(), target_ids, reduction="none")
-
-    def _logits(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor, target_index: torch.Tensor, bounds: dict[str, Any]
-    ) -> torch.Tensor:
-        """Of the targets, shape (targets, vocabulary)."""
         logits: torch.Tensor = self.model(
             input_ids=input_ids,
             position_ids=position_ids,
@@ -267,9 +256,11 @@ def target_losses(module: TargetLoss, rows: Sequence[Row], device: torch.device)
     return np.concatenate([np.empty(0, np.float32), *found])
 
 
-@torch.no_grad()
 def mean_loss(module: TargetLoss, rows: Sequence[Row], device: torch.device) -> float:
     """Mean loss per target token (nats) without learning; NaN for no rows."""
-    total = sum(float(module(**module.inputs(row, device))) for row in rows)
-    targets = sum(row.targets for row in rows)
-    return total / targets if targets else math.nan
+    return mean(target_losses(module, rows, device))
+
+
+def mean(losses: NDArray[np.float32]) -> float:
+    """Over targets; NaN for none."""
+    return float(losses.mean(dtype=np.float64)) if len(losses) else math.nan

@@ -16,9 +16,10 @@ from cascade.compression.methods import Recipe, Truncate
 from cascade.compression.packed import compress, resident_bytes
 from cascade.compression.recipe import Limits
 from cascade.config import Compression
+from cascade.training.loop import mean
 from ray_jobs import _trial as trials
 from ray_jobs._follow import Follower
-from ray_jobs._trial import STAGES, TRIALS, Bench, Groundwork, Stage, Trial, _loss, mean, run_trial
+from ray_jobs._trial import STAGES, TRIALS, Bench, Groundwork, Stage, Trial, _loss, run_trial
 
 LEVEL = Groundwork({}, 4.0, np.full(80, 0.05, np.float32))
 """Of rows that are all as hard."""
