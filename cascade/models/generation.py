@@ -326,7 +326,9 @@ def tokens_in_memory(loaded: LoadedBase) -> int:
     per_token = 2 * config.num_hidden_layers * heads * width * loaded.model.dtype.itemsize
     free, total = torch.cuda.mem_get_info(loaded.device)
     allowed = total * torch.cuda.get_per_process_memory_fraction(loaded.device)
-    room = min(free, allowed - torch.cuda.memory_reserved(loaded.device))
+    used = torch.cuda.memory_allocated(loaded.device)
+    unused = torch.cuda.memory_reserved(loaded.device) - used  # an earlier batch's: torch keeps it, for us to take
+    room = min(free + unused, allowed - used)
     return max(_CPU_TOKENS, int(_GPU_SHARE * room / per_token))
 
 
