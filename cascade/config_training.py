@@ -162,7 +162,8 @@ class Compression(Section):
     recovery_steps: int = Field(
         0,
         ge=0,
-        description="training steps on what the chosen one has left, masks kept; taken if the held-out loss falls",
+        description="steps that train what the chosen one has left to answer as the uncompressed modifier does; taken "
+        "if that brings it nearer",
     )
     recovery_rate: float = Field(
         0.1, gt=0, description="their learning rate, as a share of training.lora.learning_rate"

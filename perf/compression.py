@@ -102,7 +102,7 @@ class Lab:
         rate = Compression().recovery_rate * self.lora.learning_rate
         settings = self.lora.model_copy(update={"learning_rate": rate})
         plan = list(islice(cycle(plan_steps(self.splits.train, self.lora, self.cell.seed)), steps))
-        return recover(self.loaded.model, compressed, plan, settings)[0]
+        return recover(self.loaded.model, compressed, self.adapter, plan, settings)[0]
 
     def _measure(self, adapter: Adapter, split: str) -> Measure:
         self.slot.fill(adapter)
@@ -139,7 +139,7 @@ def ours(lab: Lab, share: float, calibration: Calibration, recovery: int) -> Can
 
     Of the search's first points that keep both limits, the finalists are those nearest to the adapter as trained on the
     validation split; of them the nearest, unless another is surely more accurate. With recovery, what it has left is
-    then trained, and that is taken if it still fits and the validation loss falls.
+    then trained, and that is taken if it still fits and is nearer.
     """
     wanted = Compression(max_ratio=share, choose="best")
     bounds = limits(lab.adapter, wanted)
@@ -155,7 +155,7 @@ def ours(lab: Lab, share: float, calibration: Calibration, recovery: int) -> Can
     if recovery:
         assert isinstance(chosen.adapter, CompressedAdapter)
         trained = lab.candidate(lab.recovered(chosen.adapter, recovery))
-        if trained.disk_bytes <= bounds.disk and lab.validation(trained.adapter).loss < measured.loss:
+        if trained.disk_bytes <= bounds.disk and lab.validation(trained.adapter).drift(whole) < measured.drift(whole):
             return trained
     return chosen
 

@@ -24,6 +24,7 @@ from cascade.models.base import end_token_ids
 from cascade.tasks import Example
 from cascade.training.examples import encode_examples
 from cascade.training.layout import layout_for, most_tokens
+from cascade.training.loop import mean
 from cascade.training.packing import Step, plan_steps
 from ray_jobs._context import Job
 from ray_jobs._held_out import Conversation
@@ -41,12 +42,14 @@ class Recovery:
     """A training of what the chosen one has left.
 
     Attributes:
-        loss: held-out, after it, NaN where it diverged; taken: whether the file is the one that it made.
+        loss, drift: held-out, after it (as of a `Trial`), NaN where it diverged.
+        taken: whether the file is the one that it made.
     """
 
     steps: int
     seconds: float
     loss: float
+    drift: float
     taken: bool
 
 
@@ -121,22 +124,24 @@ def _stages(assigned: Assigned, bench: Bench, compressed: CompressedAdapter) -> 
 
 
 def _recover(assigned: Assigned, bench: Bench, compressed: CompressedAdapter) -> tuple[CompressedAdapter, Recovery]:
-    """Train on the training examples; taken if the held-out loss falls and the file still keeps its limit."""
+    """Train on the training examples; taken if it is nearer to the adapter as trained and keeps the size limit."""
     began, config = time.perf_counter(), assigned.config
     wanted, lora = config.compression, config.training.lora
     settings = lora.model_copy(update={"learning_rate": wanted.recovery_rate * lora.learning_rate})
     plan = _plan(assigned, bench)
     bench.slot.clear()
     try:
-        trained, _ = recover(bench.loaded.model, compressed, plan, settings)
+        trained, _ = recover(bench.loaded.model, compressed, assigned.adapter, plan, settings)
     except DataError as error:  # it has diverged; what was chosen is as good as it was
         logging.getLogger(__name__).warning("recovery: %s", error)
-        return compressed, Recovery(len(plan), time.perf_counter() - began, math.nan, False)
-    loss = bench.loss(trained)
+        return compressed, Recovery(len(plan), time.perf_counter() - began, math.nan, math.nan, False)
+    bench.slot.fill(trained)
+    losses = bench.losses(bench.rows)
+    loss, drift = mean(losses), assigned.ground.drift(losses)
     published = len(encode_modifier(trained)) + publishing_bytes(tuple(t.name for t in config.tiers))
     fits = published <= limits(assigned.adapter, wanted).disk
-    taken = fits and loss < assigned.winner.loss
-    return trained, Recovery(len(plan), time.perf_counter() - began, loss, taken)
+    taken = fits and drift < assigned.winner.drift
+    return trained, Recovery(len(plan), time.perf_counter() - began, loss, drift, taken)
 
 
 def _plan(assigned: Assigned, bench: Bench) -> list[Step]:
@@ -154,10 +159,10 @@ def _plan(assigned: Assigned, bench: Bench) -> list[Step]:
     return list(islice(cycle(plan), config.compression.recovery_steps))
 
 
-def in_words(recovery: Recovery, before: float) -> str:
+def in_words(recovery: Recovery, winner: Trial) -> str:
     """What a recovery brought, for the reason of the choice."""
-    if math.isnan(recovery.loss):
+    if math.isnan(recovery.drift):
         return f"recovery training diverged within {recovery.steps} steps; the file stayed as it was"
-    change = f"{recovery.steps} steps of recovery training took {recovery.seconds:.0f} s and brought the held-out loss"
+    change = f"{recovery.steps} steps of recovery training took {recovery.seconds:.0f} s and brought the drift"
     outcome = "" if recovery.taken else "; the file stayed as it was"
-    return f"{change} from {before:.4f} to {recovery.loss:.4f}{outcome}"
+    return f"{change} from {winner.drift:.4f} to {recovery.drift:.4f}{outcome}"

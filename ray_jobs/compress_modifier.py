@@ -55,7 +55,7 @@ def work(job: Job) -> Metrics:
         "trained_loss": ground.trained_loss,
         "loss": last.loss,
         "gain_kept": ground.gain(last.loss),
-        "reason": f"{reason}; {in_words(recovery, winner.loss)}" if recovery else reason,
+        "reason": f"{reason}; {in_words(recovery, winner)}" if recovery else reason,
         "recovery": asdict(recovery) if recovery else None,
         "recipe": winner.recipe,
         "validation": {name: {"passed": s.passed, "n": s.n, "accuracy": s.accuracy} for name, s in scores.items()},

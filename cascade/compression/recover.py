@@ -1,5 +1,9 @@
 """A short training of what compression left: the masks stay, the numbers learn, in the format that they are stored in.
 
+What they learn is to answer as the uncompressed adapter does: the Kullback-Leibler divergence from its probabilities,
+at every target token of training examples (distillation, Hinton et al., arXiv:1503.02531). The examples' own answers
+would teach anew what the adapter has learned already, and lead away from it.
+
 Forward and backward run with the numbers as the file holds them; the step is made on float32 ones behind them, which
 are then rounded again (the straight-through estimator, Bengio et al., arXiv:1308.3432). So what is learned has the
 rounding in it, and the file is of the recipe that it was before.
@@ -8,7 +12,8 @@ rounding in it, and the file is of the recipe that it was before.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from cascade.compression.adapter import AdapterWeights
 from cascade.compression.compressed import FACTORS, CompressedAdapter, FactorName, LayerSpec, PackedFactor
 from cascade.compression.decoding import expanded_sha256, iter_layers
 from cascade.compression.quantise import encode, unit_exponent
@@ -29,22 +35,24 @@ Numbers = list[NDArray[np.float32]]
 
 
 def recover(
-    model: nn.Module, compressed: CompressedAdapter, plan: Sequence[Step], settings: Lora
+    model: nn.Module, compressed: CompressedAdapter, trained: AdapterWeights, plan: Sequence[Step], settings: Lora
 ) -> tuple[CompressedAdapter, list[StepReport]]:
-    """Train the kept numbers of a compressed adapter.
+    """Train the kept numbers of a compressed adapter to answer as the adapter that it was made of.
 
     Args:
         model: the bare base (no slot filled), on any device, gradients off; it is not changed.
+        trained: the uncompressed adapter.
         plan: steps on examples that may be learned from.
         settings: learning rate, its schedule, and the clipping of gradients.
 
     Returns:
-        The adapter after the last step, masks and recipe as they were, and what each step measured.
+        The adapter after the last step, masks and recipe as they were, and what each step measured: its loss is the
+        mean divergence per target token (nats).
 
     Raises:
         DataError: the model lacks one of the adapter's layers, or several steps in a row were not finite.
     """
-    engine = RecoveryEngine(model, compressed, settings)
+    engine = RecoveryEngine(model, compressed, trained, settings)
     try:
         curve = list(run_steps(engine, plan, settings))
     finally:
@@ -55,7 +63,9 @@ def recover(
 class RecoveryEngine:
     """An engine (`cascade.training.loop`) whose parameters are the kept numbers; `compressed` is them as stored."""
 
-    def __init__(self, model: nn.Module, compressed: CompressedAdapter, settings: Lora) -> None:
+    def __init__(
+        self, model: nn.Module, compressed: CompressedAdapter, trained: AdapterWeights, settings: Lora
+    ) -> None:
         modules = dict(model.named_modules())
         layers = [modules.get(spec.name) for spec in compressed.layers]
         if missing := [s.name for s, m in zip(compressed.layers, layers, strict=True) if not isinstance(m, nn.Linear)]:
@@ -69,20 +79,44 @@ class RecoveryEngine:
         everything = [p for f in FACTORS for p in self._behind[f]]
         self._optimizer = torch.optim.AdamW(everything, lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
         self._stored: dict[FactorName, list[nn.Parameter]] = {f: [] for f in FACTORS}
-        self._handles = []
-        for (_, a, bt), layer in zip(iter_layers(compressed), layers, strict=True):
+        self._patches, self._handles = [], []
+        for (name, a, bt), layer in zip(iter_layers(compressed), layers, strict=True):
             assert isinstance(layer, nn.Linear)
-            stored_a, stored_b = (nn.Parameter(self._on_device(x).to(layer.weight.dtype)) for x in (a, bt))
+            pair = trained.layers[name]
+            stored_a, stored_b, whole_a, whole_b = (
+                self._on_device(x).to(layer.weight.dtype) for x in (a, bt, pair.a, pair.b.T)
+            )
+            stored_a, stored_b = nn.Parameter(stored_a), nn.Parameter(stored_b)
             self._stored["a"].append(stored_a)
             self._stored["b"].append(stored_b)
-            self._handles.append(layer.register_forward_hook(_Patch(stored_a, stored_b, compressed.scaling)))
+            patch = _Patch(
+                _Product(stored_a, stored_b, compressed.scaling), _Product(whole_a, whole_b, trained.scaling)
+            )
+            self._patches.append(patch)
+            self._handles.append(layer.register_forward_hook(patch))
 
     def _on_device(self, array: NDArray[np.generic]) -> torch.Tensor:
         return torch.from_numpy(array.copy()).to(self.device)
 
     def loss(self, row: Row) -> torch.Tensor:
-        loss: torch.Tensor = self.module(**self.module.inputs(row, self.device))
-        return loss
+        """Divergence from the uncompressed adapter's probabilities, summed over the row's targets (nats)."""
+        inputs = self.module.inputs(row, self.device)
+        del inputs["target_ids"]
+        with torch.no_grad(), self._uncompressed():
+            wanted = self.module.logits(**inputs).float().log_softmax(-1)
+        found = self.module.logits(**inputs).float().log_softmax(-1)
+        return nn.functional.kl_div(found, wanted, log_target=True, reduction="sum")
+
+    @contextmanager
+    def _uncompressed(self) -> Iterator[None]:
+        """The model with the adapter as it was trained."""
+        for patch in self._patches:
+            patch.product = patch.whole
+        try:
+            yield
+        finally:
+            for patch in self._patches:
+                patch.product = patch.stored
 
     def backward(self, loss: torch.Tensor) -> None:
         loss.backward()
@@ -116,14 +150,25 @@ class RecoveryEngine:
             handle.remove()
 
 
-class _Patch:
-    """Adds one layer's share of the adapter to its output."""
+class _Product:
+    """One layer's share of an adapter: s (x Aᵀ) Bᵀ."""
 
-    def __init__(self, a: nn.Parameter, bt: nn.Parameter, scaling: float) -> None:
+    def __init__(self, a: torch.Tensor, bt: torch.Tensor, scaling: float) -> None:
         self.a, self.bt, self.scaling = a, bt, scaling
 
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.scaling * (nn.functional.linear(x, self.a) @ self.bt)
+
+
+class _Patch:
+    """Adds to one layer's output what is stored of the adapter there, or the whole of it."""
+
+    def __init__(self, stored: _Product, whole: _Product) -> None:
+        self.stored, self.whole = stored, whole
+        self.product = stored
+
     def __call__(self, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        return output + self.scaling * (nn.functional.linear(args[0], self.a) @ self.bt)
+        return output + self.product(args[0])
 
 
 def masks(compressed: CompressedAdapter, factor: FactorName) -> list[NDArray[np.bool_]]:

@@ -213,8 +213,9 @@ def check_account(runs: Runs, adapter: AdapterWeights, trials: list[Trial]) -> N
     assert stages[0].loss == run.metrics["trained_loss"]
     assert stages[-1].disk_bytes == run.metrics["disk_bytes"]
     assert recovery["taken"] == (stages[-1].stage == "recovered")
+    assert recovery["taken"] == (recovery["drift"] < winner.drift)
     if recovery["taken"]:
-        assert recovery["loss"] == run.metrics["loss"] < winner.loss
+        assert recovery["loss"] == run.metrics["loss"]
     else:
         assert run.metrics["loss"] == winner.loss
     assert len(run.read(LAYERS, LayerShare)) == len(adapter.layers)

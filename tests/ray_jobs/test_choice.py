@@ -110,8 +110,11 @@ def test_a_recovery_that_diverges_leaves_what_was_chosen(monkeypatch):
     config = SimpleNamespace(compression=Compression(recovery_steps=5), training=SimpleNamespace(lora=Lora()))
     bench = SimpleNamespace(slot=SimpleNamespace(clear=lambda: None), loaded=SimpleNamespace(model=None))
     chosen = SimpleNamespace()
-    left, recovery = _winner._recover(SimpleNamespace(config=config), bench, chosen)
+    left, recovery = _winner._recover(SimpleNamespace(config=config, adapter=None), bench, chosen)
     assert left is chosen
     assert not recovery.taken
     assert math.isnan(recovery.loss)
-    assert _winner.in_words(recovery, 0.5) == "recovery training diverged within 5 steps; the file stayed as it was"
+    assert (
+        _winner.in_words(recovery, SimpleNamespace(drift=0.5))
+        == "recovery training diverged within 5 steps; the file stayed as it was"
+    )
