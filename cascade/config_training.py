@@ -166,5 +166,5 @@ class Compression(Section):
         "if that brings it nearer",
     )
     recovery_rate: float = Field(
-        0.1, gt=0, description="their learning rate, as a share of training.lora.learning_rate"
+        0.01, gt=0, description="their learning rate, as a share of training.lora.learning_rate"
     )

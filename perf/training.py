@@ -73,9 +73,8 @@ def main() -> None:
             outcome = run(command, job | changes, folder, options.limit)
             if outcome is not None:
                 results[name].append(outcome)
-                print(
-                    f"  {json.dumps({k: v for k, v in outcome.items() if k != 'steps'})}", file=sys.stderr, flush=True
-                )
+                shown = {k: v for k, v in outcome.items() if k != "steps"} | {"slowest_steps": slowest_steps(outcome)}
+                print(f"  {json.dumps(shown)}", file=sys.stderr, flush=True)
     report(job, {name: found for name, found in results.items() if found}, options)
 
 
@@ -329,6 +328,12 @@ def step_seconds(found: list[dict[str, Any]], beside: list[dict[str, Any]]) -> f
 def middle_step(found: list[dict[str, Any]]) -> float:
     """Median seconds of a step, which a few that waited for something do not show in; the median of the rounds."""
     return statistics.median(statistics.median(s for s, _ in r["steps"]) for r in found)
+
+
+def slowest_steps(result: dict[str, Any], count: int = 6) -> dict[int, float]:
+    """Number, from behind the warm-up, and seconds of those that took longest: what a median does not show."""
+    seconds = {number: round(s, 3) for number, (s, _) in enumerate(result["steps"])}
+    return dict(sorted(seconds.items(), key=lambda step: -step[1])[:count])
 
 
 def loss_to_reach(results: dict[str, list[dict[str, Any]]]) -> float:
