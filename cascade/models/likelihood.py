@@ -19,8 +19,8 @@ from cascade.models.attention import can_share
 from cascade.models.base import LoadedBase
 from cascade.models.beginnings import shared_beginnings
 from cascade.models.caches import Prefix, Shared
-from cascade.models.generation import tokens_in_a_pass
 from cascade.models.prompts import compute_prefix, last
+from cascade.models.room import tokens_in_a_pass
 
 _log = logging.getLogger(__name__)
 
