@@ -125,7 +125,10 @@ def ray_head(bucket: str) -> Iterator[JobSubmissionClient]:
     command += [f"--dashboard-agent-listen-port={free_port()}"]  # its default may belong to another Ray
     command += ["--object-store-memory=200000000", "--disable-usage-stats"]
     silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    head = subprocess.Popen(command, env=environment(), start_new_session=True, **silent)
+    # The jobs share one package of code. Ray keeps it for ten minutes, later for as long as a job runs: it may then be
+    # thrown away between the look whether it is still there and the start of the next.
+    kept = {"RAY_RUNTIME_ENV_TEMPORARY_REFERENCE_EXPIRATION_S": "3600"}
+    head = subprocess.Popen(command, env=environment() | kept, start_new_session=True, **silent)
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("RAY_AUTH_MODE", environment()["RAY_AUTH_MODE"])
