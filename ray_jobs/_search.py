@@ -7,6 +7,7 @@ tasks' reference answers. The best few within the size limits are then compared 
 from __future__ import annotations
 
 import logging
+import os
 
 import optuna
 import ray
@@ -48,6 +49,8 @@ def search(job: Job, adapter: AdapterWeights, style: PromptStyle, ground: Ground
         The trials by loss, also written to the run with the files of `kept_files`, and as an Optuna study.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    # On Ctrl-C Tune would end the search and hand over what it has, to be chosen from as if that were all.
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     bounds = limits(adapter, job.config.compression)
     watch = Watch(job, distributions(search_space(job.config.compression)), bounds)
     with polling(watch.look):

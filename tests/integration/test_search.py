@@ -103,7 +103,9 @@ def test_killed_at_work_it_repeats_at_most_the_trials_in_flight(tmp_path: Path) 
     folder = Path(runs.store.path(runs.compress_modifier.folder))
     command = [sys.executable, "-m", "ray_jobs.cli", "compress-modifier", str(path)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    kill_when_measured(command, environment, folder, 4)
+    assert stop_when_measured(command, environment, folder, 2, signal.SIGINT) == 130, log_of(folder).read_text()[-3000:]
+    assert not runs.compress_modifier.done
+    stop_when_measured(command, environment, folder, 4, signal.SIGKILL)
     survived = {file.name for file in folder.glob(f"{TRIALS}.*.parquet")}
     assert len(survived) < COUNT
     finish_without_a_trials_process(command, environment, folder, min(len(survived) + 3, COUNT - 2))
@@ -114,7 +116,7 @@ def test_killed_at_work_it_repeats_at_most_the_trials_in_flight(tmp_path: Path) 
     measured = set(json.loads(pq.read_schema(folder / f"{TRIALS}.parquet").metadata[b"cascade.parts"]))
     assert survived <= measured, "a trial that was measured before the kill is lost"
     assert len(measured) <= COUNT + 1, "only the trial whose process died may have been noted and asked for again"
-    in_flight = IN_FLIGHT + 1  # when the driver was killed, and when a trial's process was
+    in_flight = 2 * IN_FLIGHT + 1  # when the driver was interrupted and killed, and when a trial's process was
     assert looks_repeated(folder) <= len(SHARES) * in_flight, "more than the trials in flight were begun twice"
     check_front(folder, trials, adapter)
     check_choice(runs, adapter)
@@ -142,14 +144,19 @@ def wait_until_measured(driver: subprocess.Popen[bytes], folder: Path, count: in
         time.sleep(0.02)
 
 
-def kill_when_measured(command: list[str], environment: dict[str, str], folder: Path, count: int) -> None:
+def stop_when_measured(
+    command: list[str], environment: dict[str, str], folder: Path, count: int, how: signal.Signals
+) -> int:
+    """Send the job a signal once so many trials are measured; returns its exit code."""
     driver = start(command, environment, folder)
     try:
         wait_until_measured(driver, folder, count)
+        os.kill(driver.pid, how)
+        code = driver.wait(120)
     finally:
-        os.kill(driver.pid, signal.SIGKILL)
-        driver.wait()
+        driver.kill()
     time.sleep(3)  # Ray's processes notice that their driver is gone
+    return code
 
 
 def finish_without_a_trials_process(command: list[str], environment: dict[str, str], folder: Path, count: int) -> None:
