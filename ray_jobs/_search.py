@@ -116,8 +116,7 @@ def _groundwork(
     step = max(1, len(rows) // config.compression.calibration_rows)
     calibration = calibrate(bench.loaded.model, adapter, rows[::step][: config.compression.calibration_rows])
     base_loss = bench.loss(None)
-    bench.slot.fill(adapter)
-    return Groundwork(calibration, base_loss, bench.losses(bench.rows))
+    return Groundwork(calibration, base_loss, bench.losses_of(adapter))
 
 
 def resources(config: Config) -> dict[str, float]:

@@ -281,11 +281,15 @@ class Bench:
 
     def loss(self, adapter: AdapterWeights | CompressedAdapter | None) -> float:
         """Held-out loss with an adapter, or of the bare base; nats per target token."""
+        return mean(self.losses_of(adapter))
+
+    def losses_of(self, adapter: AdapterWeights | CompressedAdapter | None) -> NDArray[np.float32]:
+        """Of every held-out target, with an adapter or of the bare base; nats, shape (targets,)."""
         if adapter is None:
             self.slot.clear()
         else:
             self.slot.fill(adapter)
-        return mean(self.losses(self.rows))
+        return self.losses(self.rows)
 
     def growing(self, shares: Sequence[float]) -> Iterator[tuple[float, NDArray[np.float32]]]:
         """With what is in the slot, the losses in ever more of the rows: each share that adds some, and all so far."""

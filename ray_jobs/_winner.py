@@ -135,8 +135,7 @@ def _recover(assigned: Assigned, bench: Bench, compressed: CompressedAdapter) ->
     except DataError as error:  # it has diverged; what was chosen is as good as it was
         logging.getLogger(__name__).warning("recovery: %s", error)
         return compressed, Recovery(len(plan), time.perf_counter() - began, math.nan, math.nan, False)
-    bench.slot.fill(trained)
-    losses = bench.losses(bench.rows)
+    losses = bench.losses_of(trained)
     loss, drift = mean(losses), assigned.ground.drift(losses)
     published = len(encode_modifier(trained)) + publishing_bytes(tuple(t.name for t in config.tiers))
     fits = published <= limits(assigned.adapter, wanted).disk
