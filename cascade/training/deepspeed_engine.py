@@ -20,6 +20,8 @@ STATE = "state.pt"
 """The file of a checkpoint."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """What AdamW keeps of each parameter beside the number of its steps."""
+_STAGED = 8 * 2**20
+"""Numbers of a checkpoint that are fetched from a GPU at once."""
 
 
 def deepspeed_config(training: Training, dtype: torch.dtype) -> dict[str, Any]:
@@ -62,19 +64,22 @@ class DeepSpeedEngine:
         # ever. Without it gloo does the same work.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.device, self.module, self.stage = device, module, training.zero_stage
-        self.parameters = [p for p in module.parameters() if p.requires_grad]
-        named = module.model.named_parameters()
+        named = dict(module.model.named_parameters())
+        self.trainable = {name: p for name, p in named.items() if p.requires_grad}
+        self.parameters = list(self.trainable.values())
         # Kept as they are: DeepSpeed rounds them to bfloat16, and spreads them over the workers in stage 3.
-        self.frozen = {name: _on_cpu(p) for name, p in named if "lora_" in name and not p.requires_grad}
+        self.frozen = {name: _on_cpu(p) for name, p in named.items() if "lora_" in name and not p.requires_grad}
         self.norm: torch.Tensor | None = None
         optimizer = adamw(module, training.lora)
         if not self.stage:
             optimizer.register_step_pre_hook(lambda *_: self._clip(training.lora.gradient_clip))
-        for name, parameter in module.model.named_parameters():
+        for name, parameter in named.items():
             if "lora_" not in name:
                 # DeepSpeed's mark of what it does not send from the first worker to the others. They have the base, and
                 # on a CPU as pages of its file, which all processes of a machine share until one is written to.
                 setattr(parameter, "ds_optim_param", True)  # noqa: B010 (a name that mypy does not know)
+        if device.type == "cuda":
+            _pinned()  # now, for the checkpoints: to pin memory holds up all work on the GPU
         deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=module,
@@ -115,15 +120,15 @@ class DeepSpeedEngine:
         """
         updates = self._updates()
         first = torch.distributed.get_rank() == 0
-        trainable = self._trainable() if self.stage or first else []  # others only take part in gathering
-        weights = [self._whole(parameter) for _, parameter in trainable]
-        moments = {key: [self._moment(p, key) for _, p in trainable] for key in MOMENTS} if updates else {}
+        trainable = self.trainable if self.stage or first else {}  # others only take part in gathering
+        weights = [self._whole(parameter) for parameter in trainable.values()]
+        moments = {key: [self._moment(p, key) for p in trainable.values()] for key in MOMENTS} if updates else {}
         if not first:
             return None
         return {
             "next_step": step,
             "updates": updates,
-            "shapes": {name: tuple(weight.shape) for (name, _), weight in zip(trainable, weights, strict=True)},
+            "shapes": {name: tuple(weight.shape) for name, weight in zip(trainable, weights, strict=True)},
             "weights": _joined(weights),
             "moments": {key: _joined(tensors) for key, tensors in moments.items()},
         }
@@ -135,16 +140,15 @@ class DeepSpeedEngine:
             DataError: it is none, or one of another adapter.
         """
         state = read_state(folder)
-        trainable = dict(self._trainable())
-        if set(trainable) != set(state["shapes"]):
+        if set(self.trainable) != set(state["shapes"]):
             raise DataError(f"{folder} is a checkpoint of another adapter or base than this one")
         if state["updates"]:
             self._make_moments(state["updates"])
         for name, weight in _apart(state["weights"], state["shapes"]):
-            self._set_weight(trainable[name], weight)
+            self._set_weight(self.trainable[name], weight)
         for key, joined in state["moments"].items():
             for name, moment in _apart(joined, state["shapes"]):
-                self._set(trainable[name], moment, key)
+                self._set(self.trainable[name], moment, key)
         return int(state["next_step"])
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -152,10 +156,7 @@ class DeepSpeedEngine:
 
         Every worker calls it.
         """
-        return self.frozen | {name: _on_cpu(self._whole(p)) for name, p in self._trainable()}
-
-    def _trainable(self) -> list[tuple[str, torch.nn.Parameter]]:
-        return [(name, p) for name, p in self.module.model.named_parameters() if p.requires_grad]
+        return self.frozen | {name: _on_cpu(self._whole(p)) for name, p in self.trainable.items()}
 
     def _whole(self, parameter: torch.nn.Parameter) -> torch.Tensor:
         from deepspeed.utils import safe_get_full_fp32_param
@@ -264,13 +265,29 @@ def write_state(state: dict[str, Any], folder: str | Path) -> None:
 
 
 def _fetched(tensor: torch.Tensor) -> torch.Tensor:
-    """On the CPU; from a GPU on a stream beside the one that the training computes on."""
+    """On the CPU; from a GPU on a stream beside the one that the training computes on.
+
+    By way of a little pinned memory: while the driver copies to memory that may be paged out, no other thread's work
+    reaches the GPU.
+    """
     if not tensor.is_cuda:
         return tensor
+    fetched = torch.empty(tensor.shape, dtype=tensor.dtype)
+    staged = _pinned(tensor.dtype)
     stream = torch.cuda.Stream(tensor.device)
     stream.wait_stream(torch.cuda.default_stream(tensor.device))  # it made the tensor
-    with torch.cuda.stream(stream):
-        return tensor.cpu()  # waits for the copy: the tensor's memory can be used again at once
+    for start in range(0, tensor.numel(), _STAGED):
+        part = fetched[start : start + _STAGED]
+        with torch.cuda.stream(stream):
+            staged[: len(part)].copy_(tensor[start : start + _STAGED], non_blocking=True)
+        stream.synchronize()
+        part.copy_(staged[: len(part)])
+    return fetched
+
+
+def _pinned(dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Pinned memory for `_STAGED` numbers; torch keeps it for the next time when it is no longer in use."""
+    return torch.empty(_STAGED, dtype=dtype, pin_memory=True)
 
 
 def read_state(folder: str | Path) -> dict[str, Any]:
