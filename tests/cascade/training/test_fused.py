@@ -13,7 +13,7 @@ from cascade.config import Base, Lora
 from cascade.models.base import load_base
 from cascade.training import layout
 from cascade.training.examples import EncodedExample
-from cascade.training.fused import compile_layers
+from cascade.training.fused import LoraProduct, compile_layers, two_products
 from cascade.training.loop import TargetLoss
 from cascade.training.lora import add_lora, trainable
 from cascade.training.packing import Row
@@ -61,6 +61,28 @@ def test_the_fused_layer_computes_what_pefts_does(make_module):
     torch.testing.assert_close(ours[0], theirs[0])
     for one, other in zip(ours[1], theirs[1], strict=True):
         torch.testing.assert_close(one, other, atol=float(1e-5 * other.abs().max()), rtol=1e-4)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_layers_gradients_are_those_of_its_formula(with_bias, compiled):
+    torch.manual_seed(0)
+    x, weight, a, b = (torch.randn(*shape, dtype=torch.float64) for shape in ((2, 5, 6), (7, 6), (3, 6), (7, 3)))
+    bias = torch.randn(7, dtype=torch.float64) if with_bias else None
+    product = torch.compile(LoraProduct.apply, backend="aot_eager") if compiled else LoraProduct.apply
+    given = [tensor.requires_grad_() for tensor in (x, a, b)]
+    expected = torch.nn.functional.linear(x, weight, bias) + 0.5 * x @ a.T @ b.T
+    found = product(x, weight, bias, a, b, 0.5)
+    torch.testing.assert_close(found, expected)
+    weights = torch.randn(expected.shape, dtype=torch.float64)
+    for one, other in zip(*(torch.autograd.grad((y * weights).sum(), given) for y in (found, expected)), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_the_operator_is_one_that_torch_can_compile_around(with_bias):
+    x, w, low, v = torch.randn(5, 6), torch.randn(6, 7), torch.randn(5, 3), torch.randn(3, 7)
+    torch.library.opcheck(two_products, (x, w, low, v, torch.randn(7) if with_bias else None))
 
 
 def test_all_layers_and_lengths_share_two_programs(make_module):
