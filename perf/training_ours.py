@@ -17,6 +17,7 @@ from cascade.models.base import load_base
 from cascade.training.examples import EncodedExample
 from cascade.training.loop import TargetLoss, TorchEngine, run_steps
 from cascade.training.lora import add_lora
+from cascade.training.memory import settle_objects
 from cascade.training.packing import Step, plan_steps
 
 
@@ -46,6 +47,8 @@ def run(job: dict[str, Any], train: list[dict[str, Any]], validation: list[dict[
     watch = Stopwatch(job)
     by_id = {e["id"]: e for e in train}
     for report in run_steps(engine, plan, settings):
+        if not report.step:
+            settle_objects()  # as `train_modifier` does: what it takes longer shall be Ray's and DeepSpeed's alone
         examples = [by_id[e.sample_id] for row in plan[report.step].rows for e in row.examples]
         computed = functools.partial(tokens_computed, module, plan[report.step])
         if not watch.step(examples, lambda: validation_loss(model, validation, job["device"]), computed):

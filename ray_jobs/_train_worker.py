@@ -10,6 +10,7 @@ one.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import shutil
 import tempfile
@@ -36,6 +37,7 @@ from cascade.training.layout import most_tokens
 from cascade.training.looks import Look, best_of, is_better, is_enough, look_steps, needs_loss
 from cascade.training.loop import TargetLoss, run_steps, summed_loss
 from cascade.training.lora import add_lora, save_adapter
+from cascade.training.memory import settle_objects
 from cascade.training.packing import Step, pack, plan_steps
 from cascade.training.recompute import recompute_activations
 from cascade.training.trackers import Trackers
@@ -122,6 +124,7 @@ class _Session:
         self.recorder.start(self.start, self.world, self.encoded)
         self.trackers = Trackers.open(config, assigned.run, self.start) if self.first else Trackers([])
         stack.callback(self.trackers.close)
+        stack.callback(gc.unfreeze)
         self.asked, self.is_time = time.monotonic(), False
         self.under_way = False
 
@@ -141,6 +144,8 @@ class _Session:
         for report in [] if self._has_enough() else steps:
             self.recorder.add(report)
             self.trackers.step(report)
+            if report.step == self.start:
+                settle_objects()
             done = report.step + 1
             if done in due:
                 self._look(done)

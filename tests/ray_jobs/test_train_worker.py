@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import gc
 import itertools
 import json
 import math
@@ -227,6 +228,21 @@ def test_the_adapter_that_answers_best_is_kept_and_asked_as_it_will_be(
     check_kept(fake, seen[1])
     assert fake.reports[-1]["validation_passed"] == 3
     assert {student.temperature for student in asked} == {0.7}
+
+
+def test_later_collections_of_garbage_leave_the_libraries_out(
+    base: str, fake: FakeRay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left_out: list[int] = []
+
+    def report(metrics: dict[str, Any], **how: Any) -> None:
+        left_out.append(gc.get_freeze_count())
+        fake.report(metrics, **how)
+
+    monkeypatch.setattr(ray.train, "report", report)
+    train(assign(base, tmp_path, {"tasks": 0}))
+    assert min(left_out, default=0) > 10_000
+    assert gc.get_freeze_count() == 0, "the process is not the training's alone"
 
 
 def test_patience_ends_training_and_says_after_how_many_steps(

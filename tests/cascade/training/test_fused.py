@@ -13,7 +13,7 @@ from cascade.config import Base, Lora
 from cascade.models.base import load_base
 from cascade.training import layout
 from cascade.training.examples import EncodedExample
-from cascade.training.fused import LoraProduct, compile_layers, two_products
+from cascade.training.fused import LoraProduct, compile_layers
 from cascade.training.loop import TargetLoss
 from cascade.training.lora import add_lora, trainable
 from cascade.training.packing import Row
@@ -82,7 +82,7 @@ def test_a_layers_gradients_are_those_of_its_formula(with_bias, compiled):
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_the_operator_is_one_that_torch_can_compile_around(with_bias):
     x, w, low, v = torch.randn(5, 6), torch.randn(6, 7), torch.randn(5, 3), torch.randn(3, 7)
-    torch.library.opcheck(two_products, (x, w, low, v, torch.randn(7) if with_bias else None))
+    torch.library.opcheck(torch.ops.cascade.two_products, (x, w, low, v, torch.randn(7) if with_bias else None))
 
 
 def test_all_layers_and_lengths_share_two_programs(make_module):
