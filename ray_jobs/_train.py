@@ -11,7 +11,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Mapping, Sequence
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +157,8 @@ def _fit(trainer: TorchTrainer, run: Run) -> Any:
         DataError: what Ray left of an earlier start cannot be read.
     """
     try:
-        return trainer.fit()
+        with _interrupted_by_sigint():
+            return trainer.fit()
     except (TrainingFailedError, RayError) as error:
         if (own := user_error(error)) is not None:
             raise own from None
@@ -165,6 +168,19 @@ def _fit(trainer: TorchTrainer, run: Run) -> Any:
                 "which trains anew on the same examples"
             ) from error
         raise
+
+
+@contextlib.contextmanager
+def _interrupted_by_sigint() -> Iterator[None]:
+    """Ctrl-C is an interruption in and after Ray Train, whose own handler leaves with success and stays for good."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as stopped:
+        raise KeyboardInterrupt from stopped
+    finally:
+        if threading.current_thread() is threading.main_thread():  # no other may set one
+            signal.signal(signal.SIGINT, before)
 
 
 def write_card(runs: Runs, metrics: Mapping[str, Any], scores: Mapping[str, Score] | None = None) -> None:

@@ -6,14 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from cascade.reports import figures
-from cascade.reports.console import SMALLEST_P, duration, megabytes, p_value, points
+from cascade.reports.console import p_value, points
 from cascade.reports.data import CurvePoint, ReportData, front_of, plain, save_tables, tables_folder
 from cascade.reports.heat_map import heat_map, heat_rows
 from cascade.reports.summary import MODELS, ModelScore
+from cascade.reports.templates import environment
 from cascade.scoring.statistics import Score, breakdown, wilson
 
 MAX_SAMPLES = 24
@@ -70,33 +70,6 @@ def render(data: ReportData, *, tables: str) -> str:
             tables=tables,
         )
     )
-
-
-def environment() -> Environment:
-    """The templates, with the filters for their figures; everything that is put in is escaped."""
-    made = Environment(
-        loader=PackageLoader("cascade.reports"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    made.filters |= {
-        "percent": lambda x: f"{x:.1%}",
-        "points": points,
-        "megabytes": megabytes,
-        "duration": duration,
-        "usd": usd,
-        "p": lambda p: f"{p:.2g}" if p >= SMALLEST_P else f"< {SMALLEST_P:.0e}",
-        "count": lambda n: f"{n:,}",
-        "interval": lambda bounds: f"{bounds[0]:.1%} – {bounds[1]:.1%}",
-    }
-    return made
-
-
-def usd(value: float) -> str:
-    """Dollars with the digits that small runs need."""
-    return f"${value:,.4f}" if value < 1 else f"${value:,.2f}"
 
 
 def by_group(data: ReportData, key: str) -> dict[str, dict[str, Score]]:

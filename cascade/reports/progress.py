@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from cascade.reports.html import environment
+from cascade.reports.templates import environment
 
 State = Literal["", "running", "done", "reused", "failed"]
 TYPICAL_SECONDS = {

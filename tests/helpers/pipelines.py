@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import yaml
@@ -14,6 +18,7 @@ from stand_in import save_tiny_base
 from cascade import modifiers
 from cascade.dataset import check_dataset
 from cascade.tasks import Example, Task, Verdict
+from cascade.teachers.ledger import Ledger
 from ray_jobs import JOBS
 from ray_jobs._export import export_dataset
 from ray_jobs._failures import failure_kinds
@@ -93,9 +98,29 @@ def run_cascade(config: Path) -> subprocess.CompletedProcess[str]:
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=900,
         check=False,
     )
+
+
+def kill_when(config: Path, reached: Callable[[], bool]) -> None:
+    """Start the pipeline and kill -9 its driver as soon as a condition holds."""
+    driver = subprocess.Popen(
+        [*CASCADE, "run", str(config)], cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 300
+    while not reached():
+        assert driver.poll() is None, driver.stderr.read().decode()[-3000:] if driver.stderr else ""
+        assert time.monotonic() < deadline, "the pipeline did not get that far"
+        time.sleep(0.05)
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.wait()
+    time.sleep(3)  # Ray's processes notice that their driver is gone
+
+
+def answered(runs: Runs) -> Counter[str]:
+    """How often each request of the domain's ledger was answered."""
+    return Counter(e.key for e in Ledger(runs.store, runs.config.domain).entries() if e.responded)
 
 
 def check_results(runs: Runs) -> None:

@@ -6,19 +6,17 @@ import shutil
 import subprocess
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 
 import pytest
 import yaml
 from clusters import add_worker
-from pipelines import ROOT, environment, write_config
+from pipelines import ROOT, answered, environment, write_config
 from ray.cluster_utils import Cluster
 from sums import own_sums
 
 from cascade.config import load_config
 from cascade.tasks import Verdict
-from cascade.teachers.ledger import Ledger
 from ray_jobs._runs import Runs
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
@@ -53,11 +51,6 @@ def finish(driver: subprocess.Popen[bytes], config: Path) -> None:
         assert driver.wait(300) == 0, config.with_suffix(".log").read_text()[-3000:]
     finally:
         driver.kill()
-
-
-def answered(runs: Runs) -> Counter[str]:
-    """How often each request of the ledger was answered."""
-    return Counter(e.key for e in Ledger(runs.store, "sums").entries() if e.responded)
 
 
 def outcomes(runs: Runs) -> dict[str, tuple[str, str]]:

@@ -1,84 +1,27 @@
-"""The pipeline on a tiny random base: killed twice and resumed, run again for nothing, submitted with S3 storage."""
+"""The pipeline on a tiny random base: its jobs submitted to a cluster with all state in a bucket, and out of order."""
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.fs as pafs
 import pytest
-from pipelines import CASCADE, ROOT, check_results, environment, run_cascade, write_config
+from pipelines import ROOT, answered, check_results, environment, run_cascade, write_config
 from ray.job_submission import JobStatus, JobSubmissionClient
 from stand_in import free_port
 from sums import own_sums
 
-from cascade.artifacts import Store
 from cascade.config import load_config
-from cascade.teachers.ledger import Ledger
 from ray_jobs import JOBS
 from ray_jobs._runs import Runs
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 RAY = str(Path(sys.executable).with_name("ray"))
-
-
-def kill_when(config: Path, reached: Callable[[], bool]) -> None:
-    """Start the pipeline and kill -9 its driver as soon as a condition holds."""
-    driver = subprocess.Popen(
-        [*CASCADE, "run", str(config)], cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
-    deadline = time.monotonic() + 300
-    while not reached():
-        assert driver.poll() is None, driver.stderr.read().decode()[-3000:] if driver.stderr else ""
-        assert time.monotonic() < deadline, "the pipeline did not get that far"
-        time.sleep(0.05)
-    os.kill(driver.pid, signal.SIGKILL)
-    driver.wait()
-    time.sleep(3)  # Ray's processes notice that their driver is gone
-
-
-def answered(store: Store) -> Counter[str]:
-    """How often each request of the ledger was answered."""
-    return Counter(e.key for e in Ledger(store, "sums").entries() if e.responded)
-
-
-def test_killed_twice_it_finishes_and_pays_nothing_twice(tmp_path: Path) -> None:
-    config = write_config(tmp_path)
-    runs = Runs(load_config(config))
-    store = runs.store
-    kill_when(config, lambda: len(answered(store)) >= 12)
-    assert not runs.generate_tier1.done
-    bought = answered(store)
-
-    trained = Path(store.path(runs.train_modifier.folder)) / "train"
-    kill_when(config, lambda: bool(list(trained.rglob("checkpoint*/state.pt"))))
-    assert not runs.train_modifier.done
-
-    finished = run_cascade(config)
-    assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
-    paid = answered(store)
-    assert max(paid.values()) == 1, "a request was paid twice"
-    assert bought <= paid
-    check_results(runs)
-
-    before = {job: runs.run(job).manifest["finished"] for job in JOBS}
-    again = run_cascade(config)
-    assert again.returncode == 0
-    assert {job: runs.run(job).manifest["finished"] for job in JOBS} == before, "a finished job was run again"
-
-    changed = Runs(
-        load_config(write_config(tmp_path, compression={"trials": 2, "max_ratio": 0.9, "max_resident_ratio": 0.9}))
-    )
-    assert changed.train_modifier.done
-    assert not changed.compress_modifier.done
-    assert not changed.validate_modifier.done
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +113,7 @@ def test_every_job_submitted_to_a_cluster_with_all_state_in_a_bucket(
     assert bucket.replace("team?", "team/sums/report.html?") in again.stdout
     assert again.stdout.count("done before, reused") == len(JOBS)
     check_results(runs)
-    assert max(answered(runs.store).values()) == 1
+    assert max(answered(runs).values()) == 1
     assert sum(n.endswith(".json") for n in runs.store.list("ledger/sums", recursive=True)) < 64, "not compacted"
     assert not (tmp_path / "out").exists()
 

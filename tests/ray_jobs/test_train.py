@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -50,6 +52,18 @@ def assigned(base: str, run: Run, **training: Any) -> Assigned:
 def example(answer: str) -> Example:
     messages = (Message("user", "q"), Message("assistant", answer))
     return Example("e", "quiz", "sums", "", 1, messages, "t", 1)
+
+
+def test_ctrl_c_in_training_is_an_interruption_then_and_after(run: Run) -> None:
+    def interrupted() -> None:  # as Ray Train is
+        signal.signal(signal.SIGINT, lambda *_: sys.exit(0))
+        signal.raise_signal(signal.SIGINT)
+
+    trainer: Any = SimpleNamespace(fit=interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        _train._fit(trainer, run)
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_what_the_workers_would_refuse_is_refused_before_they_start(base: str, run: Run) -> None:
