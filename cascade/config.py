@@ -196,8 +196,8 @@ class Execution(Section):
     )
     task_block: Positive = Field(
         64,
-        description="tasks per Ray Data batch: what a killed actor may have to repeat (more for teachers in a "
-        "long run: their answers are kept)",
+        description="tasks per Ray Data batch, fewer where there are few: what a killed actor may have to repeat (more "
+        "for teachers in a long run: their answers are kept)",
     )
     teacher_actors: Positive = Field(1, description="Ray Data actors that ask teachers, 0.25 CPU each")
     train_workers: Positive = Field(1, description="Ray Train workers, one GPU each with use_gpu")
@@ -237,6 +237,11 @@ class Execution(Section):
     def gpus(self) -> float:
         """What an actor or task that computes with the base asks Ray for."""
         return self.gpu_share if self.use_gpu else 0
+
+    @property
+    def cpus_alone(self) -> float:
+        """CPUs of what computes while nothing else of its job does: as many as a training worker had."""
+        return max(self.cpus_per_actor, self.cpus_per_worker)
 
 
 class Config(Section):

@@ -106,7 +106,12 @@ def search_it(folder: Path, name: str, seed: int, trials: int, *, halving: bool)
 def alone(folder: Path, points: Path, results: Path) -> None:
     """Evaluate points in turn, as a trial does, with nothing around it; the results are a list of `Measured`."""
     lab = Lab.open(folder)
-    bench = load_bench(lab.config.model_dump_json(), STYLE, tuple(held_out(Runs(lab.config).validation_tasks)))
+    bench = load_bench(
+        lab.config.model_dump_json(),
+        STYLE,
+        tuple(held_out(Runs(lab.config).validation_tasks)),
+        lab.config.execution.cpus_per_actor,
+    )
     bounds = limits(lab.adapter, lab.config.compression)
     room = Room.of(lab.adapter, bounds, bench.loaded.model.dtype.itemsize)
     found = []

@@ -7,6 +7,7 @@ part in the run, so that a killed job repeats at most the batches in flight.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -62,12 +63,16 @@ def evaluate(job: Job, assignments: Sequence[Assignment], pool: Sequence[Task] =
     """
     found = {a.name: {v.task_id: v for v in job.run.read(a.verdicts, Verdict)} for a in assignments}
     pending = [(a, [t for t in a.tasks if t.id not in found[a.name]]) for a in assignments]
-    blocks = [block for a, tasks in pending for block in _blocks(a, tasks, job.config.execution.task_block)]
+    execution = job.config.execution
+    # So few that every actor has some: that they are not many is no reason to leave actors idle.
+    share = math.ceil(sum(len(tasks) for _, tasks in pending) / execution.student_actors)
+    size = max(1, min(execution.task_block, share))
+    blocks = [block for a, tasks in pending for block in _blocks(a, tasks, size)]
     total = sum(len(a.tasks) for a in assignments)
     done = total - sum(block.num_rows for block in blocks)
     if blocks:
         job.progress.update(job.run.job, done, total, "tasks")
-        for name, verdicts in _run_blocks(job, assignments, blocks, pool):
+        for name, verdicts in _run_blocks(job, assignments, blocks, size, pool):
             found[name] |= {v.task_id: v for v in verdicts}
             done += len(verdicts)
             job.progress.update(job.run.job, done, total, "tasks")
@@ -85,7 +90,7 @@ def _blocks(assignment: Assignment, tasks: Sequence[Task], size: int) -> list[pa
 
 
 def _run_blocks(
-    job: Job, assignments: Sequence[Assignment], blocks: list[pa.Table], pool: Sequence[Task]
+    job: Job, assignments: Sequence[Assignment], blocks: list[pa.Table], size: int, pool: Sequence[Task]
 ) -> Iterator[tuple[str, list[Verdict]]]:
     """Verdicts by assignment name, block by block, as they are done."""
     execution = job.config.execution
@@ -93,7 +98,7 @@ def _run_blocks(
     settings = {a.name: (a.style, a.adapter, a.label) for a in assignments}
     results = ray.data.from_arrow(blocks).map_batches(
         StudentActor,
-        batch_size=execution.task_block,  # Ray Data wants a number where there are GPUs
+        batch_size=size,  # Ray Data wants a number where there are GPUs
         batch_format="pyarrow",
         compute=ActorPoolStrategy(size=actors),
         num_cpus=execution.cpus_per_actor,

@@ -96,11 +96,9 @@ class Watch:
 def lay_groundwork(job: Job, adapter: AdapterWeights, examples: list[Example], style: PromptStyle) -> Groundwork:
     """Calibrate the adapter and measure what it gained, in a Ray task."""
     conversations = tuple((e.task_id, tuple(e.messages)) for e in examples)
-    found: Groundwork = ray.get(
-        ray.remote(_groundwork)
-        .options(num_cpus=job.config.execution.cpus_per_actor, num_gpus=job.config.execution.gpus)
-        .remote(job.config, style, adapter, conversations, held_out_answers(job))
-    )
+    execution = job.config.execution
+    task = ray.remote(_groundwork).options(num_cpus=execution.cpus_alone, num_gpus=execution.gpus)
+    found: Groundwork = ray.get(task.remote(job.config, style, adapter, conversations, held_out_answers(job)))
     return found
 
 
@@ -111,7 +109,7 @@ def _groundwork(
     examples: tuple[Conversation, ...],
     held_out: tuple[Conversation, ...],
 ) -> Groundwork:
-    bench = load_bench(config.model_dump_json(), style, held_out)
+    bench = load_bench(config.model_dump_json(), style, held_out, config.execution.cpus_alone)
     rows = packed_rows(bench.loaded, config, style, examples)
     step = max(1, len(rows) // config.compression.calibration_rows)
     calibration = calibrate(bench.loaded.model, adapter, rows[::step][: config.compression.calibration_rows])
@@ -119,13 +117,9 @@ def _groundwork(
     return Groundwork(calibration, base_loss, bench.losses_of(adapter))
 
 
-def resources(config: Config) -> dict[str, float]:
-    """What a trial, or anything that evaluates as one does, asks Ray for."""
-    return {"cpu": config.execution.cpus_per_actor, "gpu": config.execution.gpus}
-
-
 def _tuner(job: Job, setting: Setting) -> tune.Tuner:
-    trainable = tune.with_resources(tune.with_parameters(TrialRunner, setting=setting), resources(job.config))
+    resources = {"cpu": job.config.execution.cpus_per_actor, "gpu": job.config.execution.gpus}
+    trainable = tune.with_resources(tune.with_parameters(TrialRunner, setting=setting), resources)
     storage = job.ray_storage()
     path, filesystem = f"{storage['storage_path']}/search", storage["storage_filesystem"]
     if tune.Tuner.can_restore(path, filesystem):

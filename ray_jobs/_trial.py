@@ -229,7 +229,8 @@ def params_key(params: Mapping[str, Any]) -> str:
 
 
 def _measure(params: dict[str, Any], setting: Setting, key: str, stages: StagesSoFar) -> Trial:
-    bench = load_bench(setting.config.model_dump_json(), setting.style, setting.held_out)
+    config = setting.config
+    bench = load_bench(config.model_dump_json(), setting.style, setting.held_out, config.execution.cpus_per_actor)
     began = time.perf_counter()
     room = Room.of(setting.adapter, setting.limits, bench.slot.dtype.itemsize, int8=bench.slot.int8)
     recipe = recipe_from(params, room)
@@ -306,9 +307,9 @@ class Bench:
 
 
 @functools.lru_cache(maxsize=1)
-def load_bench(config_json: str, style: PromptStyle, held_out: tuple[Conversation, ...]) -> Bench:
+def load_bench(config_json: str, style: PromptStyle, held_out: tuple[Conversation, ...], cpus: float) -> Bench:
     config = Config.model_validate(json.loads(config_json))
-    limit_process(config.execution, config.execution.cpus_per_actor)
+    limit_process(config.execution, cpus)
     loaded = load_base(config.base)
     rows = packed_rows(loaded, config, style, held_out)
     slot = LoraSlot(loaded.model, int8=config.serving.weights == "int8")

@@ -28,7 +28,7 @@ from cascade.training.loop import mean
 from cascade.training.packing import Step, plan_steps
 from ray_jobs._context import Job
 from ray_jobs._held_out import Conversation
-from ray_jobs._search import held_out_answers, resources
+from ray_jobs._search import held_out_answers
 from ray_jobs._trial import Bench, Groundwork, Trial, load_bench
 
 ACCOUNT = "account"
@@ -91,8 +91,8 @@ def finish(
     """
     data = job.run.store.read_bytes(f"{job.run.folder}/{winner.file}")
     assigned = Assigned(job.config, style, adapter, tuple(examples), held_out_answers(job), ground, winner, data)
-    wanted = resources(job.config)
-    task = ray.remote(_finish).options(num_cpus=wanted["cpu"], num_gpus=wanted["gpu"])
+    execution = job.config.execution
+    task = ray.remote(_finish).options(num_cpus=execution.cpus_alone, num_gpus=execution.gpus)
     found: Finished = ray.get(task.remote(assigned))
     job.run.write_table(ACCOUNT, StageCost, found.stages)
     job.run.write_table(LAYERS, LayerShare, found.layers)
@@ -100,10 +100,11 @@ def finish(
 
 
 def _finish(assigned: Assigned) -> Finished:
-    bench = load_bench(assigned.config.model_dump_json(), assigned.style, assigned.held_out)
+    config = assigned.config
+    bench = load_bench(config.model_dump_json(), assigned.style, assigned.held_out, config.execution.cpus_alone)
     compressed = decode_modifier(assigned.data)[1]
     stages, data, recovery = _stages(assigned, bench, compressed), assigned.data, None
-    if assigned.config.compression.recovery_steps:
+    if config.compression.recovery_steps:
         trained, recovery = _recover(assigned, bench, compressed)
         if recovery.taken:
             compressed, data = trained, encode_modifier(trained)

@@ -1,7 +1,7 @@
 """A test of the student, killed with SIGKILL at random points, gives the verdicts of an unbroken one.
 
 The actors' own code works here block by block in a forked process, without Ray, so that a dozen kills take seconds;
-`integration/test_pipeline.py` kills whole pipelines on Ray.
+`integration/test_real_base.py` kills whole pipelines on Ray.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import signal
 import time
 import traceback
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -73,7 +74,7 @@ def in_this_process(monkeypatch):
     torch.set_num_threads(1)
 
 
-def run_blocks(job, assignments, blocks, pool, most=math.inf):
+def run_blocks(job, assignments, blocks, size, pool, most=math.inf):
     settings = {a.name: (a.style, a.adapter, a.label) for a in assignments}
     actor = StudentActor(job.config, job.run, settings, WorkedExamples.from_pool(pool))
     journal = os.open(f"{job.run.store.path()}.journal", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
@@ -133,3 +134,22 @@ def test_killed_at_random_points_it_gives_the_verdicts_of_an_unbroken_one(job, m
     broken.run.finish({})
     table = pq.read_table(f"{broken.run.store.path(broken.run.folder)}/base_verdicts.parquet")
     assert sorted(table.column("task_id").to_pylist()) == sorted(t.id for t in tasks)
+
+
+@pytest.mark.parametrize(
+    ("count", "actors", "sizes"), [(10, 4, [3, 3, 3, 1]), (3, 4, [1, 1, 1]), (30, 2, [8, 8, 8, 6])]
+)
+def test_a_few_tasks_are_shared_out_among_all_actors(job, monkeypatch, count, actors, sizes):
+    given = []
+
+    def note(job, assignments, blocks, size, pool):
+        given.extend(block.num_rows for block in blocks)
+        return iter(())
+
+    monkeypatch.setattr(_evaluate, "_run_blocks", note)
+    made = job("few")
+    execution = made.config.execution.model_copy(update={"student_actors": actors})
+    made = replace(made, config=made.config.model_copy(update={"execution": execution}))
+    with pytest.raises(KeyError):  # of the verdicts, which nobody gave
+        evaluate(made, [Assignment("base", [question(i) for i in range(count)], PromptStyle(name="plain"))])
+    assert given == sizes
