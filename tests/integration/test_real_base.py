@@ -30,8 +30,9 @@ def write_short_quickstart(folder: Path, **compression: Any) -> Path:
         tier["answer_key"] |= {"latency_ms": 150}
         tier["endpoints"][0] |= {"max_concurrency": 4}
     config["probe"]["enabled"] = False
-    config["training"]["checkpoint_steps"] = 6
-    config["compression"] |= {"trials": 2, "finalists": 1} | compression
+    config["training"]["lora"]["epochs"] = 2
+    config["training"]["checkpoint_steps"] = 4
+    config["compression"] |= {"calibration_rows": 4, "trials": 2, "finalists": 1} | compression
     config["storage"] = str(folder / "out")
     path = folder / "short.yaml"
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
