@@ -3,6 +3,7 @@
     python perf/training.py                          # this machine's GPU if it has one, else its CPU
     python perf/training.py --only ours,plain        # leave contenders out (trl-padded: its one best setting on a GPU)
     python perf/training.py --only ours,ray          # what Ray, DeepSpeed, checkpoints and trackers add to a step
+    python perf/training.py --only ray-bare,ray      # the same without what a process of Ray's is slower by
     python perf/training.py --only ours --profile    # and where the time of a step goes
     python perf/training.py --only bits              # a base of 8 and 4 bits (bitsandbytes) beside one of 16
     python perf/training.py --write-data FILE        # tokenise only; then elsewhere: --data FILE
@@ -179,6 +180,7 @@ def list_contenders(options: argparse.Namespace, job: dict[str, Any]) -> dict[st
     wanted = set(options.only.split(","))
     ours = [sys.executable, str(HERE / "training_ours.py")]
     plain = [sys.executable, str(HERE / "training_plain.py")]
+    in_ray = [sys.executable, str(HERE / "training_ray.py")]
     found: dict[str, tuple[list[str], dict[str, Any]]] = {}
     if "ours" in wanted:
         found["ours"] = (ours, {})
@@ -200,7 +202,9 @@ def list_contenders(options: argparse.Namespace, job: dict[str, Any]) -> dict[st
     if "deepspeed" in wanted and available("deepspeed"):
         found["ours + DeepSpeed"] = (ours, {"way": "deepspeed"})
     if "ray" in wanted and available("ray") and available("deepspeed"):
-        found[REAL] = ([sys.executable, str(HERE / "training_ray.py")], {})
+        found[REAL] = (in_ray, {})
+    if "ray-bare" in wanted and available("ray"):
+        found["ours, in a process of Ray's"] = (in_ray, {"way": "ray-bare"})
     return found
 
 

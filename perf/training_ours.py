@@ -64,7 +64,7 @@ def tokens_computed(module: TargetLoss, step: Step) -> int:
 
 
 def make_engine(job: dict[str, Any], module: TargetLoss, settings: Lora, device: torch.device) -> Any:
-    if job["way"] == "torch":
+    if job["way"] != "deepspeed":
         return TorchEngine(module, settings)
     from cascade.training.deepspeed_engine import DeepSpeedEngine
 

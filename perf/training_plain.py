@@ -56,13 +56,17 @@ class Stopwatch:
         self.began, self.cpu_began = time.perf_counter(), time.process_time()
         return number < self.job["steps"] and self.seconds < self.job["most_seconds"]
 
-    def report(self) -> None:
-        """Print the figures as the last line."""
+    def figures(self) -> dict[str, Any]:
+        """What perf/training.py takes."""
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         if self.job["device"] == "cuda":
             peak = torch.cuda.max_memory_allocated()
         fields = ("seconds", "cpu_seconds", "targets", "tokens", "computed", "steps", "curve", "profile")
-        print(json.dumps({name: getattr(self, name) for name in fields} | {"peak_bytes": peak}), flush=True)
+        return {name: getattr(self, name) for name in fields} | {"peak_bytes": peak}
+
+    def report(self) -> None:
+        """Print the figures as the last line."""
+        print(json.dumps(self.figures()), flush=True)
 
 
 def wait_for(device: str) -> None:
@@ -71,9 +75,9 @@ def wait_for(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def read_job() -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
-    """The job (JSON file named on the command line), its training and its validation examples."""
-    job = json.loads(Path(sys.argv[1]).read_text())
+def read_job(path: str | None = None) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
+    """The job (a JSON file, by default the one named on the command line), its training and validation examples."""
+    job = json.loads(Path(path or sys.argv[1]).read_text())
     torch.set_num_threads(job["threads"])
     torch.manual_seed(0)
     data = json.loads(Path(job["data"]).read_text())

@@ -17,6 +17,8 @@ from typing import Any
 import ray
 from ray.train import CheckpointConfig, FailureConfig, RunConfig
 from ray.train.torch import TorchTrainer
+from training_ours import run as run_bare
+from training_plain import read_job
 
 from cascade.artifacts import Store, open_run
 from cascade.config import Config, PromptStyle, check_config, load_config
@@ -93,6 +95,11 @@ def worker(settings: dict[str, Any]) -> None:
     Path(settings["out"]).write_text(json.dumps(figures(job, Watched.ends, took)))
 
 
+def bare(settings: dict[str, Any]) -> None:
+    """The bare loop in the same place: what is slower here is Ray's process, not what the worker does in it."""
+    Path(settings["out"]).write_text(json.dumps(run_bare(*read_job(settings["job"])).figures()))
+
+
 def figures(job: dict[str, Any], ends: list[tuple[float, float, StepReport]], took: list[float]) -> dict[str, Any]:
     """In the form of `training_plain.Stopwatch.report`; the first steps are warm-up."""
     ends = ends[job["warmup_steps"] - 1 :]
@@ -121,7 +128,7 @@ def main() -> None:
         assigned = _train_worker.Assigned(config, run, PromptStyle(name="plain"), (), ())
         out = Path(folder) / "report.json"
         TorchTrainer(
-            worker,
+            bare if job["way"] == "ray-bare" else worker,
             train_loop_config={"job": sys.argv[1], "assigned": assigned, "out": str(out)},
             scaling_config=scaling(config.execution),
             run_config=RunConfig(
