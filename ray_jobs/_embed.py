@@ -13,7 +13,7 @@ from cascade.models.base import load_base
 from cascade.models.embedding import embed
 from cascade.tasks import Task, from_table, to_table
 from ray_jobs._context import Job
-from ray_jobs._evaluate import limit_process
+from ray_jobs._evaluate import block_size, limit_process
 from ray_jobs._failures import EMBEDDINGS
 from ray_jobs._results import UNSOLVED
 
@@ -30,7 +30,7 @@ def embed_failures(job: Job) -> None:
     vectors: dict[str, list[float]] = {}
     if tasks:
         execution = job.config.execution
-        size = execution.task_block
+        size = block_size(execution, len(tasks))
         blocks = [to_table(Task, tasks[i : i + size]) for i in range(0, len(tasks), size)]
         results = ray.data.from_arrow(blocks).map_batches(
             EmbeddingActor,

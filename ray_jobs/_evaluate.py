@@ -63,10 +63,7 @@ def evaluate(job: Job, assignments: Sequence[Assignment], pool: Sequence[Task] =
     """
     found = {a.name: {v.task_id: v for v in job.run.read(a.verdicts, Verdict)} for a in assignments}
     pending = [(a, [t for t in a.tasks if t.id not in found[a.name]]) for a in assignments]
-    execution = job.config.execution
-    # So few that every actor has some: that they are not many is no reason to leave actors idle.
-    share = math.ceil(sum(len(tasks) for _, tasks in pending) / execution.student_actors)
-    size = max(1, min(execution.task_block, share))
+    size = block_size(job.config.execution, sum(len(tasks) for _, tasks in pending))
     blocks = [block for a, tasks in pending for block in _blocks(a, tasks, size)]
     total = sum(len(a.tasks) for a in assignments)
     done = total - sum(block.num_rows for block in blocks)
@@ -179,6 +176,11 @@ def read_adapter(store: Store, path: str) -> AdapterWeights | CompressedAdapter:
     """An adapter from the store: a PEFT folder, or a compressed modifier file."""
     local = store.local_copy(path, tempfile.gettempdir())
     return load_peft_folder(local) if local.is_dir() else load_modifier(local)
+
+
+def block_size(execution: Execution, tasks: int) -> int:
+    """Tasks of a block: so few that every actor has some, since that they are not many leaves no actor idle."""
+    return max(1, min(execution.task_block, math.ceil(tasks / execution.student_actors)))
 
 
 def limit_process(execution: Execution, cpus: float) -> None:

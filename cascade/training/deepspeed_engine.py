@@ -66,7 +66,6 @@ class DeepSpeedEngine:
         self.device, self.module, self.stage = device, module, training.zero_stage
         named = dict(module.model.named_parameters())
         self.trainable = {name: p for name, p in named.items() if p.requires_grad}
-        self.parameters = list(self.trainable.values())
         # Kept as they are: DeepSpeed rounds them to bfloat16, and spreads them over the workers in stage 3.
         self.frozen = {name: _on_cpu(p) for name, p in named.items() if "lora_" in name and not p.requires_grad}
         self.norm: torch.Tensor | None = None
@@ -84,7 +83,7 @@ class DeepSpeedEngine:
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=module,
             optimizer=optimizer,
-            model_parameters=self.parameters,
+            model_parameters=list(self.trainable.values()),
             config=deepspeed_config(training, dtype),
         )
         if not self.stage:
@@ -108,7 +107,7 @@ class DeepSpeedEngine:
 
     def _clip(self, most: float) -> None:
         """Clip gradients that were just averaged over the workers, before the optimiser takes its step."""
-        self.norm = clip_or_drop(self.parameters, most)
+        self.norm = clip_or_drop(list(self.trainable.values()), most)
 
     def state(self, step: int) -> dict[str, Any] | None:
         """A checkpoint for `write_state`, fit for any stage and number of workers: copies of weights and moments, as
@@ -182,7 +181,7 @@ class DeepSpeedEngine:
     def _stepped(self) -> list[torch.Tensor]:
         """What AdamW has in its hands: the parameters, or this worker's flat parts of them."""
         if not self.stage:
-            return list(self.parameters)
+            return list(self.trainable.values())
         parts = "fp32_partitioned_groups_flat" if self.stage == 3 else "single_partition_of_fp32_groups"
         return list(getattr(self.optimizer, parts))
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from pipelines import ROOT, answered, kill_when, run_cascade
+from pipelines import ROOT, answered, check_results, kill_when, run_cascade
 
 from cascade.config import load_config
 from cascade.reports.summary import Summary
@@ -57,6 +57,7 @@ def test_killed_twice_a_modifier_beats_its_base_and_nothing_is_paid_twice(tmp_pa
     paid = answered(runs)
     assert max(paid.values()) == 1, "a request was paid twice"
     assert bought <= paid
+    check_results(runs)
     summary = Summary.model_validate_json(runs.store.read_bytes("summary.json"))
     assert summary.n == 32
     assert summary.compressed_accuracy >= summary.base_accuracy + 0.2
