@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import ray
 from filelock import FileLock, Timeout
+from ray._private.ray_constants import DEFAULT_DASHBOARD_PORT
 from ray.data import DataContext
 
 from cascade.artifacts import Run, Store
@@ -87,7 +89,7 @@ def _do(name: str, work: Work, job: Job, alone: Callable[[], bool]) -> Metrics:
     return metrics
 
 
-@contextmanager
+@contextlib.contextmanager
 def sole_driver(run: Run) -> Iterator[Callable[[], bool]]:
     """Keep others from doing the same run meanwhile, which would pay for its answers twice.
 
@@ -104,7 +106,7 @@ def sole_driver(run: Run) -> Iterator[Callable[[], bool]]:
         yield alone
 
 
-@contextmanager
+@contextlib.contextmanager
 def _lock(run: Run) -> Iterator[Callable[[], bool]]:
     folder = Path(run.store.path(run.folder))
     lock = FileLock(folder / LOCK)
@@ -145,14 +147,19 @@ def connect_ray(config: Config, progress: Progress | None = None) -> None:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # else Tune prints a box of its own whatever it is told
     local: dict[str, Any] = {}
+    variables = _worker_environment(config)
     if not os.environ.get("RAY_ADDRESS"):
         # "local": a Ray that somebody else started on this machine, perhaps long dead, is not ours to join unasked.
         local = {"address": "local", "num_cpus": max(2, os.cpu_count() or 1), "object_store_memory": 512 * 2**20}
+        # Nor to be asked: Ray Train wants to know from the API server whether its controller lives, and would look for
+        # that of the Ray which the machine remembers. Where it is dead, every training ends twelve seconds later.
+        local["dashboard_port"] = _dashboard_port()
+        variables["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{local['dashboard_port']}"
     context = ray.init(
         log_to_driver=not quiet,
         logging_level=logging.ERROR if quiet else logging.INFO,
         configure_logging=True,
-        runtime_env={"env_vars": _worker_environment(config)},
+        runtime_env={"env_vars": variables},
         **ray_logs(config, quiet=quiet),
         **local,
     )
@@ -166,6 +173,16 @@ def connect_ray(config: Config, progress: Progress | None = None) -> None:
     if quiet:
         for name in ("ray.data", "ray.train", "ray.tune", "ray.serve"):
             logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _dashboard_port() -> int:
+    """Ray's usual one, or any that is free where it is taken."""
+    for port in (DEFAULT_DASHBOARD_PORT, 0):
+        with socket.socket() as tried, contextlib.suppress(OSError):
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            tried.bind(("127.0.0.1", port))
+            return int(tried.getsockname()[1])
+    return DEFAULT_DASHBOARD_PORT  # it has none: Ray does without
 
 
 def _worker_environment(config: Config) -> dict[str, str]:

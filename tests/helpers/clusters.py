@@ -7,6 +7,9 @@ from typing import Any
 from ray.cluster_utils import Cluster
 from stand_in import free_port
 
+WITHOUT_DASHBOARD = {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:9"}
+"""For processes of a Ray that has none: nobody answers there at once, where Ray Train would wait for one to appear."""
+
 
 def add_worker(cluster: Cluster, **resources: int) -> Any:
     """A node with so many CPUs and GPUs (`num_cpus`, `num_gpus`)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from clusters import ports
+from clusters import WITHOUT_DASHBOARD, ports
 from pipelines import environment
 from ray.cluster_utils import Cluster
 
@@ -13,7 +13,7 @@ from ray.cluster_utils import Cluster
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     """A head that offers no CPU, as in cluster.yaml; nodes are for the test to add (`add_worker`)."""
-    for name, value in environment().items():
+    for name, value in (environment() | WITHOUT_DASHBOARD).items():
         monkeypatch.setenv(name, value)
     # A dead node is noticed sooner than by default.
     noticed = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 1000}

@@ -17,7 +17,7 @@ import pytest
 import ray
 import torch
 import yaml
-from clusters import add_worker
+from clusters import WITHOUT_DASHBOARD, add_worker
 from ray.cluster_utils import Cluster
 from safetensors.torch import load_file
 from stand_in import save_tiny_base
@@ -186,7 +186,7 @@ def local_ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Ray for what trains in this process."""
     for name, value in {"CUDA_VISIBLE_DEVICES": "", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}.items():
         monkeypatch.setenv(name, value)
-    variables = {"DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false"}
+    variables = {"DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false", **WITHOUT_DASHBOARD}
     ray.init(
         address="local",
         num_cpus=2,

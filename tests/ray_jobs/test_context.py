@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -47,10 +48,25 @@ def test_without_an_address_ray_starts_here_even_if_the_machine_remembers_anothe
     assert asked["num_cpus"] >= 2
 
 
+def test_a_ray_that_starts_here_is_asked_through_its_own_dashboard(asked, config, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://another:8265")
+    connect_ray(config)
+    port = asked["dashboard_port"]
+    assert asked["runtime_env"]["env_vars"]["RAY_API_SERVER_ADDRESS"] == f"http://127.0.0.1:{port}"
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind(("127.0.0.1", port))
+        other.listen()
+        connect_ray(config)
+    assert asked["dashboard_port"] != port
+
+
 def test_a_submitted_job_joins_the_cluster_that_it_was_submitted_to(asked, config, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     connect_ray(config)
-    assert not {"address", "num_cpus", "object_store_memory"} & asked.keys()
+    assert not {"address", "num_cpus", "object_store_memory", "dashboard_port"} & asked.keys()
+    assert "RAY_API_SERVER_ADDRESS" not in asked["runtime_env"]["env_vars"]
 
 
 HEAD = node("10.0.0.1", 0)
