@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 from cascade.tasks import Verdict
 from cascade.teachers.ledger import Ledger
-from cascade.training.loop import StepReport
+from cascade.training.measures import StepReport
 from ray_jobs._train_ledger import PROGRESS
 from ray_jobs._train_worker import ADAPTER
 from ray_jobs._trial import TRIALS, Trial

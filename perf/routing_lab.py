@@ -44,7 +44,8 @@ from cascade.models.base import (
     load_tokenizer,
 )
 from cascade.models.chat import prompt_text
-from cascade.models.student import Student, styled_messages
+from cascade.models.student import Student
+from cascade.models.worked_examples import styled_messages
 from cascade.tasks import Message, Split, Task, from_table, to_table
 from cascade.training.examples import EncodedExample, encode_example
 from cascade.training.layout import most_tokens

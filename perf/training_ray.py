@@ -23,7 +23,7 @@ from training_plain import read_job
 from cascade.artifacts import Store, open_run
 from cascade.config import Config, PromptStyle, check_config, load_config
 from cascade.training.examples import EncodedExample, EncodedSet
-from cascade.training.loop import StepReport
+from cascade.training.measures import StepReport
 from cascade.training.trackers import Trackers
 from ray_jobs import _train_worker
 from ray_jobs._train import scaling

@@ -26,7 +26,8 @@ from cascade.compression.compressed import CompressedAdapter
 from cascade.compression.format import load_modifier
 from cascade.config import Config, Execution, PromptStyle
 from cascade.models.base import keep_to_share, load_base
-from cascade.models.student import Student, WorkedExamples
+from cascade.models.student import Student
+from cascade.models.worked_examples import WorkedExamples
 from cascade.tasks import Task, Verdict, from_table, to_table
 from ray_jobs._context import Job
 

@@ -26,7 +26,7 @@ from cascade.tasks import Completion, Task, Verdict
 from cascade.teachers.economics import CascadeReport, tier_report
 from cascade.teachers.ledger import Ledger
 from cascade.training.looks import Look
-from cascade.training.loop import StepReport
+from cascade.training.measures import StepReport
 from ray_jobs._held_out import reference_answer
 from ray_jobs._kinds import kinds_of_failures, probe_seconds, with_provenance
 from ray_jobs._results import by_id

@@ -37,7 +37,7 @@ from cascade.training import trackers
 from cascade.training.card import adapter_card
 from cascade.training.examples import encode_examples
 from cascade.training.looks import needs_loss
-from cascade.training.loop import StepReport
+from cascade.training.measures import StepReport
 from ray_jobs._context import Job, Metrics
 from ray_jobs._held_out import held_out
 from ray_jobs._progress import polling

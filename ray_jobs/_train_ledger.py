@@ -14,7 +14,7 @@ from cascade.artifacts import Run
 from cascade.errors import DataError
 from cascade.tasks import Example
 from cascade.training.examples import EncodedSet
-from cascade.training.loop import StepReport
+from cascade.training.measures import StepReport
 
 CURVE, ATTEMPTS, REFUSED = "curve", "attempts", "refused"
 PROGRESS = "progress.json"

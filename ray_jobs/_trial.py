@@ -35,7 +35,8 @@ from cascade.compression.truncate import Calibration
 from cascade.config import Compression, Config, PromptStyle
 from cascade.models.base import LoadedBase, end_token_ids, load_base
 from cascade.training.examples import encode_conversations
-from cascade.training.loop import TargetLoss, mean, target_losses
+from cascade.training.loop import TargetLoss, target_losses
+from cascade.training.measures import mean
 from cascade.training.packing import Row, pack
 from ray_jobs._evaluate import limit_process
 from ray_jobs._follow import Follower

@@ -24,7 +24,7 @@ from cascade.models.base import end_token_ids
 from cascade.tasks import Example
 from cascade.training.examples import encode_examples
 from cascade.training.layout import layout_for, most_tokens
-from cascade.training.loop import mean
+from cascade.training.measures import mean
 from cascade.training.packing import Step, plan_steps
 from ray_jobs._context import Job
 from ray_jobs._held_out import Conversation

@@ -27,7 +27,8 @@ from cascade.compression.decoding import expanded_sha256, iter_layers
 from cascade.compression.quantise import encode, unit_exponent
 from cascade.config import Lora
 from cascade.errors import DataError
-from cascade.training.loop import StepReport, TargetLoss, clip_or_drop, run_steps, set_rate
+from cascade.training.loop import TargetLoss, clip_or_drop, run_steps, set_rate
+from cascade.training.measures import StepReport
 from cascade.training.packing import Row, Step
 
 Numbers = list[NDArray[np.float32]]

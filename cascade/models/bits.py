@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from typing import Any, Literal
-
-import torch
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from typing import TYPE_CHECKING, Any, Literal
 
 from cascade.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
 
 _BLOCK = 64
 """Weights that share a scale in 4 bits."""
@@ -33,6 +34,8 @@ def quantization(bits: Literal[8, 4], dtype: torch.dtype, device: torch.device) 
         ConfigError: bitsandbytes is not installed.
     """
     check_installed(bits)
+    from transformers import BitsAndBytesConfig  # not for those who only ask whether it is installed
+
     if bits == 8:
         # It computes in float16 between, and would say so at every layer of every step.
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)

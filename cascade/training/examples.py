@@ -13,14 +13,17 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerBase
 
 from cascade.errors import DataError
 from cascade.models.chat import conversation_text, prompt_text
 from cascade.tasks import Example, Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _OPENED = re.compile(r"<(think|thinking|thought|reasoning)>\s*$")
 """How a prompt ends whose template opens a thought."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,6 +16,7 @@ from cascade.config import Lora
 from cascade.errors import DataError
 from cascade.training.fused import compile_layers, fuse_lora
 from cascade.training.layout import Layout, layout_for
+from cascade.training.measures import StepReport, mean
 from cascade.training.memory import memory_bytes
 from cascade.training.packing import Row, Step
 from cascade.training.schedule import learning_rate_at
@@ -97,34 +97,6 @@ class Engine(Protocol):
 
     def step(self, learning_rate: float) -> float:
         """Clip, update, clear; returns the gradient's norm before clipping. One that is not finite updates nothing."""
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """What one optimiser step measured.
-
-    Attributes:
-        loss: mean over the step's target tokens (nats), over all workers.
-        tokens: packed tokens of the step, over all workers; targets: learned ones among them.
-        memory_bytes: that the first worker took, see `cascade.training.memory`; 0 where nobody looked.
-        sample_ids: the examples that were learned from, over all workers: the ledger of what was seen.
-    """
-
-    step: int
-    loss: float
-    learning_rate: float
-    gradient_norm: float
-    tokens: int
-    targets: int
-    seconds: float
-    sample_ids: tuple[str, ...] = ()
-    workers: int = 1
-    memory_bytes: int = 0
-
-    @property
-    def skipped(self) -> bool:
-        """Whether nothing was learned, since loss or gradient was not finite."""
-        return not (math.isfinite(self.loss) and math.isfinite(self.gradient_norm))
 
 
 class TorchEngine:
@@ -259,8 +231,3 @@ def target_losses(module: TargetLoss, rows: Sequence[Row], device: torch.device)
 def mean_loss(module: TargetLoss, rows: Sequence[Row], device: torch.device) -> float:
     """Mean loss per target token (nats) without learning; NaN for no rows."""
     return mean(target_losses(module, rows, device))
-
-
-def mean(losses: NDArray[np.float32]) -> float:
-    """Over targets; NaN for none."""
-    return float(losses.mean(dtype=np.float64)) if len(losses) else math.nan

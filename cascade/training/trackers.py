@@ -21,7 +21,7 @@ from cascade.artifacts import Run
 from cascade.config import Config
 from cascade.errors import ConfigError
 from cascade.training.looks import Look
-from cascade.training.loop import StepReport
+from cascade.training.measures import StepReport
 
 TENSORBOARD = "tensorboard"
 """Folder of the event files, in the run: `tensorboard --logdir` on it shows the curves."""

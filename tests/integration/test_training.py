@@ -29,8 +29,9 @@ from cascade.errors import DataError
 from cascade.models.base import end_token_ids, load_base
 from cascade.training.examples import encode_examples
 from cascade.training.looks import Look
-from cascade.training.loop import StepReport, TargetLoss, TorchEngine, run_steps
+from cascade.training.loop import TargetLoss, TorchEngine, run_steps
 from cascade.training.lora import add_lora
+from cascade.training.measures import StepReport
 from cascade.training.packing import plan_steps
 from ray_jobs._results import training_style
 from ray_jobs._runs import Runs

@@ -14,7 +14,7 @@ from cascade.config import Lora
 from cascade.errors import DataError
 from cascade.tasks import Example, Message
 from cascade.training.examples import EncodedExample, EncodedSet
-from cascade.training.loop import StepReport
+from cascade.training.measures import StepReport
 from cascade.training.packing import plan_steps
 from ray_jobs import _train_ledger
 from ray_jobs._train_ledger import ATTEMPTS, CURVE, PROGRESS, Attempt, Recorder, check_ledger

@@ -29,7 +29,8 @@ from cascade.models.student import Student
 from cascade.tasks import Example, Message, Task
 from cascade.training.deepspeed_engine import STATE
 from cascade.training.looks import Look
-from cascade.training.loop import StepReport, TorchEngine
+from cascade.training.loop import TorchEngine
+from cascade.training.measures import StepReport
 from ray_jobs import _train_worker
 from ray_jobs._train_ledger import CURVE, check_ledger
 from ray_jobs._train_worker import ADAPTER, POSITION, Assigned, train_worker

@@ -16,7 +16,7 @@ from cascade.compression.methods import Recipe, Truncate
 from cascade.compression.packed import compress, resident_bytes
 from cascade.compression.recipe import Limits
 from cascade.config import Compression
-from cascade.training.loop import mean
+from cascade.training.measures import mean
 from ray_jobs import _trial as trials
 from ray_jobs._follow import Follower
 from ray_jobs._trial import STAGES, TRIALS, Bench, Groundwork, Stage, Trial, _loss, run_trial

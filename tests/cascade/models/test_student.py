@@ -17,7 +17,8 @@ from cascade import benchmarks
 from cascade.config import PromptStyle
 from cascade.errors import DataError
 from cascade.models.rows import Generated, Request
-from cascade.models.student import Student, WorkedExamples, _split_choices, _whole, styled_messages
+from cascade.models.student import Student, _split_choices, _whole
+from cascade.models.worked_examples import WorkedExamples, styled_messages
 from cascade.tasks import Completion, Message, Task, Verdict
 
 PLAIN = PromptStyle(name="plain")

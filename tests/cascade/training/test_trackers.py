@@ -17,7 +17,7 @@ from cascade.artifacts import Run, StorageError, Store
 from cascade.errors import ConfigError, DataError
 from cascade.training import trackers as trackers_module
 from cascade.training.looks import Look
-from cascade.training.loop import StepReport
+from cascade.training.measures import StepReport
 from cascade.training.trackers import TENSORBOARD, Trackers
 
 REPORT = StepReport(
