@@ -23,11 +23,12 @@ from cascade.compression.format import encode_modifier
 from cascade.compression.recipe import Room, compress, limits, recipe_from
 from cascade.config import Config, PromptStyle, load_config
 from cascade.models.base import load_base
+from ray_jobs._bench import groundwork, load_bench
 from ray_jobs._context import Job
 from ray_jobs._held_out import held_out
 from ray_jobs._runs import Runs
-from ray_jobs._search import _groundwork, search
-from ray_jobs._trial import Groundwork, load_bench
+from ray_jobs._search import search
+from ray_jobs._trial import Groundwork
 
 CONFIG, ADAPTER, GROUND, SECONDS = "config.json", "adapter", "ground.pickle", "seconds"
 STYLE = PromptStyle(name="direct", system="Give only the final answer.")
@@ -87,7 +88,7 @@ def prepare(folder: Path, options: argparse.Namespace) -> None:
     (folder / ADAPTER).symlink_to(source.resolve())
     runs, adapter = Runs(config), load_peft_folder(source)
     examples, measured_on = (tuple(held_out(t)) for t in (runs.train_tasks, runs.validation_tasks))
-    ground = _groundwork(config, STYLE, adapter, examples, measured_on)
+    ground = groundwork(config, STYLE, adapter, examples, measured_on)
     (folder / GROUND).write_bytes(pickle.dumps(ground))
     (folder / CONFIG).write_text(config.model_dump_json())
 

@@ -17,6 +17,7 @@ import pyarrow as pa
 from cascade.artifacts import Store
 from ray_jobs import _evaluate
 from ray_jobs._context import main
+from ray_jobs._student_actor import StudentActor
 from ray_jobs.test_domain import work
 
 JOURNAL = "begun.jsonl"
@@ -31,7 +32,7 @@ def noted(store: Store) -> list[dict[str, Any]]:
     return [json.loads(line) for line in store.read_bytes(JOURNAL).splitlines()] if store.exists(JOURNAL) else []
 
 
-class NotingStudent(_evaluate.StudentActor):
+class NotingStudent(StudentActor):
     """Otherwise the actor of every job."""
 
     def __init__(self, **given: Any) -> None:
@@ -52,5 +53,5 @@ class NotingStudent(_evaluate.StudentActor):
 
 
 if __name__ == "__main__":
-    _evaluate.StudentActor = NotingStudent  # type: ignore[misc, assignment]
+    _evaluate._Actor = NotingStudent  # type: ignore[misc, assignment]
     main("test_domain", work)

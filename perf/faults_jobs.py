@@ -16,8 +16,8 @@ from safetensors.numpy import load_file
 from cascade.tasks import Verdict
 from cascade.teachers.ledger import Ledger
 from cascade.training.measures import StepReport
+from ray_jobs._results import ADAPTER
 from ray_jobs._train_ledger import PROGRESS
-from ray_jobs._train_worker import ADAPTER
 from ray_jobs._trial import TRIALS, Trial
 
 PRICES = [5.0, 5.0, 20.0]

@@ -27,6 +27,7 @@ from cascade.training.measures import StepReport
 from cascade.training.trackers import Trackers
 from ray_jobs import _train_worker
 from ray_jobs._train import scaling
+from ray_jobs._train_controller import Assigned
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 CHECKPOINT_STEPS = 20
@@ -125,7 +126,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         config = make_config(job, folder)
         run = open_run(Store(folder), config.domain, "train_modifier", perf=job)
-        assigned = _train_worker.Assigned(config, run, PromptStyle(name="plain"), (), ())
+        assigned = Assigned(config, run, PromptStyle(name="plain"), (), ())
         out = Path(folder) / "report.json"
         TorchTrainer(
             bare if job["way"] == "ray-bare" else worker,

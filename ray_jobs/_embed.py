@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import cast
 
 import pyarrow as pa
@@ -9,11 +10,9 @@ import ray.data
 from ray.data import ActorPoolStrategy
 
 from cascade.config import Config
-from cascade.models.base import load_base
-from cascade.models.embedding import embed
 from cascade.tasks import Task, from_table, to_table
 from ray_jobs._context import Job
-from ray_jobs._evaluate import block_size, limit_process
+from ray_jobs._evaluate import block_size
 from ray_jobs._failures import EMBEDDINGS
 from ray_jobs._results import UNSOLVED
 
@@ -55,10 +54,15 @@ class EmbeddingActor:
     """Holds one base and embeds blocks of tasks."""
 
     def __init__(self, config: Config) -> None:
+        # Torch and all, which the driver has no use for.
+        from cascade.models.base import load_base
+        from cascade.models.embedding import embed
+        from ray_jobs._share import limit_process
+
         limit_process(config.execution, config.execution.cpus_per_actor)
-        self.loaded = load_base(config.base)
+        self.embed = functools.partial(embed, load_base(config.base))
 
     def __call__(self, block: pa.Table) -> pa.Table:
         tasks = from_table(Task, block)
-        vectors = embed(self.loaded, [t.prompt for t in tasks])
+        vectors = self.embed([t.prompt for t in tasks])
         return pa.table({"task_id": [t.id for t in tasks], "vector": pa.array(list(vectors), _VECTOR)})

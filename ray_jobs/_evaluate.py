@@ -8,25 +8,15 @@ part in the run, so that a killed job repeats at most the batches in flight.
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import ray.data
-import torch
 from ray.data import ActorPoolStrategy
 
-from cascade.artifacts import Run, Store
-from cascade.compression.adapter import AdapterWeights, load_peft_folder
-from cascade.compression.apply import LoraSlot
-from cascade.compression.compressed import CompressedAdapter
-from cascade.compression.format import load_modifier
-from cascade.config import Config, Execution, PromptStyle
-from cascade.models.base import keep_to_share, load_base
-from cascade.models.student import Student
+from cascade.config import Execution, PromptStyle
 from cascade.models.worked_examples import WorkedExamples
 from cascade.tasks import Task, Verdict, from_table, to_table
 from ray_jobs._context import Job
@@ -95,7 +85,7 @@ def _run_blocks(
     actors = min(execution.student_actors, len(blocks))
     settings = {a.name: (a.style, a.adapter, a.label) for a in assignments}
     results = ray.data.from_arrow(blocks).map_batches(
-        StudentActor,
+        _Actor,
         batch_size=size,  # Ray Data wants a number where there are GPUs
         batch_format="pyarrow",
         compute=ActorPoolStrategy(size=actors),
@@ -116,76 +106,18 @@ def _run_blocks(
             yield name, [v for n, v in zip(names, verdicts, strict=True) if n == name]
 
 
-class StudentActor:
-    """Holds one base; answers and scores a batch of tasks at a time, assignment by assignment."""
+class _Actor:
+    """`StudentActor`, whose module, with torch and all, is imported where it works: the driver has no use for it."""
 
-    def __init__(
-        self,
-        config: Config,
-        run: Run,
-        settings: dict[str, tuple[PromptStyle, str | None, str]],
-        examples: WorkedExamples,
-    ) -> None:
-        limit_process(config.execution, config.execution.cpus_per_actor)
-        self.config, self.run, self.settings = config, run, settings
-        self.examples = examples
-        self.loaded = load_base(config.base)
-        self.slot: LoraSlot | None = None
-        self.filled: str | None = None
+    def __init__(self, **given: Any) -> None:
+        from ray_jobs._student_actor import StudentActor
+
+        self.judge = StudentActor(**given)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        names = batch.column("assignment")
-        return pa.concat_tables(
-            [self._judged(name, batch.filter(pc.equal(names, name))) for name in names.unique().to_pylist()]
-        )
-
-    def _judged(self, name: str, block: pa.Table) -> pa.Table:
-        """Verdicts on the tasks of one assignment, which are kept before they are told."""
-        style, adapter, label = self.settings[name]
-        tasks = from_table(Task, block)
-        self._use(adapter)
-        completions, verdicts = self._student(label).judged(tasks, style, self.examples)
-        self.run.write_part(f"{name}_completions", completions)
-        self.run.write_part(f"{name}_verdicts", verdicts)
-        return to_table(Verdict, verdicts).append_column("assignment", pa.array([name] * len(verdicts)))
-
-    def _student(self, label: str) -> Student:
-        student = self.config.student
-        return Student(
-            self.loaded,
-            modifier=label,
-            tokens=self.config.execution.student_tokens,
-            temperature=student.temperature,
-            max_tokens=student.max_tokens,
-            seed=self.config.seed,
-        )
-
-    def _use(self, adapter: str | None) -> None:
-        """Have this adapter, and no other, on the base."""
-        if adapter == self.filled:
-            return
-        if self.slot is None:
-            self.slot = LoraSlot(self.loaded.model, int8=self.config.serving.weights == "int8")
-        if adapter is None:
-            self.slot.clear()
-        else:
-            self.slot.fill(read_adapter(self.run.store, adapter))
-        self.filled = adapter
-
-
-def read_adapter(store: Store, path: str) -> AdapterWeights | CompressedAdapter:
-    """An adapter from the store: a PEFT folder, or a compressed modifier file."""
-    local = store.local_copy(path, tempfile.gettempdir())
-    return load_peft_folder(local) if local.is_dir() else load_modifier(local)
+        return self.judge(batch)
 
 
 def block_size(execution: Execution, tasks: int) -> int:
     """Tasks of a block: so few that every actor has some, since that they are not many leaves no actor idle."""
     return max(1, min(execution.task_block, math.ceil(tasks / execution.student_actors)))
-
-
-def limit_process(execution: Execution, cpus: float) -> None:
-    """Keep torch to what the process was given of the machine: CPU threads, and its share of a GPU's memory."""
-    torch.set_num_threads(execution.threads or max(1, int(cpus)))
-    if execution.use_gpu:
-        keep_to_share(execution.gpu_share)

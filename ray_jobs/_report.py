@@ -29,10 +29,9 @@ from cascade.training.looks import Look
 from cascade.training.measures import StepReport
 from ray_jobs._held_out import reference_answer
 from ray_jobs._kinds import kinds_of_failures, probe_seconds, with_provenance
-from ray_jobs._results import by_id
+from ray_jobs._results import LOOKS, by_id
 from ray_jobs._runs import Runs
 from ray_jobs._shortcut import shortcuts
-from ray_jobs._train_worker import LOOKS
 from ray_jobs._trial import TRIALS, Trial
 from ray_jobs._winner import ACCOUNT, LAYERS
 from ray_jobs.validate_modifier import AFTER, BEFORE

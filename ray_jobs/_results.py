@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 
+from cascade.artifacts import Store
+from cascade.compression.adapter import AdapterWeights, load_peft_folder
+from cascade.compression.compressed import CompressedAdapter
+from cascade.compression.format import load_modifier
 from cascade.config import PromptStyle
 from cascade.tasks import Example, Task
 from ray_jobs._runs import Runs
 
 UNSOLVED = "unsolved"
 """Table of every test: the tasks that the next tier's teacher is asked."""
+ADAPTER = "adapter"
+"""Folder of the finished PEFT adapter, in the last checkpoint of a training and in its run."""
+LOOKS = "looks"
+"""Table of what a training found when it looked at validation tasks."""
 
 
 def unsolved_before(runs: Runs, tier: int) -> list[Task]:
@@ -38,3 +47,9 @@ def base_style(runs: Runs) -> PromptStyle:
 
 def by_id(tasks: Sequence[Task]) -> dict[str, Task]:
     return {t.id: t for t in tasks}
+
+
+def read_adapter(store: Store, path: str) -> AdapterWeights | CompressedAdapter:
+    """An adapter from the store: a PEFT folder, or a compressed modifier file."""
+    local = store.local_copy(path, tempfile.gettempdir())
+    return load_peft_folder(local) if local.is_dir() else load_modifier(local)

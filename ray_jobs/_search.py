@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import logging
 import os
+from typing import Any
 
 import optuna
 import ray
 from ray import tune
 
 from cascade.compression.adapter import AdapterWeights
-from cascade.compression.calibrate import calibrate
 from cascade.compression.recipe import Limits, limits, matters, search_space, seed_points
-from cascade.config import Config, PromptStyle
+from cascade.config import PromptStyle
 from cascade.errors import CascadeError
 from cascade.tasks import Example
 from ray_jobs._context import Job
@@ -31,8 +31,6 @@ from ray_jobs._trial import (
     Trial,
     TrialRunner,
     kept_files,
-    load_bench,
-    packed_rows,
     pareto_front,
 )
 
@@ -102,19 +100,11 @@ def lay_groundwork(job: Job, adapter: AdapterWeights, examples: list[Example], s
     return found
 
 
-def _groundwork(
-    config: Config,
-    style: PromptStyle,
-    adapter: AdapterWeights,
-    examples: tuple[Conversation, ...],
-    held_out: tuple[Conversation, ...],
-) -> Groundwork:
-    bench = load_bench(config.model_dump_json(), style, held_out, config.execution.cpus_alone)
-    rows = packed_rows(bench.loaded, config, style, examples)
-    step = max(1, len(rows) // config.compression.calibration_rows)
-    calibration = calibrate(bench.loaded.model, adapter, rows[::step][: config.compression.calibration_rows])
-    base_loss = bench.loss(None)
-    return Groundwork(calibration, base_loss, bench.losses_of(adapter))
+def _groundwork(*given: Any) -> Groundwork:
+    """`groundwork`, whose module, with torch and all, is imported where it works."""
+    from ray_jobs._bench import groundwork
+
+    return groundwork(*given)
 
 
 def _tuner(job: Job, setting: Setting) -> tune.Tuner:

@@ -15,20 +15,17 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray.exceptions import RayError
 from ray.train import CheckpointConfig, FailureConfig, RunConfig
-from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.exceptions import CheckpointManagerInitializationError
-from ray.train.v2.api.callback import UserCallback
 from ray.train.v2.api.config import ScalingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
-from transformers import AutoTokenizer
 
 from cascade.artifacts import Run
 from cascade.config import Execution, PromptStyle
-from cascade.errors import CascadeError, DataError
+from cascade.errors import DataError
 from cascade.models import bits
 from cascade.models.files import base_folder
 from cascade.scoring.statistics import Score
@@ -41,9 +38,13 @@ from cascade.training.measures import StepReport
 from ray_jobs._context import Job, Metrics
 from ray_jobs._held_out import held_out
 from ray_jobs._progress import polling
+from ray_jobs._results import ADAPTER
 from ray_jobs._runs import Runs
+from ray_jobs._train_controller import RAY_FOLDER, Assigned, GiveUpOnUserErrors, begun_in, train_worker, user_error
 from ray_jobs._train_ledger import CURVE, PROGRESS, check_ledger
-from ray_jobs._train_worker import ADAPTER, RAY_FOLDER, Assigned, begun_in, train_worker
+
+if TYPE_CHECKING:
+    from ray.train.torch import TorchTrainer
 
 RESIZE_S = 30.0
 """Seconds between two looks at how many workers there could be."""
@@ -69,7 +70,9 @@ def train_modifier(job: Job, examples: list[Example], style: PromptStyle) -> Met
     check_before(assigned, examples)
     if job.config.execution.train_workers_min is not None:
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(ELASTIC_START_S))
-    trainer = TorchTrainer(
+    from ray.train import torch as with_torch
+
+    trainer = with_torch.TorchTrainer(
         train_worker,
         train_loop_config={"assigned": assigned},
         scaling_config=scaling(job.config.execution),
@@ -120,33 +123,13 @@ def check_before(assigned: Assigned, examples: Sequence[Example]) -> None:
     config = assigned.config
     trackers.check_installed(config)
     bits.check_installed(config.training.base_bits)
+    from transformers import AutoTokenizer
+
     tokenizer = AutoTokenizer.from_pretrained(base_folder(config.base))
     longest = config.training.lora.max_length
     encode = functools.partial(encode_examples, max_length=longest, system=assigned.style.system)
     if not any(encode([example], tokenizer).examples for example in examples):  # the first is found at once, if any
         encode(examples, tokenizer).check(f"training.lora.max_length = {longest}")
-
-
-class GiveUpOnUserErrors(UserCallback):
-    """Ends training at an error that the user must mend, which the next three attempts would meet again.
-
-    Ray takes an error of a callback for one that is not to be tried again.
-    """
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Raise what a worker raised, if that is for the user."""
-        for error in worker_exceptions.values():
-            if (own := user_error(error)) is not None:
-                raise own
-
-
-def user_error(error: BaseException | None) -> CascadeError | None:
-    """The error for the user within what Ray wrapped around it."""
-    if error is None or isinstance(error, CascadeError):
-        return error
-    inner = [getattr(error, name, None) for name in ("_base_exc", "controller_failure", "cause", "__cause__")]
-    inner += getattr(error, "worker_failures", {}).values()
-    return next((own for e in inner if isinstance(e, BaseException) and (own := user_error(e))), None)
 
 
 def _fit(trainer: TorchTrainer, run: Run) -> Any:

@@ -25,12 +25,10 @@ import torch
 from ray.train import Checkpoint, CheckpointConsistencyMode, CheckpointUploadMode
 from ray.train.torch import get_device
 
-from cascade.artifacts import Run
-from cascade.config import Config, PromptStyle
 from cascade.errors import DataError
 from cascade.models.base import LoadedBase, end_token_ids, load_base, named_when_full
 from cascade.models.student import Student
-from cascade.tasks import Example, Message, Task
+from cascade.tasks import Example, Task
 from cascade.training.deepspeed_engine import DeepSpeedEngine, write_state
 from cascade.training.examples import EncodedSet, encode_conversations, encode_examples
 from cascade.training.layout import most_tokens
@@ -41,35 +39,17 @@ from cascade.training.memory import settle_objects
 from cascade.training.packing import Step, pack, plan_steps
 from cascade.training.recompute import recompute_activations
 from cascade.training.trackers import Trackers
-from ray_jobs._evaluate import limit_process
+from ray_jobs._results import ADAPTER, LOOKS
+from ray_jobs._share import limit_process
+from ray_jobs._train_controller import Assigned, begun_in
 from ray_jobs._train_ledger import Recorder
 
-ADAPTER = "adapter"
-"""Folder of the finished PEFT adapter, in the last checkpoint and in the run."""
 BEST = "best"
 """Folder of the best adapter so far, in every checkpoint."""
 POSITION = "position.json"
 """How far a checkpoint is, and what the looks found until then."""
-LOOKS = "looks"
-RAY_FOLDER = "train"
-"""Where Ray Train keeps its state and the checkpoints, in the run, until the job is done."""
 PREEMPTION_S = 5.0
 """Seconds between two questions whether a node is about to be taken away: notice may be given half a minute before."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Assigned:
-    """What a worker is given.
-
-    Attributes:
-        held_out: validation tasks with their reference answers; answered: those that the student answers too.
-    """
-
-    config: Config
-    run: Run
-    style: PromptStyle
-    held_out: tuple[tuple[str, tuple[Message, ...]], ...]
-    answered: tuple[Task, ...]
 
 
 MORE_MEMORY = "raise execution.gpu_share, lower execution.row_tokens, or set training.gradient_checkpointing"
@@ -370,11 +350,6 @@ def _encode(assigned: Assigned, loaded: LoadedBase) -> EncodedSet:
     )
     encoded.check(f"training.lora.max_length = {longest}")
     return encoded
-
-
-def begun_in(run: Run) -> str:
-    """Where Ray keeps a training that has begun, for people."""
-    return run.store.uri_of(f"{run.folder}/{RAY_FOLDER}")
 
 
 def _sum_over_workers(value: float) -> float:

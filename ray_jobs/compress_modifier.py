@@ -14,10 +14,9 @@ from cascade.errors import CascadeError
 from cascade.scoring.statistics import Score, paired_loss
 from cascade.tasks import Example, Verdict
 from ray_jobs._context import Job, Metrics, main
-from ray_jobs._evaluate import Assignment, evaluate, read_adapter
-from ray_jobs._results import training_style
+from ray_jobs._evaluate import Assignment, evaluate
+from ray_jobs._results import ADAPTER, read_adapter, training_style
 from ray_jobs._search import lay_groundwork, search
-from ray_jobs._train_worker import ADAPTER
 from ray_jobs._trial import Groundwork, Trial, nearest_front, pareto_front
 from ray_jobs._winner import finish, in_words
 

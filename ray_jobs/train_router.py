@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from cascade import modifiers
 from cascade.artifacts import Run, Store
 from cascade.config import PromptStyle
-from cascade.routing.model import publish, query_of
-from cascade.routing.train import train_router
 from cascade.tasks import Task
 from ray_jobs._context import Job, Metrics, main
 from ray_jobs._evaluate import Assignment, evaluate
@@ -24,6 +22,9 @@ AS_SERVED = "as-served"
 
 
 def work(job: Job) -> Metrics:
+    from cascade.routing.model import publish, query_of  # and torch with it
+    from cascade.routing.train import train_router
+
     job.runs.validate_modifier.require()
     tasks = [*job.runs.validation_tasks, *_tasks_of_other_domains(job)]
     store = job.run.store

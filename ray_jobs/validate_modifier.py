@@ -17,9 +17,8 @@ from cascade.scoring.statistics import Score, mcnemar_exact
 from cascade.tasks import Example, Task, Verdict
 from ray_jobs._context import Job, Metrics, main
 from ray_jobs._evaluate import Assignment, evaluate
-from ray_jobs._results import base_style, training_style
+from ray_jobs._results import ADAPTER, base_style, training_style
 from ray_jobs._train import write_card
-from ray_jobs._train_worker import ADAPTER
 from ray_jobs.compress_modifier import FILE
 
 BEFORE, AFTER = "general_base", "general_compressed"

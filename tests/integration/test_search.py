@@ -28,10 +28,11 @@ from cascade.compression.format import read_modifier
 from cascade.config import load_config
 from cascade.tasks import Example, Message
 from cascade.training.seeded_init import initial_lora_a
+from ray_jobs._bench import SHARES
+from ray_jobs._results import ADAPTER
 from ray_jobs._runs import Runs
 from ray_jobs._study import STUDY
-from ray_jobs._train import ADAPTER
-from ray_jobs._trial import FRONT, SHARES, STAGES, TRIALS, Trial, pareto_front
+from ray_jobs._trial import FRONT, STAGES, TRIALS, Trial, pareto_front
 from ray_jobs._winner import ACCOUNT, LAYERS
 from ray_jobs.compress_modifier import FILE
 

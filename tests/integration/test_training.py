@@ -33,10 +33,10 @@ from cascade.training.loop import TargetLoss, TorchEngine, run_steps
 from cascade.training.lora import add_lora
 from cascade.training.measures import StepReport
 from cascade.training.packing import plan_steps
-from ray_jobs._results import training_style
+from ray_jobs._results import ADAPTER, training_style
 from ray_jobs._runs import Runs
+from ray_jobs._train_controller import RAY_FOLDER
 from ray_jobs._train_ledger import PROGRESS, Attempt
-from ray_jobs._train_worker import ADAPTER, RAY_FOLDER
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 LONG = {"epochs": 150, "checkpoint_steps": 50}
@@ -223,7 +223,7 @@ def test_what_cannot_be_gone_on_from_says_how_to_begin_again(tmp_path: Path, bro
 def test_a_worker_that_goes_and_one_that_comes_change_nothing(tmp_path: Path, cluster: Cluster) -> None:
     """Elastic: two workers, then the one whose node is left, then two again; with what ZeRO 2 spreads over them."""
     elastic = {"train_workers": 2, "train_workers_min": 1}
-    config = write_config(tmp_path, epochs=480, checkpoint_steps=25, execution=elastic, stage=2)
+    config = write_config(tmp_path, epochs=300, checkpoint_steps=25, execution=elastic, stage=2)
     runs = Runs(load_config(config))
     add_worker(cluster, num_cpus=1)
     taken = add_worker(cluster, num_cpus=1)

@@ -10,7 +10,7 @@ import pytest
 from cascade.config import Compression, Lora
 from cascade.errors import CascadeError, DataError
 from cascade.tasks import Verdict
-from ray_jobs import _winner, compress_modifier
+from ray_jobs import _finish, _winner, compress_modifier
 from ray_jobs._trial import kept_files
 from ray_jobs.compress_modifier import _choose, _finalists
 
@@ -105,12 +105,12 @@ def test_a_recovery_that_diverges_leaves_what_was_chosen(monkeypatch):
     def diverges(*_):
         raise DataError("not finite in 3 steps in a row")
 
-    monkeypatch.setattr(_winner, "recover", diverges)
-    monkeypatch.setattr(_winner, "_plan", lambda *_: [None] * 5)
+    monkeypatch.setattr(_finish, "recover", diverges)
+    monkeypatch.setattr(_finish, "_plan", lambda *_: [None] * 5)
     config = SimpleNamespace(compression=Compression(recovery_steps=5), training=SimpleNamespace(lora=Lora()))
     bench = SimpleNamespace(slot=SimpleNamespace(clear=lambda: None), loaded=SimpleNamespace(model=None))
     chosen = SimpleNamespace()
-    left, recovery = _winner._recover(SimpleNamespace(config=config, adapter=None), bench, chosen)
+    left, recovery = _finish._recover(SimpleNamespace(config=config, adapter=None), bench, chosen)
     assert left is chosen
     assert not recovery.taken
     assert math.isnan(recovery.loss)

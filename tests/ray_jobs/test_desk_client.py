@@ -191,8 +191,8 @@ def test_one_endpoint_and_key_has_one_limiter_with_the_least_of_its_limits() -> 
         assert states[f"{same}|ANOTHER_KEY"].requests_per_minute == 70
 
 
-@pytest.mark.parametrize("module", ["_teacher_actor", "_generate_tables"])
-def test_what_works_for_the_driver_without_a_model_does_not_load_torch(module: str) -> None:
+@pytest.mark.parametrize("module", ["pipeline", "_report", "_train_controller", "_teacher_actor", "_generate_tables"])
+def test_what_needs_no_model_does_not_load_torch(module: str) -> None:
     code = f"import sys, ray_jobs.{module}; print([m for m in ('torch', 'transformers') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -29,7 +29,8 @@ from cascade.models.worked_examples import WorkedExamples
 from cascade.tasks import Message, Task, Verdict
 from ray_jobs import _evaluate
 from ray_jobs._context import Job
-from ray_jobs._evaluate import Assignment, StudentActor, evaluate
+from ray_jobs._evaluate import Assignment, evaluate
+from ray_jobs._student_actor import StudentActor
 
 BLOCK, COUNT, KILLS = 8, 320, 12
 LABELS = ["A", "B", "C", "D"]

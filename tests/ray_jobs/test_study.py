@@ -20,7 +20,7 @@ from cascade.compression.recipe import Limits, matters, recipe_from, search_spac
 from cascade.config import Compression
 from cascade.errors import DataError
 from cascade.training.examples import EncodedSet
-from ray_jobs import _trial
+from ray_jobs import _bench, _trial
 from ray_jobs._study import STUDY, FrontSampler, StudyFile, TrialSearch, distributions
 from ray_jobs._trial import STAGES, TRIALS, Stage, Trial, params_key
 
@@ -141,7 +141,7 @@ def test_what_does_not_fit_holds_back_nothing_that_does(run):
         bench: Any = SimpleNamespace(
             growing=lambda shares: ((s, np.full(round(8 * s), loss, np.float32)) for s in shares)
         )
-        return _trial._loss(setting, key, bench, size, lambda: run.read(STAGES, Stage), hopeless=not fits)[0]
+        return _bench._loss(setting, key, bench, size, lambda: run.read(STAGES, Stage), hopeless=not fits)[0]
 
     assert [measure(key, 0.06, 10, fits=False) for key in "abc"] == [0.25] * 3
     assert measure("d", 0.2, 20, fits=True) == 1.0
@@ -149,8 +149,8 @@ def test_what_does_not_fit_holds_back_nothing_that_does(run):
 
 def test_a_search_with_nothing_to_measure_on_says_why(monkeypatch):
     config: Any = SimpleNamespace(training=SimpleNamespace(lora=SimpleNamespace(max_length=64)))
-    monkeypatch.setattr(_trial, "encode_conversations", lambda *_, **__: EncodedSet((), (), ("a", "b")))
-    monkeypatch.setattr(_trial, "end_token_ids", lambda _: frozenset())
+    monkeypatch.setattr(_bench, "encode_conversations", lambda *_, **__: EncodedSet((), (), ("a", "b")))
+    monkeypatch.setattr(_bench, "end_token_ids", lambda _: frozenset())
     bench: Any = SimpleNamespace(tokenizer=None)
     with pytest.raises(DataError, match=r"2 are longer than training\.lora\.max_length = 64 tokens"):
-        _trial.packed_rows(bench, config, SimpleNamespace(system=None), [])  # type: ignore[arg-type]
+        _bench.packed_rows(bench, config, SimpleNamespace(system=None), [])  # type: ignore[arg-type]

@@ -24,8 +24,8 @@ from cascade.tasks import Example, Message, Task
 from ray_jobs import _train
 from ray_jobs._context import LOCK, SCRATCH, Job, run_job
 from ray_jobs._train import GiveUpOnUserErrors, check_before, user_error
+from ray_jobs._train_controller import RAY_FOLDER, Assigned
 from ray_jobs._train_ledger import PROGRESS
-from ray_jobs._train_worker import RAY_FOLDER, Assigned
 
 STYLE = PromptStyle(name="plain")
 

@@ -32,8 +32,10 @@ from cascade.training.looks import Look
 from cascade.training.loop import TorchEngine
 from cascade.training.measures import StepReport
 from ray_jobs import _train_worker
+from ray_jobs._results import ADAPTER
+from ray_jobs._train_controller import Assigned
 from ray_jobs._train_ledger import CURVE, check_ledger
-from ray_jobs._train_worker import ADAPTER, POSITION, Assigned, train_worker
+from ray_jobs._train_worker import POSITION, train_worker
 
 WORDS = ("apple", "banana", "cherry", "melon", "papaya", "orange", "lemon", "grape")
 

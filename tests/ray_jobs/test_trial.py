@@ -17,9 +17,10 @@ from cascade.compression.packed import compress, resident_bytes
 from cascade.compression.recipe import Limits
 from cascade.config import Compression
 from cascade.training.measures import mean
-from ray_jobs import _trial as trials
+from ray_jobs import _bench
+from ray_jobs._bench import Bench, _loss, run_trial
 from ray_jobs._follow import Follower
-from ray_jobs._trial import STAGES, TRIALS, Bench, Groundwork, Stage, Trial, _loss, run_trial
+from ray_jobs._trial import STAGES, TRIALS, Groundwork, Stage, Trial
 
 LEVEL = Groundwork({}, 4.0, np.full(80, 0.05, np.float32))
 """Of rows that are all as hard."""
@@ -128,10 +129,10 @@ def test_what_is_counted_and_measured_is_the_form_that_is_served(setting, monkey
                 node.add_module(part, torch.nn.Module())
             node = getattr(node, part)
         node.add_module(last, torch.nn.Linear(pair.a.shape[1], pair.b.shape[0], dtype=torch.bfloat16))
-    monkeypatch.setattr(trials, "load_base", lambda base: SimpleNamespace(model=model))
-    monkeypatch.setattr(trials, "limit_process", lambda *_: None)
-    monkeypatch.setattr(trials, "packed_rows", lambda *_: [])
-    monkeypatch.setattr(trials, "_loss", lambda *_, **__: (1.0, 0.1, 0.2))
+    monkeypatch.setattr(_bench, "load_base", lambda base: SimpleNamespace(model=model))
+    monkeypatch.setattr(_bench, "limit_process", lambda *_: None)
+    monkeypatch.setattr(_bench, "packed_rows", lambda *_: [])
+    monkeypatch.setattr(_bench, "_loss", lambda *_, **__: (1.0, 0.1, 0.2))
     config = SimpleNamespace(
         serving=SimpleNamespace(weights=weights),
         base=None,
@@ -139,15 +140,15 @@ def test_what_is_counted_and_measured_is_the_form_that_is_served(setting, monkey
         execution=SimpleNamespace(cpus_per_actor=1),
         model_dump_json=lambda: f'{{"weights": "{weights}"}}',
     )
-    monkeypatch.setattr(trials.Config, "model_validate", lambda _: config)
+    monkeypatch.setattr(_bench.Config, "model_validate", lambda _: config)
     task = setting(halving=False)
     task.config, task.adapter, task.style, task.held_out = config, adapter, None, ()
     recipe = Recipe(truncate=Truncate(keep=1.0), values="int8")
-    monkeypatch.setattr(trials, "recipe_from", lambda *_: recipe)
+    monkeypatch.setattr(_bench, "recipe_from", lambda *_: recipe)
     compressed = compress(adapter, recipe)
     size, held = disk_bytes(compressed), resident_bytes(compressed, int8=weights == "int8")
     task.limits = Limits(size + 700 - room, held)
-    found = trials._measure({}, task, "key", list)
+    found = _bench._measure({}, task, "key", list)
     assert (found.disk_bytes, found.resident_bytes, found.fits) == (size, held, room == 0)
 
 
