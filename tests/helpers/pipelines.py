@@ -71,7 +71,7 @@ def write_config(folder: Path, storage: str | None = None, **changes: object) ->
         ],
         "budget_usd": 1.0,
         "probe": {"lora": lora},
-        "training": {"lora": {**lora, "epochs": 6}, "checkpoint_steps": 4, "replay_share": 0.1},
+        "training": {"lora": {**lora, "epochs": 6}, "checkpoint_steps": 20, "replay_share": 0.1},
         "compression": {"trials": 4, "max_ratio": 0.9, "max_resident_ratio": 0.9},
         "router": {"epochs": 5},
     }
