@@ -24,7 +24,9 @@ class Lora(Section):
     weight_decay: float = Field(0.0, ge=0, description="AdamW's")
     gradient_clip: float = Field(1.0, gt=0, description="largest norm of a step's gradient")
     tokens_per_step: Positive = Field(1024, description="packed tokens of one optimiser step, over all workers")
-    max_length: Positive = Field(512, description="longest example in tokens; longer ones are refused, never cut")
+    max_length: Positive = Field(
+        512, description="longest example in tokens, within the base's context; longer ones are refused, never cut"
+    )
     rslora: bool = Field(False, description="scale by alpha / sqrt(rank) instead of alpha / rank")
     lora_plus: float | None = Field(
         None, ge=1, description="LoRA+: how many times A's learning rate B learns at; null: as fast as A"

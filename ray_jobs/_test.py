@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from cascade.benchmarks import needs_judge, require_judge
+from cascade.models.files import check_lengths
 from cascade.scoring.statistics import Score
-from cascade.tasks import Example, Task, Verdict
+from cascade.tasks import Completion, Example, Task, Verdict
 from ray_jobs._context import Job, Metrics
 from ray_jobs._evaluate import Assignment, evaluate
 from ray_jobs._probe import cross_fitted_probes
@@ -30,6 +31,7 @@ def test_student(job: Job, tier: int) -> Metrics:
 
 def _test_base(job: Job) -> tuple[list[Verdict], list[Task], Metrics]:
     """Find the base's best prompt on validation tasks, then let it answer every training task."""
+    check_lengths(job.config)
     runs, student = job.runs, job.config.student
     scores = _score_styles(job) if len(student.prompts) > 1 else {}
     best = max(student.prompts, key=lambda s: scores[s.name].passed) if scores else student.prompts[0]
@@ -38,9 +40,18 @@ def _test_base(job: Job) -> tuple[list[Verdict], list[Task], Metrics]:
     verdicts = evaluate(job, [Assignment("base", tasks, best)], tasks)["base"]
     job.run.write_table("tasks", Task, tasks)
     job.run.write_table("validation_tasks", Task, runs.validation_tasks)
-    unsolved = [t for t, v in zip(tasks, verdicts, strict=True) if not v.passed]
+    no_room = set() if best.shots else _without_room(job)
+    unsolved = [t for t, v in zip(tasks, verdicts, strict=True) if not v.passed and t.id not in no_room]
     styles = {name: {"passed": s.passed, "n": s.n} for name, s in scores.items()}
-    return verdicts, unsolved, {"style": best.name, "styles": styles}
+    return verdicts, unsolved, {"no_room": len(no_room), "style": best.name, "styles": styles}
+
+
+def _without_room(job: Job) -> set[str]:
+    """Tasks for whose answer the base's context has no room: a teacher's would be paid for and not be learned.
+
+    To be asked only of a style without worked examples, as modifiers are trained: with them there may be room.
+    """
+    return {c.task_id for c in job.run.read("base_completions", Completion) if c.finish_reason == "error"}
 
 
 def _score_styles(job: Job) -> dict[str, Score]:

@@ -27,7 +27,7 @@ from cascade.artifacts import Run
 from cascade.config import Execution, PromptStyle
 from cascade.errors import DataError
 from cascade.models import bits
-from cascade.models.files import base_folder
+from cascade.models.files import base_folder, check_lengths
 from cascade.scoring.statistics import Score
 from cascade.tasks import Example
 from cascade.training import trackers
@@ -117,12 +117,13 @@ def check_before(assigned: Assigned, examples: Sequence[Example]) -> None:
     """Find here what the workers would find, as far as that takes no time.
 
     Raises:
-        ConfigError: a package is missing.
+        ConfigError: a package is missing, or an example may be longer than the base's context.
         DataError: none of the examples can be trained on.
     """
     config = assigned.config
     trackers.check_installed(config)
     bits.check_installed(config.training.base_bits)
+    check_lengths(config)
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(base_folder(config.base))

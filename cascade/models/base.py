@@ -21,7 +21,7 @@ from cascade.config import Base, Weights
 from cascade.errors import ConfigError
 from cascade.models.attention import enable_sharing
 from cascade.models.bits import keep_to_sound_kernels, quantization
-from cascade.models.files import base_folder, sha256_of_weights
+from cascade.models.files import base_folder, context_in, sha256_of_weights
 from cascade.models.int8 import hold_in_int8
 
 
@@ -50,14 +50,7 @@ class LoadedBase:
 
         Positions beyond were never trained; where they are looked up in a table, there are none.
         """
-        config = self.model.config.get_text_config()
-        positions: int | None = getattr(config, "max_position_embeddings", None)
-        rope = getattr(config, "rope_parameters", None) or {}
-        if positions is not None and rope.get("rope_type") == "yarn":
-            # Some configs still say how long the context was before it was stretched.
-            stretched = rope.get("factor", 1.0) * rope.get("original_max_position_embeddings", positions)
-            return max(positions, int(stretched))
-        return positions
+        return context_in(self.model.config)
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:

@@ -10,13 +10,17 @@ import shutil
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
 from cascade.artifacts import sha256_of_file
 from cascade.benchmarks.sources import cache_dir, wheel_file
-from cascade.config import Base
+from cascade.config import Base, Config
 from cascade.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,36 @@ def base_folder(base: Base) -> Path:
             f"({type(error).__name__}: {error}). Give a hub name that can be reached from here, a local folder, "
             f"or one of {', '.join(WHEEL_MODELS)}"
         ) from error
+
+
+def context_in(config: PretrainedConfig) -> int | None:
+    """Of a model's configuration, most tokens of a prompt and its answer together; None where it sets no limit."""
+    text = config.get_text_config()
+    positions: int | None = getattr(text, "max_position_embeddings", None)
+    rope = getattr(text, "rope_parameters", None) or {}
+    if positions is not None and rope.get("rope_type") == "yarn":
+        # Some configs still say how long the context was before it was stretched.
+        stretched = rope.get("factor", 1.0) * rope.get("original_max_position_embeddings", positions)
+        return max(positions, int(stretched))
+    return positions
+
+
+def check_lengths(config: Config) -> None:
+    """See that nothing is trained on at positions that the base does not know.
+
+    Raises:
+        ConfigError: a `max_length` is beyond the base's context.
+    """
+    from transformers import AutoConfig  # not for those who only look for files
+
+    context = context_in(AutoConfig.from_pretrained(base_folder(config.base)))
+    given = {"training": config.training.lora} | ({"probe": config.probe.lora} if config.probe.enabled else {})
+    for name, lora in given.items():
+        if context is not None and lora.max_length > context:
+            raise ConfigError(
+                f"{name}.lora.max_length: {lora.max_length} tokens are more than the {context} of the base's context "
+                f"({config.base.model}): set it to {context} at most"
+            )
 
 
 def sha256_of_weights(folder: Path) -> str:

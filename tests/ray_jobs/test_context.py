@@ -25,6 +25,7 @@ from ray_jobs._context import connect_ray, exit_with_code, run_job, sole_driver
 def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What `ray.init` was asked for."""
     arguments: dict[str, Any] = {}
+    monkeypatch.setattr(_context, "_end_on_sigterm", lambda: None)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", lambda **given: arguments.update(given))
     monkeypatch.setattr(ray, "nodes", lambda: [node("10.0.0.1", 4)])
@@ -118,6 +119,23 @@ def test_what_is_no_defect_ends_a_job_with_a_line_and_a_code(error, code, said, 
         exit_with_code(work)
     assert ended.value.code == code
     assert capsys.readouterr().err.startswith(said)
+
+
+def test_sigterm_ends_a_job_as_ctrl_c_does() -> None:
+    code = """
+import time
+from ray_jobs._context import _end_on_sigterm, exit_with_code
+_end_on_sigterm()
+print("at work", flush=True)
+exit_with_code(lambda: time.sleep(60))
+"""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as job:
+        assert job.stdout.readline() == b"at work\n"
+        job.terminate()
+        said = job.stderr.read().decode()
+        assert job.wait(30) == 143
+    assert said == "interrupted: run it again, and it goes on where it was\n"
 
 
 def test_two_drivers_never_do_one_run_and_a_killed_one_holds_nobody_up(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from stand_in import save_tiny_base
 
 from cascade.artifacts import Run, Store
-from cascade.config import PromptStyle, Training
+from cascade.config import Probe, PromptStyle, Training
 from cascade.errors import ConfigError, DataError
 from cascade.models import bits
 from cascade.tasks import Example, Message, Task
@@ -44,7 +44,9 @@ def run(tmp_path: Path) -> Run:
 
 def assigned(base: str, run: Run, **training: Any) -> Assigned:
     config: Any = SimpleNamespace(
-        base=SimpleNamespace(model=base, revision=None), training=Training.model_validate(training)
+        base=SimpleNamespace(model=base, revision=None),
+        training=Training.model_validate(training),
+        probe=Probe(enabled=False),
     )
     return Assigned(config, run, STYLE, (), ())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,10 +11,12 @@ from stand_in import byte_tokenizer
 from transformers import BloomConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, MistralConfig, MistralForCausalLM
 
 from cascade import benchmarks
-from cascade.config import PromptStyle
+from cascade.config import Base, Config, Lora, Probe, PromptStyle, Training
+from cascade.errors import ConfigError
 from cascade.models.attention import can_share, enable_sharing
 from cascade.models.base import LoadedBase
 from cascade.models.embedding import embed
+from cascade.models.files import check_lengths
 from cascade.models.student import Student
 from cascade.scoring.statistics import Score
 from cascade.tasks import Completion, Message, Task, Verdict
@@ -178,3 +181,25 @@ def test_the_context_is_what_the_config_of_the_base_says(config, context) -> Non
     model = Model()
     model.config = config
     assert LoadedBase(model, byte_tokenizer(), "", "").context == context
+
+
+@pytest.mark.parametrize(
+    ("training", "probe", "said"),
+    [
+        (CONTEXT, CONTEXT, ""),
+        (CONTEXT + 1, CONTEXT, "training.lora.max_length: 49 tokens are more than the 48 of the base's context"),
+        (CONTEXT, CONTEXT + 1, "probe.lora.max_length: 49 tokens are more than the 48 of the base's context"),
+    ],
+)
+def test_examples_may_be_no_longer_than_the_context(training: int, probe: int, said: str, tmp_path: Path) -> None:
+    GPT2Config(n_positions=CONTEXT).save_pretrained(tmp_path)
+    config = Config.model_construct(
+        base=Base(model=str(tmp_path)),
+        training=Training(lora=Lora(max_length=training)),
+        probe=Probe(lora=Lora(max_length=probe)),
+    )
+    if not said:
+        check_lengths(config)
+        return
+    with pytest.raises(ConfigError, match=said):
+        check_lengths(config)
