@@ -6,10 +6,7 @@ import argparse
 import contextlib
 import logging
 import os
-import signal
 import socket
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -25,9 +22,10 @@ from cascade.artifacts import Run, Store
 from cascade.benchmarks import RUNS_CODE
 from cascade.benchmarks.protected import protected_tasks
 from cascade.config import Config, load_config
-from cascade.errors import CascadeError, ConfigError, exit_with_message
+from cascade.errors import CascadeError, ConfigError
 from cascade.scoring.sandbox import WEAK_SWITCH, require_walls
 from ray_jobs import JOBS
+from ray_jobs._exit import end_on_sigterm, exit_with_code
 from ray_jobs._json_lines import ray_logs
 from ray_jobs._lease import Lease
 from ray_jobs._live_page import showing
@@ -165,7 +163,7 @@ def connect_ray(config: Config, progress: Progress | None = None) -> None:
         **ray_logs(config, quiet=quiet),
         **local,
     )
-    _end_on_sigterm()
+    end_on_sigterm()
     if not local:
         check_storage(config)
     if progress:
@@ -176,21 +174,6 @@ def connect_ray(config: Config, progress: Progress | None = None) -> None:
     if quiet:
         for name in ("ray.data", "ray.train", "ray.tune", "ray.serve"):
             logging.getLogger(name).setLevel(logging.ERROR)
-
-
-_sigterm = threading.Event()
-"""Set once the process was told to end."""
-
-
-def _end_on_sigterm() -> None:
-    """Take SIGTERM, as `ray job stop` and schedulers send it, for Ctrl-C: Ray would print what its threads were at."""
-
-    def interrupt(*_: object) -> None:
-        _sigterm.set()
-        raise KeyboardInterrupt  # what Ray lets through wherever it waits
-
-    if threading.current_thread() is threading.main_thread():  # no other may set one
-        signal.signal(signal.SIGTERM, interrupt)
 
 
 def _dashboard_port() -> int:
@@ -248,16 +231,6 @@ def main(name: str, work: Work) -> None:
     """`python -m ray_jobs.<job> --config FILE`: its exit codes are those of `cascade`."""
     path = parse_config(name)
     exit_with_code(lambda: run_one(name, work, load_config(path)))
-
-
-def exit_with_code(action: Callable[[], object]) -> None:
-    """Run a command: exit code 2 for something that the user must mend, 130 for Ctrl-C, 143 for SIGTERM, none of them
-    with a traceback."""
-    try:
-        exit_with_message(action)
-    except KeyboardInterrupt:
-        print("interrupted: run it again, and it goes on where it was", file=sys.stderr)
-        sys.exit(143 if _sigterm.is_set() else 130)
 
 
 def command_line(name: str) -> argparse.ArgumentParser:

@@ -14,10 +14,10 @@ import typer
 from typer.core import TyperGroup
 
 import cascade
-from cascade.errors import exit_with_message
 from cascade.reports import scoreboard
 from cascade.teachers import MOST_CALLS
 from ray_jobs import JOBS
+from ray_jobs._exit import exit_with_code
 
 if TYPE_CHECKING:
     from cascade.config import Config
@@ -26,10 +26,10 @@ ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file of 
 
 
 class _Commands(TyperGroup):
-    """Errors that are the user's to mend end a command with a message, exit code 2."""
+    """Errors that are the user's to mend, and interruptions, end a command with a message."""
 
     def invoke(self, ctx: Any) -> None:
-        exit_with_message(lambda: super(_Commands, self).invoke(ctx))
+        exit_with_code(lambda: super(_Commands, self).invoke(ctx))
 
 
 app = typer.Typer(

@@ -31,7 +31,8 @@ from ray_jobs import (
     train_router,
     validate_modifier,
 )
-from ray_jobs._context import Work, connect_ray, exit_with_code, parse_config, run_job
+from ray_jobs._context import Work, connect_ray, parse_config, run_job
+from ray_jobs._exit import exit_with_code
 from ray_jobs._live_page import showing
 from ray_jobs._memory import PeakMemory
 from ray_jobs._report import report_data

@@ -11,11 +11,11 @@ from typing import Any
 
 from cascade import benchmarks
 from cascade.config import load_config
-from cascade.errors import exit_with_message
 from cascade.tasks import Example, Message
 from cascade.training.measures import StepReport
 from ray_jobs import _train
 from ray_jobs._context import Job, Metrics, connect_ray, run_job
+from ray_jobs._exit import exit_with_code
 from ray_jobs._results import training_style
 from ray_jobs._runs import Runs
 
@@ -65,4 +65,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exit_with_message(main)
+    exit_with_code(main)

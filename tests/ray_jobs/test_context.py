@@ -18,14 +18,15 @@ from cascade.artifacts import Run, Store, open_run
 from cascade.config import Config, load_config
 from cascade.errors import CascadeError, ConfigError
 from ray_jobs import _context
-from ray_jobs._context import connect_ray, exit_with_code, run_job, sole_driver
+from ray_jobs._context import connect_ray, run_job, sole_driver
+from ray_jobs._exit import exit_with_code
 
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What `ray.init` was asked for."""
     arguments: dict[str, Any] = {}
-    monkeypatch.setattr(_context, "_end_on_sigterm", lambda: None)
+    monkeypatch.setattr(_context, "end_on_sigterm", lambda: None)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", lambda **given: arguments.update(given))
     monkeypatch.setattr(ray, "nodes", lambda: [node("10.0.0.1", 4)])
@@ -124,8 +125,8 @@ def test_what_is_no_defect_ends_a_job_with_a_line_and_a_code(error, code, said, 
 def test_sigterm_ends_a_job_as_ctrl_c_does() -> None:
     code = """
 import time
-from ray_jobs._context import _end_on_sigterm, exit_with_code
-_end_on_sigterm()
+from ray_jobs._exit import end_on_sigterm, exit_with_code
+end_on_sigterm()
 print("at work", flush=True)
 exit_with_code(lambda: time.sleep(60))
 """
