@@ -17,7 +17,6 @@ import pyarrow as pa
 from cascade.artifacts import Store
 from ray_jobs import _evaluate
 from ray_jobs._context import main
-from ray_jobs._student_actor import StudentActor
 from ray_jobs.test_domain import work
 
 JOURNAL = "begun.jsonl"
@@ -32,7 +31,7 @@ def noted(store: Store) -> list[dict[str, Any]]:
     return [json.loads(line) for line in store.read_bytes(JOURNAL).splitlines()] if store.exists(JOURNAL) else []
 
 
-class NotingStudent(StudentActor):
+class NotingStudent(_evaluate._Actor):
     """Otherwise the actor of every job."""
 
     def __init__(self, **given: Any) -> None:
@@ -46,7 +45,7 @@ class NotingStudent(StudentActor):
             "cpu_s": time.process_time(),
             "mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         }
-        journal = os.open(self.run.store.path(JOURNAL), os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+        journal = os.open(self.judge.run.store.path(JOURNAL), os.O_CREAT | os.O_APPEND | os.O_WRONLY)
         os.write(journal, f"{json.dumps(row)}\n".encode())
         os.close(journal)
         return super().__call__(batch)
