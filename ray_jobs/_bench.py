@@ -66,6 +66,7 @@ def groundwork(
     examples: tuple[Conversation, ...],
     held_out: tuple[Conversation, ...],
 ) -> Groundwork:
+    """Calibrate an adapter on some of its examples, and measure the held-out rows with and without it."""
     bench = load_bench(config.model_dump_json(), style, held_out, config.execution.cpus_alone)
     rows = packed_rows(bench.loaded, config, style, examples)
     step = max(1, len(rows) // config.compression.calibration_rows)

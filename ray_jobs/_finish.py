@@ -25,6 +25,7 @@ from ray_jobs._winner import Assigned, Finished, Recovery
 
 
 def account_and_recover(assigned: Assigned) -> Finished:
+    """What each stage of the chosen recipe saved and cost; and its file, trained further if the config says so."""
     config = assigned.config
     bench = load_bench(config.model_dump_json(), assigned.style, assigned.held_out, config.execution.cpus_alone)
     compressed = decode_modifier(assigned.data)[1]
