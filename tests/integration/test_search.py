@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -38,7 +39,7 @@ from ray_jobs.compress_modifier import FILE
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[2]
-COUNT = 24
+COUNT = 40
 """Trials: a twentieth of a second each, and their process is to be found while they last."""
 RANK = 48
 
@@ -105,12 +106,16 @@ def test_killed_at_work_it_repeats_at_most_the_trials_in_flight(tmp_path: Path) 
     folder = Path(runs.store.path(runs.compress_modifier.folder))
     command = [sys.executable, "-m", "ray_jobs.cli", "compress-modifier", str(path)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    assert stop_when_measured(command, environment, folder, 2, signal.SIGINT) == 130, log_of(folder).read_text()[-3000:]
-    assert not runs.compress_modifier.done
-    stop_when_measured(command, environment, folder, 4, signal.SIGKILL)
+    killed = start(command, environment, folder)
+    stop_when_measured(killed, folder, 2, signal.SIGKILL)
     survived = {file.name for file in folder.glob(f"{TRIALS}.*.parquet")}
     assert len(survived) < COUNT
-    finish_without_a_trials_process(command, environment, folder, len(survived) + 1)
+    interrupted = start(command, environment, folder)
+    kill_a_trials_process(interrupted, folder, len(survived) + 1)
+    assert stop_when_measured(interrupted, folder, len(survived) + 2, signal.SIGINT) == 130, log_of(folder).read_text()
+    assert not runs.compress_modifier.done
+    finished = start(command, environment, folder)
+    assert finished.wait(600) == 0, log_of(folder).read_text()[-3000:]
 
     run = runs.compress_modifier
     trials = run.read(TRIALS, Trial)
@@ -131,7 +136,8 @@ def test_killed_at_work_it_repeats_at_most_the_trials_in_flight(tmp_path: Path) 
 
 def start(command: list[str], environment: dict[str, str], folder: Path) -> subprocess.Popen[bytes]:
     with log_of(folder).open("ab") as log:
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+        heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # also where these tests ignore it
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, preexec_fn=heard)
 
 
 def log_of(folder: Path) -> Path:
@@ -146,11 +152,8 @@ def wait_until_measured(driver: subprocess.Popen[bytes], folder: Path, count: in
         time.sleep(0.02)
 
 
-def stop_when_measured(
-    command: list[str], environment: dict[str, str], folder: Path, count: int, how: signal.Signals
-) -> int:
+def stop_when_measured(driver: subprocess.Popen[bytes], folder: Path, count: int, how: signal.Signals) -> int:
     """Send the job a signal once so many trials are measured; returns its exit code."""
-    driver = start(command, environment, folder)
     try:
         wait_until_measured(driver, folder, count)
         os.kill(driver.pid, how)
@@ -161,17 +164,12 @@ def stop_when_measured(
     return code
 
 
-def finish_without_a_trials_process(command: list[str], environment: dict[str, str], folder: Path, count: int) -> None:
-    """Run the job to its end, and SIGKILL on the way the process that runs the trials."""
-    driver = start(command, environment, folder)
-    try:
-        wait_until_measured(driver, folder, count)
-        trials = [p for p in psutil.Process(driver.pid).children(recursive=True) if is_trial(p)]
-        assert 1 <= len(trials) <= IN_FLIGHT
-        trials[0].kill()
-        assert driver.wait(600) == 0, log_of(folder).read_text()[-3000:]
-    finally:
-        driver.kill()
+def kill_a_trials_process(driver: subprocess.Popen[bytes], folder: Path, count: int) -> None:
+    """SIGKILL a process that runs trials once so many are measured."""
+    wait_until_measured(driver, folder, count)
+    trials = [p for p in psutil.Process(driver.pid).children(recursive=True) if is_trial(p)]
+    assert 1 <= len(trials) <= IN_FLIGHT
+    trials[0].kill()
 
 
 def is_trial(process: psutil.Process) -> bool:
