@@ -31,7 +31,7 @@ def noted(store: Store) -> list[dict[str, Any]]:
     return [json.loads(line) for line in store.read_bytes(JOURNAL).splitlines()] if store.exists(JOURNAL) else []
 
 
-class NotingStudent(_evaluate._Actor):
+class NotingStudent(_evaluate.StudentActor):
     """Otherwise the actor of every job."""
 
     def __init__(self, **given: Any) -> None:
@@ -45,12 +45,12 @@ class NotingStudent(_evaluate._Actor):
             "cpu_s": time.process_time(),
             "mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         }
-        journal = os.open(self.judge.run.store.path(JOURNAL), os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+        journal = os.open(self.student.run.store.path(JOURNAL), os.O_CREAT | os.O_APPEND | os.O_WRONLY)
         os.write(journal, f"{json.dumps(row)}\n".encode())
         os.close(journal)
         return super().__call__(batch)
 
 
 if __name__ == "__main__":
-    _evaluate._Actor = NotingStudent  # type: ignore[misc, assignment]
+    _evaluate.StudentActor = NotingStudent  # type: ignore[misc, assignment]
     main("test_domain", work)

@@ -85,7 +85,7 @@ def _run_blocks(
     actors = min(execution.student_actors, len(blocks))
     settings = {a.name: (a.style, a.adapter, a.label) for a in assignments}
     results = ray.data.from_arrow(blocks).map_batches(
-        _Actor,
+        StudentActor,
         batch_size=size,  # Ray Data wants a number where there are GPUs
         batch_format="pyarrow",
         compute=ActorPoolStrategy(size=actors),
@@ -106,16 +106,16 @@ def _run_blocks(
             yield name, [v for n, v in zip(names, verdicts, strict=True) if n == name]
 
 
-class _Actor:
-    """`StudentActor`, whose module, with torch and all, is imported where it works: the driver has no use for it."""
+class StudentActor:
+    """Holds a `LoadedStudent`, whose module, with torch and all, is imported here and not in the driver."""
 
     def __init__(self, **given: Any) -> None:
-        from ray_jobs._student_actor import StudentActor
+        from ray_jobs._loaded_student import LoadedStudent
 
-        self.judge = StudentActor(**given)
+        self.student = LoadedStudent(**given)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        return self.judge(batch)
+        return self.student(batch)
 
 
 def block_size(execution: Execution, tasks: int) -> int:

@@ -30,7 +30,7 @@ from cascade.tasks import Message, Task, Verdict
 from ray_jobs import _evaluate
 from ray_jobs._context import Job
 from ray_jobs._evaluate import Assignment, evaluate
-from ray_jobs._student_actor import StudentActor
+from ray_jobs._loaded_student import LoadedStudent
 
 BLOCK, COUNT, KILLS = 8, 320, 12
 LABELS = ["A", "B", "C", "D"]
@@ -77,7 +77,7 @@ def in_this_process(monkeypatch):
 
 def run_blocks(job, assignments, blocks, size, pool, most=math.inf):
     settings = {a.name: (a.style, a.adapter, a.label) for a in assignments}
-    actor = StudentActor(job.config, job.run, settings, WorkedExamples.from_pool(pool))
+    actor = LoadedStudent(job.config, job.run, settings, WorkedExamples.from_pool(pool))
     journal = os.open(f"{job.run.store.path()}.journal", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
     for block in blocks:
         if asked(job.run).total() >= most * BLOCK:

@@ -16,7 +16,7 @@ from ray_jobs._results import read_adapter
 from ray_jobs._share import limit_process
 
 
-class StudentActor:
+class LoadedStudent:
     """Holds one base; answers and scores a batch of tasks at a time, assignment by assignment."""
 
     def __init__(
