@@ -127,8 +127,7 @@ def test_sigterm_ends_a_job_as_ctrl_c_does() -> None:
 import time
 from ray_jobs._exit import end_on_sigterm, exit_with_code
 end_on_sigterm()
-print("at work", flush=True)
-exit_with_code(lambda: time.sleep(60))
+exit_with_code(lambda: (print("at work", flush=True), time.sleep(60)))
 """
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen([sys.executable, "-c", code], **pipes) as job:
