@@ -25,7 +25,7 @@ from _figures import at_most
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
 
-from evaluation_noted import NotingStudent, noted
+from evaluation_noted import NotingStudent, largest_mib, noted
 from own_ray import local_ray
 
 from cascade.artifacts import Store, open_run
@@ -83,12 +83,6 @@ def measure(count: int, config_path: Path) -> dict[str, dict[str, float]]:
         },
         "actor": {"cpu_s": spent, "tasks": sum(len(batch["tasks"]) for batch in before), "mib": last["mib"]},
     }
-
-
-def largest_mib() -> float:
-    """This process's largest memory; getrusage would count that of the process which it was forked from."""
-    (line,) = (li for li in Path("/proc/self/status").read_text().splitlines() if li.startswith("VmHWM"))
-    return int(line.split()[1]) / 1024
 
 
 def further(rows: list[dict[str, Any]], process: str) -> list[float]:
