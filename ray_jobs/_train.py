@@ -70,7 +70,7 @@ def train_modifier(job: Job, examples: list[Example], style: PromptStyle) -> Met
     check_before(assigned, examples)
     if job.config.execution.train_workers_min is not None:
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(ELASTIC_START_S))
-    from ray.train import torch as with_torch  # torch itself comes along, for which no other job has a use here
+    from ray.train import torch as with_torch  # torch itself comes along
 
     trainer = with_torch.TorchTrainer(
         train_worker,
