@@ -153,23 +153,31 @@ def wait_until_measured(driver: subprocess.Popen[bytes], folder: Path, count: in
 
 
 def stop_when_measured(driver: subprocess.Popen[bytes], folder: Path, count: int, how: signal.Signals) -> int:
-    """Send the job a signal once so many trials are measured; returns its exit code."""
+    """Send the job a signal once so many trials are measured; returns its exit code when no trial is left at work."""
     try:
         wait_until_measured(driver, folder, count)
+        trials = trial_processes(driver)
         os.kill(driver.pid, how)
         code = driver.wait(120)
     finally:
         driver.kill()
-    time.sleep(3)  # Ray's processes notice that their driver is gone
+    _, alive = psutil.wait_procs(trials, timeout=120)  # seconds after their driver; they may end what they measure
+    assert not alive, "trials go on without their driver"
     return code
 
 
 def kill_a_trials_process(driver: subprocess.Popen[bytes], folder: Path, count: int) -> None:
     """SIGKILL a process that runs trials once so many are measured."""
     wait_until_measured(driver, folder, count)
-    trials = [p for p in psutil.Process(driver.pid).children(recursive=True) if is_trial(p)]
-    assert 1 <= len(trials) <= IN_FLIGHT
+    while not (trials := trial_processes(driver)):
+        assert driver.poll() is None, log_of(folder).read_text()[-3000:]
+        time.sleep(0.02)  # Tune may have ended one and not begun the next
+    assert len(trials) <= IN_FLIGHT
     trials[0].kill()
+
+
+def trial_processes(driver: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    return [p for p in psutil.Process(driver.pid).children(recursive=True) if is_trial(p)]
 
 
 def is_trial(process: psutil.Process) -> bool:
