@@ -18,16 +18,17 @@ from filelock import FileLock, Timeout
 from ray._private.ray_constants import DEFAULT_DASHBOARD_PORT
 from ray.data import DataContext
 
-from cascade.artifacts import Run, Store
+from cascade.artifacts import Run
 from cascade.benchmarks import RUNS_CODE
 from cascade.benchmarks.protected import protected_tasks
 from cascade.config import Config, load_config
-from cascade.errors import CascadeError, ConfigError
+from cascade.errors import CascadeError
+from cascade.reach import check_ray_address, check_storage
 from cascade.scoring.sandbox import WEAK_SWITCH, require_walls
 from ray_jobs import JOBS
 from ray_jobs._exit import end_on_sigterm, exit_with_code
 from ray_jobs._json_lines import ray_logs
-from ray_jobs._lease import Lease
+from ray_jobs._lease import Lease, Sole
 from ray_jobs._live_page import showing
 from ray_jobs._progress import Progress
 from ray_jobs._runs import Runs
@@ -90,8 +91,8 @@ def _do(name: str, work: Work, job: Job, alone: Callable[[], bool]) -> Metrics:
 
 
 @contextlib.contextmanager
-def sole_driver(run: Run) -> Iterator[Callable[[], bool]]:
-    """Keep others from doing the same run meanwhile, which would pay for its answers twice.
+def sole_driver(run: Sole) -> Iterator[Callable[[], bool]]:
+    """Keep others from doing the same run (or `Purchases`) meanwhile, which would pay for its answers twice.
 
     On a file system by a lock, of which the kernel lets go when the process ends, however it does; elsewhere by a
     `Lease`, which can be lost.
@@ -107,7 +108,7 @@ def sole_driver(run: Run) -> Iterator[Callable[[], bool]]:
 
 
 @contextlib.contextmanager
-def _lock(run: Run) -> Iterator[Callable[[], bool]]:
+def _lock(run: Sole) -> Iterator[Callable[[], bool]]:
     folder = Path(run.store.path(run.folder))
     lock = FileLock(folder / LOCK)
     try:
@@ -136,6 +137,7 @@ def connect_ray(config: Config, progress: Progress | None = None) -> None:
     """Join the cluster that this process was submitted to (or RAY_ADDRESS names), else start Ray on this machine."""
     if ray.is_initialized():
         return
+    check_ray_address()
     check_sandbox(config)
     if config.tasks.protect is not None:
         protected_tasks(config)  # what training must not overlap is had before anything is spent, or never
@@ -165,12 +167,14 @@ def connect_ray(config: Config, progress: Progress | None = None) -> None:
     )
     end_on_sigterm()
     if not local:
-        check_storage(config)
+        check_storage(config.storage, ray.nodes(), shared=config.execution.shared_storage)
     if progress:
         progress.connected(f"http://{context.dashboard_url}" if context.dashboard_url else "")
     data = DataContext.get_current()
     data.enable_progress_bars = not quiet
     data.execution_options.verbose_progress = not quiet
+    # Nothing may be done for longer than Ray Data's half hour: nodes are still to come, a batch takes a day.
+    data.execution_no_progress_timeout_s = -1
     if quiet:
         for name in ("ray.data", "ray.train", "ray.tune", "ray.serve"):
             logging.getLogger(name).setLevel(logging.ERROR)
@@ -193,26 +197,6 @@ def _worker_environment(config: Config) -> dict[str, str]:
         "DS_ACCELERATOR": "cuda" if config.execution.use_gpu else "cpu",
         WEAK_SWITCH: os.environ.get(WEAK_SWITCH, "0"),
     }
-
-
-def check_storage(config: Config) -> None:
-    """Refuse a storage that only this machine has where other machines would work on it.
-
-    Raises:
-        ConfigError: it is a path, nothing says that the path is shared, and the cluster has other machines, or a head
-            that offers no CPU and will get some.
-    """
-    if config.execution.shared_storage or not Store(config.storage).is_local:
-        return
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    machines = {node["NodeManagerAddress"] for node in nodes}
-    if len(machines) > 1 or not any(node["Resources"].get("CPU") for node in nodes):
-        has = f"has {len(machines)} machines" if len(machines) > 1 else "computes on other machines than its head"
-        raise ConfigError(
-            f"storage: {config.storage} is a path of this machine, and the cluster {has}, which would each write to a "
-            "folder of their own: set storage to a URI (s3://bucket/prefix, gs://bucket/prefix), or, if the path is a "
-            "mount that every node has (NFS, EFS, Filestore), execution.shared_storage to true"
-        )
 
 
 def check_sandbox(config: Config) -> None:

@@ -8,23 +8,25 @@ holds no task: what needs whole tables is done by Ray tasks (`ray_jobs._generate
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, cast
 
 import pyarrow as pa
 import ray
 import ray.data
-from ray.data import ActorPoolStrategy, DataContext
+from ray.data import ActorPoolStrategy
 from ray.exceptions import RayError
 
 from cascade.config import ANSWER_KEY, Config
 from cascade.errors import BudgetExceeded, TeacherError
+from cascade.teachers.client import missing_keys
 from cascade.teachers.offline import answer_key_server
 from cascade.teachers.predictor import first_wave
-from ray_jobs._context import Job, Metrics
+from ray_jobs._context import Job, Metrics, sole_driver
 from ray_jobs._desk import open_desk
 from ray_jobs._generate_tables import SoFar, Tables, elsewhere, send_blocks, settle, so_far, unsolved_ids
+from ray_jobs._lease import Purchases
 from ray_jobs._meter import TierGauges, TierMeter
 from ray_jobs._progress import polling
 from ray_jobs._shortcut import sent_past
@@ -42,15 +44,35 @@ def generate_answers(job: Job, tier: int) -> Metrics:
         BudgetExceeded: a budget is reached. What was bought is kept, and used when the job runs again.
         TeacherError: the teacher cannot be asked (key refused, model unknown, nobody answering).
     """
+    check_keys(job.config, [tier])
     failures, past = job.runs.test(tier - 1).require(), frozenset[str]()
     tables = Tables(failures, job.runs.test_domain, job.run, job.config, tier)
-    if job.config.predictor.enabled and tier < len(job.config.tiers):
-        ids = unsolved_ids(tables)
-        wave = first_wave(ids, job.config.predictor, job.config.seed)
-        _ask_all(job, tables, leave_out=frozenset(ids).difference(wave))
-        past = frozenset(sent_past(job, tier, ids))
-    _ask_all(job, tables, leave_out=past, never_asked=len(past))
+    with sole_driver(Purchases(job.run.store, job.config.domain)):
+        if job.config.predictor.enabled and tier < len(job.config.tiers):
+            ids = unsolved_ids(tables)
+            wave = first_wave(ids, job.config.predictor, job.config.seed)
+            _ask_all(job, tables, leave_out=frozenset(ids).difference(wave))
+            past = frozenset(sent_past(job, tier, ids))
+        _ask_all(job, tables, leave_out=past, never_asked=len(past))
     return elsewhere(settle, tables)
+
+
+def check_keys(config: Config, tiers: Iterable[int]) -> None:
+    """See that the API keys of tiers that will be asked, and the judge's, are set, before anything is paid.
+
+    Raises:
+        TeacherError: some are not.
+    """
+    asked = {f"tier {tier}, {config.tier(tier).name}": config.tier(tier) for tier in tiers}
+    if asked and config.judge is not None:
+        asked[f"the judge, {config.judge.model.name}"] = config.judge.model
+    missing = {who: names for who, teacher in asked.items() if (names := missing_keys(teacher))}
+    if missing:
+        needed = "; ".join(f"{' and '.join(names)} ({who})" for who, names in missing.items())
+        raise TeacherError(
+            f"API keys are not set in the environment: {needed}. For a submitted job: ray job submit "
+            """--runtime-env-json '{"env_vars": {"NAME": "…"}}' …"""
+        )
 
 
 def _ask_all(job: Job, tables: Tables, *, leave_out: frozenset[str], never_asked: int = 0) -> None:
@@ -109,8 +131,6 @@ def _meter(tables: Tables, before: SoFar, total: int, left_usd: float) -> TierMe
 
 def _answers(tables: Tables, blocks: Blocks, resolve: dict[str, str], desk: Any) -> Iterator[dict[str, str]]:
     """What `TeacherActor` says of each task, as it is known."""
-    if tables.teacher.mode == "batch":  # days without a result
-        DataContext.get_current().execution_no_progress_timeout_s = -1
     rows = ray.data.from_arrow_refs([ref for ref, _ in blocks]).map_batches(
         TeacherActor,
         batch_size=None,

@@ -14,12 +14,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 
-from cascade.artifacts import Run
+from cascade.artifacts import Store
 from cascade.errors import CascadeError
+from cascade.teachers.ledger import FOLDER
 
 LEASE = "driver.lease"
 BEAT_S = 5.0
@@ -30,6 +31,37 @@ SETTLE_S = 0.3
 """Seconds that a claim waits for one made at the same moment: these storages have no conditional write."""
 _STOP = signal.SIGUSR2  # SIGINT and SIGUSR1 are taken by Ray Train and Ray Tune
 _log = logging.getLogger(__name__)
+
+
+class Sole(Protocol):
+    """What one process at a time may do: a run, or `Purchases`."""
+
+    @property
+    def store(self) -> Store: ...
+
+    @property
+    def name(self) -> str:
+        """For people."""
+
+    @property
+    def folder(self) -> str:
+        """Where the lock or lease lies, relative to the store."""
+
+
+@dataclass(frozen=True)
+class Purchases:
+    """Asking a domain's teachers: runs of different configs share its budget and may have the same tasks."""
+
+    store: Store
+    domain: str
+
+    @property
+    def name(self) -> str:
+        return f"purchases for {self.domain}"
+
+    @property
+    def folder(self) -> str:
+        return f"{FOLDER}/{self.domain}"
 
 
 @dataclass(frozen=True)
@@ -91,7 +123,7 @@ class Lease:
 
     def __init__(
         self,
-        run: Run,
+        run: Sole,
         *,
         beat_s: float = BEAT_S,
         term_s: float = TERM_S,

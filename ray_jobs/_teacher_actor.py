@@ -60,10 +60,15 @@ class TeacherActor:
 
         What a kill in between loses is only verdicts: the answers are in the ledger and are verified again.
         """
-        self.client = self.client or self.make_client(self.teacher)
-        if self.judge is not None and self.judge_client is None:
-            self.judge_client = self.make_client(self.judge.model, judge=True)
-        await asyncio.to_thread(self.client.refresh)  # an actor that was killed may have bought some of this block
+        try:
+            self.client = self.client or self.make_client(self.teacher)
+            if self.judge is not None and self.judge_client is None:
+                self.judge_client = self.make_client(self.judge.model, judge=True)
+        except TeacherError as error:
+            yield pa.Table.from_pylist([_row(stopped="teacher", note=str(error))])
+            return
+        for client in filter(None, (self.client, self.judge_client)):
+            await asyncio.to_thread(client.refresh)  # an actor that was killed may have bought some of this block
         solved: list[Solved] = []
         tasks = from_table(Task, block)
         said = {t.id: text for t, text in zip(tasks, block.column(BASE_ANSWER).to_pylist(), strict=True) if text}

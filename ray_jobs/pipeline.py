@@ -33,6 +33,7 @@ from ray_jobs import (
 )
 from ray_jobs._context import Work, connect_ray, parse_config, run_job
 from ray_jobs._exit import exit_with_code
+from ray_jobs._generate import check_keys
 from ray_jobs._live_page import showing
 from ray_jobs._memory import PeakMemory
 from ray_jobs._report import report_data
@@ -60,6 +61,7 @@ def run_pipeline(config: Config, config_path: str) -> Summary:
 
     Raises:
         ConfigError: the modifier would be one that can be neither compressed nor served.
+        TeacherError: the API key of a teacher that is still to be asked is not set.
     """
     began = time.perf_counter()
     runs = Runs(config)
@@ -68,6 +70,7 @@ def run_pipeline(config: Config, config_path: str) -> Summary:
             "training.lora.dora: a DoRA modifier is more than B A, which is all that compression and serving hold: "
             "leave it out, or run the jobs up to `cascade train-modifier` one by one and load the folder with PEFT"
         )
+    check_keys(config, (tier for tier in range(1, len(config.tiers) + 1) if not runs.generate(tier).done))
     with PeakMemory() as memory:
         account = _Account(runs, memory, began)
         with showing(runs, f"cascade: {runs.config.domain}", JOBS) as progress:

@@ -21,6 +21,7 @@ from cascade.errors import CascadeError
 if TYPE_CHECKING:
     from ray.serve import Application
 
+    from cascade.config import Config
     from serve.arguments import Arguments
 
 _NAME = "cascade"
@@ -46,26 +47,29 @@ def _setting(text: str) -> str:
 
 def main() -> int:
     options = command_line().parse_intermixed_args()
+    from cascade.reach import check_ray_address
     from serve.arguments import checked, servable
 
     try:
+        check_ray_address()
         values = {"config": options.config} | dict(value.split("=", 1) for value in options.values)
         arguments = checked(values)
         config = servable(arguments)
         from serve.app import application
 
         built = application(arguments, config)
+        _serve(built, arguments, config, options.host, options.port)
     except CascadeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    _serve(built, arguments, options.host, options.port)
     return 0
 
 
-def _serve(built: Application, arguments: Arguments, host: str, port: int) -> None:
+def _serve(built: Application, arguments: Arguments, config: Config, host: str, port: int) -> None:
     import ray
     from ray import serve as ray_serve
 
+    from cascade.reach import check_storage
     from serve.proxy import install
 
     stop = threading.Event()
@@ -77,6 +81,8 @@ def _serve(built: Application, arguments: Arguments, host: str, port: int) -> No
     for number in (signal.SIGTERM, signal.SIGINT):  # after Ray has set its own
         signal.signal(number, lambda *_: stop.set())
     try:
+        if cluster:
+            check_storage(config.storage, ray.nodes(), shared=config.execution.shared_storage)
         ray_serve.start(http_options={"host": host, "port": port})
         ray_serve.run(built, name=_NAME, blocking=False)
         print(f"serving {arguments.config} on http://{host}:{port}; Ctrl-C ends it", flush=True)

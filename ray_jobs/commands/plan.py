@@ -16,6 +16,7 @@ from cascade.teachers.ledger import Ledger
 from cascade.teachers.plan import Plan
 from cascade.teachers.plan import plan as plan_tiers
 from ray_jobs import JOBS
+from ray_jobs._lease import Purchases
 from ray_jobs._results import unsolved_before
 from ray_jobs._runs import Runs
 
@@ -57,9 +58,11 @@ def _buy_sample(runs: Runs, tasks: list[Task], calls: int) -> str:
     """Ask a few tasks; says what that cost."""
     from cascade.teachers.offline import answer_key_server
     from cascade.teachers.sample import buy_sample
+    from ray_jobs._context import sole_driver
 
     config, ledger = runs.config, Ledger(runs.store, runs.config.domain)
     with ExitStack() as stack:
+        stack.enter_context(sole_driver(Purchases(runs.store, config.domain)))
         resolve: dict[str, str] = {}
         if any(t.is_answer_key for t in config.tiers):
             server = answer_key_server(runs.train_tasks, config.tiers, config.seed)

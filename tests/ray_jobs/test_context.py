@@ -13,13 +13,16 @@ from typing import Any
 
 import pytest
 import ray
+from ray.data import DataContext
 
 from cascade.artifacts import Run, Store, open_run
 from cascade.config import Config, load_config
 from cascade.errors import CascadeError, ConfigError
+from cascade.teachers.ledger import Ledger
 from ray_jobs import _context
 from ray_jobs._context import connect_ray, run_job, sole_driver
 from ray_jobs._exit import exit_with_code
+from ray_jobs._lease import Purchases
 
 
 @pytest.fixture
@@ -98,6 +101,32 @@ def test_a_path_is_refused_as_storage_of_several_machines(asked, config, monkeyp
         connect_ray(allowed)
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_path_in_ray_s_copy_of_the_submitted_folder_is_no_storage(asked, config, monkeypatch, tmp_path, shared):
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    copy = tmp_path / "session_1/runtime_resources/working_dir_files/_ray_pkg_0123456789abcdef"
+    copy.mkdir(parents=True)
+    monkeypatch.chdir(copy)
+    execution = config.execution.model_copy(update={"shared_storage": shared})
+    with pytest.raises(ConfigError, match=r"storage: out/quickstart would be a folder in Ray's copy.*absolute path"):
+        connect_ray(config.model_copy(update={"execution": execution}))
+    connect_ray(config.model_copy(update={"storage": str(tmp_path / "out")}))
+
+
+def test_the_address_that_jobs_are_submitted_to_is_no_cluster_s(asked, config, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
+    with pytest.raises(ConfigError, match=r"RAY_ADDRESS=http://127.0.0.1:8265 is where `ray job submit`.*auto"):
+        connect_ray(config)
+    assert not asked
+
+
+def test_nodes_may_be_long_in_coming(asked, config, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(DataContext.get_current(), "execution_no_progress_timeout_s", 1800)
+    connect_ray(config)
+    assert DataContext.get_current().execution_no_progress_timeout_s == -1
+
+
 @pytest.mark.parametrize("case", ALLOWED)
 def test_a_path_is_storage_enough_for_one_machine(asked, config, monkeypatch, case):
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
@@ -158,6 +187,20 @@ with sole_driver(open_run(Store({str(tmp_path)!r}), "reasoning", "generate_tier1
         other.kill()
     with sole_driver(run):
         assert run.tables() == []
+
+
+def test_two_runs_of_one_domain_never_buy_at_once(tmp_path: Path) -> None:
+    """They share its budget, and may ask the same: each would know nothing of what the other has under way."""
+    store = Store(str(tmp_path))
+    with sole_driver(Purchases(store, "reasoning")):
+        with (
+            pytest.raises(CascadeError, match="another process is doing purchases for reasoning"),
+            sole_driver(Purchases(store, "reasoning")),
+        ):
+            pass
+        with sole_driver(Purchases(store, "code")):
+            pass
+    assert len(Ledger(store)) == 0
 
 
 def test_what_another_process_has_done_meanwhile_is_not_done_again(tmp_path: Path, monkeypatch) -> None:

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from cascade import modifiers
 from cascade.config import load_config
-from cascade.errors import ConfigError
+from cascade.errors import ConfigError, TeacherError
 from ray_jobs import JOBS, pipeline
 from ray_jobs._runs import Runs
 from ray_jobs.cli import app
@@ -29,6 +29,26 @@ def test_a_modifier_that_could_not_be_compressed_is_refused_before_anything_is_p
     with pytest.raises(ConfigError, match=r"training\.lora\.dora: a DoRA modifier is more than B A"):
         run_pipeline(load_config(path), str(path))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_key_of_any_tier_that_is_not_set_is_told_before_anything_is_paid(tmp_path, monkeypatch):
+    monkeypatch.setenv("FIRST_KEY", "k")
+    monkeypatch.delenv("THIRD_KEY", raising=False)
+    monkeypatch.setattr(pipeline, "connect_ray", lambda *_: pytest.fail("a job was begun"))
+    path = write_config(tmp_path, tasks=own_sums(tmp_path, train=8, validation=8, test=8))
+    config = yaml.safe_load(path.read_text())
+    for tier, key in ((0, "FIRST_KEY"), (2, "THIRD_KEY")):
+        config["tiers"][tier]["endpoints"] = [{"base_url": "https://teachers.example/v1", "api_key_env": key}]
+        config["tiers"][tier].pop("answer_key", None)
+    path.write_text(yaml.safe_dump(config))
+    with pytest.raises(TeacherError, match=r"not set in the environment: THIRD_KEY \(tier 3, .*--runtime-env-json"):
+        run_pipeline(load_config(path), str(path))
+    runs = Runs(load_config(path))
+    assert not (tmp_path / "out" / "ledger").exists()
+    for job in JOBS[: JOBS.index("generate_tier3") + 1]:
+        runs.run(job).finish({})
+    with pytest.raises(pytest.fail.Exception, match="a job was begun"):  # that tier is done and asked no more
+        run_pipeline(load_config(path), str(path))
 
 
 @pytest.fixture
