@@ -67,6 +67,13 @@ class Settled:
 
 
 @dataclass(frozen=True, slots=True)
+class Corrected:
+    """By how much another amount was spent than was counted, see `Budget.correct`."""
+
+    usd: float
+
+
+@dataclass(frozen=True, slots=True)
 class Done:
     """A task that has its verdict, for the display: see `TierMeter.add`."""
 
@@ -76,7 +83,7 @@ class Done:
     requests: int
 
 
-News = Ended | Unused | Settled | Done
+News = Ended | Unused | Settled | Corrected | Done
 
 
 class Demand(NamedTuple):
@@ -137,6 +144,8 @@ class Desk:
                 self.done.append(item)
             elif isinstance(item, Settled):
                 await self.budget.settle(item.lease, item.usd)
+            elif isinstance(item, Corrected):
+                await self.budget.correct(self.tier, item.usd)
             elif isinstance(item, Unused):
                 self.gates[item.limiter].unused(item.tokens)
             else:
@@ -220,6 +229,10 @@ class DeskClient:
     async def settle(self, lease: str, usd: float) -> None:
         """See `cascade.teachers.budget.Budget.settle`. The desk hears of it a moment later."""
         self.tell(Settled(lease, usd))
+
+    async def correct(self, tier: int, usd: float) -> None:
+        """See `cascade.teachers.budget.Budget.correct`."""
+        self.tell(Corrected(usd))
 
     def tell(self, *news: News, heard: Callable[[], None] | None = None) -> None:
         """Send the desk news, and what is wanted of each limiter, together with what else there is by then.

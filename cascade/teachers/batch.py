@@ -12,13 +12,11 @@ ended, and those behind it wait too; if none is under way it is tried again late
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import math
 import time
 import uuid
 from collections.abc import Callable, Collection, Coroutine, Mapping
-from dataclasses import asdict
 from typing import Any
 
 import openai
@@ -29,9 +27,9 @@ from cascade.errors import TeacherError
 from cascade.teachers import batch_limits
 from cascade.teachers.batch_limits import BatchRequest, cut, error_of, found_no_room, stated_limit, tokens_of
 from cascade.teachers.batch_record import Record, Records
-from cascade.teachers.budget import price_usd
-from cascade.teachers.endpoint import EndpointClient, Failure, read_response
-from cascade.teachers.ledger import Ledger, LedgerEntry, Sent
+from cascade.teachers.batch_results import Outcome, Row, outcome_of, read_rows, refusal_of
+from cascade.teachers.endpoint import EndpointClient, Failure
+from cascade.teachers.ledger import Ledger, Sent
 
 GATHER_S = 5.0
 """A batch is submitted when so many seconds have brought no further request."""
@@ -46,8 +44,9 @@ _CUT_AFTER = 3
 _MOST_OFF = 4
 """How many tokens there may be to one of our estimate: one a character."""
 _ENDED = ("completed", "failed", "expired", "cancelled")
+_PASSING = ("broken", "limited")
+"""Kinds of failures that tell nothing of the request: the try before may have gone through."""
 _log = logging.getLogger(__name__)
-Outcome = tuple[LedgerEntry, Failure | None]
 
 
 class BatchQueue:
@@ -63,7 +62,7 @@ class BatchQueue:
     ) -> None:
         self._teacher, self._endpoint, self._ledger = teacher, endpoint, ledger
         self._domain, self._tier = domain, tier
-        self._whose = (tier, teacher.name, endpoint.endpoint.base_url)
+        self._whose = (teacher.name, endpoint.endpoint.base_url)
         self._records = Records(ledger.store, domain)
         self._queue: list[BatchRequest] = []
         self._last_added = 0.0
@@ -155,7 +154,7 @@ class BatchQueue:
     async def _open(self, requests: list[BatchRequest]) -> Record:
         """Record that a batch is about to be submitted."""
         identities = {r.key: dict(r.identity) for r in requests}
-        record = Record(uuid.uuid4().hex, *self._whose, identities)
+        record = Record(uuid.uuid4().hex, self._tier, *self._whose, identities)
         await asyncio.to_thread(self._records.keep, record)
         sent = [Sent(r.key, self._domain, self._tier, r.worst_usd, record.id) for r in requests]
         await asyncio.gather(*(self._ledger.arecord(row) for row in sent))
@@ -232,7 +231,7 @@ class BatchQueue:
             TeacherError: nobody knows whether it was.
         """
         why = f"the batch could not be submitted: {error}"
-        if not isinstance(error, openai.APIStatusError) or self._endpoint.status(error).kind == "broken":
+        if not isinstance(error, openai.APIStatusError) or self._endpoint.status(error).kind in _PASSING:
             raise TeacherError(
                 f"tier {self._tier} ({self._teacher.name}): {self._endpoint.endpoint.base_url}: {why}. "
                 "All answers bought so far are kept; run again, and it is looked for before another is submitted"
@@ -282,6 +281,9 @@ class BatchQueue:
         """
         try:
             await self._find_open()
+        except TeacherError:
+            self._resumed = None
+            raise
         except openai.OpenAIError as error:
             self._resumed = None
             raise TeacherError(
@@ -292,9 +294,14 @@ class BatchQueue:
     async def _find_open(self) -> None:
         found = []  # all of them before anything is done: after an error this begins anew
         for record in await asyncio.to_thread(self._records.unfinished, *self._whose):
-            batch = await (
-                self._endpoint.api.batches.retrieve(record.remote) if record.remote else self._find(record.id)
-            )
+            try:
+                batch = await (
+                    self._endpoint.api.batches.retrieve(record.remote) if record.remote else self._find(record.id)
+                )
+            except openai.OpenAIError as error:
+                if record.remote:
+                    self._check_not_lost(record, error)
+                raise
             found.append((record, batch))
         for record, batch in found:
             if batch is None:  # killed before it was created
@@ -312,7 +319,7 @@ class BatchQueue:
         finally:
             self._under_way -= 1
             self._ended.set()
-        results: dict[str, dict[str, Any]] = {}
+        results: dict[str, Row] = {}
         for file_id in filter(None, (batch.output_file_id, batch.error_file_id)):
             results |= await self._read(record, file_id)
         if found_no_room(batch):  # of an earlier process
@@ -321,6 +328,8 @@ class BatchQueue:
             missing = self._refuse(
                 f"{self._endpoint.endpoint.base_url} did not take batch {batch.id}: {error_of(batch)}"
             )
+        elif refusal := refusal_of(results.values()):  # of the endpoint's, not of these tasks: none of them is settled
+            missing, results = self._refuse(refusal), {}
         else:
             missing = Failure("broken", f"batch {batch.id} {batch.status} without it")
         await self._finish(record, results, missing)
@@ -336,32 +345,34 @@ class BatchQueue:
                 _log.warning("batch %s: cannot be looked at now (%s); trying again", record.remote, error)
         return batch
 
-    async def _read(self, record: Record, file_id: str) -> dict[str, dict[str, Any]]:
+    async def _read(self, record: Record, file_id: str) -> dict[str, Row]:
         """Lines of a result file by request key; tried until it comes, since it is paid for."""
         attempt = 0
         while True:
+            attempt += 1
             try:
-                content = await self._endpoint.api.files.content(file_id)
-                rows = [json.loads(line) for line in content.text.split("\n") if line.strip()]
-                return {row["custom_id"]: row for row in rows}
-            except (openai.OpenAIError, ValueError, KeyError) as error:
-                self._check_not_lost(record, error)
-                attempt += 1
-                _log.warning("batch results %s: %s; trying again", file_id, error)
-                await asyncio.sleep(self._endpoint.backoff(attempt))
+                rows, unreadable = read_rows((await self._endpoint.api.files.content(file_id)).text)
+                if not unreadable or attempt > self._teacher.retries:
+                    return rows
+                error: Exception = ValueError(f"{unreadable} of its lines cannot be read")
+            except openai.OpenAIError as found:
+                self._check_not_lost(record, found)
+                error = found
+            _log.warning("batch results %s: %s; trying again", file_id, error)
+            await asyncio.sleep(self._endpoint.backoff(attempt))
 
-    async def _finish(self, record: Record, results: Mapping[str, dict[str, Any]], missing: Failure) -> None:
+    async def _finish(self, record: Record, results: Mapping[str, Row], missing: Failure) -> None:
         """Write all rows of a batch, then tell those who wait for them."""
         for key, outcome in (await self._close(record, results, missing)).items():
             future = self._futures.pop(key, None)
             if future is not None and not future.done():
                 future.set_result(outcome)
 
-    async def _close(
-        self, record: Record, results: Mapping[str, dict[str, Any]], missing: Failure
-    ) -> dict[str, Outcome]:
+    async def _close(self, record: Record, results: Mapping[str, Row], missing: Failure) -> dict[str, Outcome]:
         """Write all rows of a batch, less those that an earlier process wrote before it was killed."""
-        outcomes = {key: self._outcome(record, key, results.get(key), missing) for key in record.requests}
+        outcomes = {key: outcome_of(self._teacher, record, key, results.get(key), missing) for key in record.requests}
+        for key in results.keys() & outcomes.keys():
+            self._endpoint.judge(outcomes[key][1])
         new = (entry for key, (entry, _) in outcomes.items() if not self._ledger.has_row(record.id, key))
         await asyncio.gather(*(self._ledger.arecord(entry) for entry in new))
         record.done = True
@@ -375,25 +386,7 @@ class BatchQueue:
         """
         if isinstance(error, openai.APIStatusError) and self._endpoint.status(error).kind in ("refused", "unusable"):
             raise TeacherError(
-                f"tier {self._tier}: what became of batch {record.remote} cannot be fetched from "
-                f"{self._endpoint.endpoint.base_url} ({error}). It is not submitted again, so that it is not paid "
-                f"twice; to do without it, delete {self._records.uri(record)}"
+                f"tier {self._tier}: what became of batch {record.remote} cannot be fetched: "
+                f"{self._endpoint.status(error).detail}. It is not submitted again, so that it is not paid twice; to "
+                f"do without it, delete {self._records.uri(record)}"
             ) from error
-
-    def _outcome(self, record: Record, key: str, row: dict[str, Any] | None, missing: Failure) -> Outcome:
-        identity = record.requests[key] | {"batch": record.id, "created": time.time()}
-        response = (row or {}).get("response") or {}
-        failure = missing
-        if response.get("status_code") == 200:
-            try:
-                result = read_response(response.get("body"), (), time.time() - record.created)
-            except ValueError as error:
-                failure = Failure("broken", f"nonsense in a batch: {error}"[:300])
-            else:
-                tokens = (result.prompt_tokens, result.completion_tokens, result.cached_tokens)
-                return LedgerEntry(**identity, **asdict(result), price_usd=price_usd(self._teacher, *tokens)), None
-        elif row is not None:
-            status, said = response.get("status_code"), str(row.get("error") or response.get("body"))[:300]
-            kind: Any = "refused" if status and 400 <= status < 500 and status not in (408, 429) else "broken"
-            failure = Failure(kind, f"in a batch: {status}: {said}")
-        return LedgerEntry(**identity, outcome="error", detail=failure.detail), failure

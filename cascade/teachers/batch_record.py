@@ -49,8 +49,8 @@ class Records:
     def _path(self, record: Record) -> str:
         return f"{self._folder}/{record.id}.json"
 
-    def unfinished(self, tier: int, model: str, endpoint: str) -> list[Record]:
-        """Those of a tier's model at an endpoint whose rows are not all written."""
+    def unfinished(self, model: str, endpoint: str) -> list[Record]:
+        """Those of a model at an endpoint whose rows are not all written, whatever the model's tier is by now."""
         names = (n for n in self._store.list(self._folder) if n.endswith(".json"))
         found = [Record(**self._store.read_json(f"{self._folder}/{n}")) for n in names]
-        return [r for r in found if not r.done and (r.tier, r.model, r.endpoint) == (tier, model, endpoint)]
+        return [r for r in found if not r.done and (r.model, r.endpoint) == (model, endpoint)]

@@ -34,6 +34,9 @@ class Budget(Protocol):
     async def settle(self, lease: str, usd: float) -> None:
         """Book what the request has cost in place of what was set aside."""
 
+    async def correct(self, tier: int, usd: float) -> None:
+        """Book by how much more (less: negative) a tier has spent than was counted before."""
+
 
 def price_usd(teacher: Teacher, prompt_tokens: int, completion_tokens: int, cached_tokens: int = 0) -> float:
     """US dollars for one request, as the teacher is asked: live or in a batch.
@@ -116,6 +119,10 @@ class BudgetState:
             self._set_aside(held.tier, -held.usd)
         self._book(held.tier, usd)
 
+    def correct(self, tier: int, usd: float) -> None:
+        """See `Budget.correct`."""
+        self._book(tier, usd)
+
     def write_off(self, holder: str) -> None:
         """Count all that a holder that died had set aside as spent, until somebody settles it after all.
 
@@ -194,6 +201,11 @@ class LocalBudget:
     async def settle(self, lease: str, usd: float) -> None:
         """See `Budget.settle`."""
         self.state.settle(lease, usd)
+        self._settled.set()
+
+    async def correct(self, tier: int, usd: float) -> None:
+        """See `Budget.correct`."""
+        self.state.correct(tier, usd)
         self._settled.set()
 
     def write_off(self, holder: str) -> None:

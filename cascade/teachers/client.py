@@ -22,6 +22,7 @@ from cascade.errors import TeacherError
 from cascade.tasks import Completion, FinishReason, Message, Task, message_hash
 from cascade.teachers.batch import BatchQueue
 from cascade.teachers.batch_limits import BatchRequest
+from cascade.teachers.batch_record import Records
 from cascade.teachers.budget import Budget, price_usd
 from cascade.teachers.conversation import (
     estimate_prompt_tokens,
@@ -133,7 +134,8 @@ class TeacherClient:
             resolve: base_url of the config -> real URL; the offline teacher needs {"answer-key": its URL}.
 
         Raises:
-            TeacherError: an API key is not set, or the offline teacher's URL is not in `resolve`.
+            TeacherError: an API key is not set, the offline teacher's URL is not in `resolve`, or a batch of an earlier
+                start was not fetched and this one would ask live.
         """
         self.teacher, self.tier, self.domain = teacher, tier, domain
         self._ledger, self._budget = ledger, budget
@@ -141,6 +143,8 @@ class TeacherClient:
             raise TeacherError(
                 f"tier {tier} ({teacher.name}) needs its API key in the environment: set {' and '.join(missing)}"
             )
+        if teacher.mode == "live" and not judge:
+            self._check_no_open_batch()
         self._judge = judge
         urls = {e.base_url: (resolve or {}).get(e.base_url, e.base_url) for e in teacher.endpoints}
         if ANSWER_KEY in urls.values():
@@ -154,6 +158,17 @@ class TeacherClient:
         )
         self._asking: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._completion_tokens = float(teacher.max_tokens)
+
+    def _check_no_open_batch(self) -> None:
+        """What is in a batch is paid: asked live it would be paid again."""
+        records = Records(self._ledger.store, self.domain)
+        for endpoint in self.teacher.endpoints:
+            for record in records.unfinished(self.teacher.name, endpoint.base_url):
+                raise TeacherError(
+                    f"tier {self.tier} ({self.teacher.name}): a batch of {len(record.requests)} requests was submitted "
+                    f"and has not been fetched: `cascade generate-tier{record.tier}` with mode: batch fetches it, so "
+                    f"that nothing is paid twice; to do without it, delete {records.uri(record)}"
+                )
 
     async def __aenter__(self) -> TeacherClient:
         return self
@@ -261,7 +276,10 @@ class TeacherClient:
         key = identity["key"]
         part = BatchRequest(key, request.messages, request.parameters, identity, request.worst_usd)
         if self._batches.awaits(key):
-            return await self._batches.complete(part)
+            entry, failure = await self._batches.complete(part)
+            # Until now the most that it could cost counted as spent.
+            await asyncio.shield(self._budget.correct(self.tier, min(0.0, entry.price_usd - request.worst_usd)))
+            return entry, failure
         reserved = await self._budget.reserve(self.tier, request.worst_usd)
         booked = request.worst_usd
         try:

@@ -55,7 +55,8 @@ def tier_report(
     """Shares, costs and saving of a cascade that has run.
 
     Args:
-        entries: rows of the ledger; only those of a tier and task that it has a verdict on count.
+        entries: rows of the ledger; only those of a tier and task that it has a verdict on count, and of the teacher
+            that the tier has now.
         verdicts: tier -> verdicts on its teacher's answers, at least one for each task that it was asked. A tier's
             tasks that the next tier was asked too have not been settled by it, whatever their verdict (a probe may
             still have failed them).
@@ -66,7 +67,11 @@ def tier_report(
         passed[tier] = defaultdict(bool)
         for verdict in verdicts.get(tier, ()):
             passed[tier][verdict.task_id] |= verdict.passed
-    rows = [e for e in entries if e.task_id in passed.get(e.tier, ())]
+    rows = [
+        e
+        for e in entries
+        if e.task_id in passed.get(e.tier, ()) and (e.judge or e.teacher == teachers[e.tier - 1].name)
+    ]
     settled = settled_tiers(passed)
     tiers = tuple(_tier_row(t, teachers[t - 1], passed, settled, rows) for t in passed)
     failures = list(dict.fromkeys(task_id for asked in passed.values() for task_id in asked))

@@ -27,7 +27,8 @@ _REST_S = 15.0
 _BACKOFF_S = 0.5
 _LONGEST_BACKOFF_S = 30.0
 _LONGEST_RETRY_AFTER_S = 600.0
-_REFUSED_IN_A_ROW = 20
+REFUSED_IN_A_ROW = 20
+"""After so many it is the endpoint that takes none, not the requests that are wrong."""
 _PATIENCE = 1.1
 _NOT_SENT: Any = {"OpenAI-Organization": openai.Omit(), "OpenAI-Project": openai.Omit()}
 """Headers that the SDK would take from the environment, whoever is asked."""
@@ -120,7 +121,7 @@ class EndpointClient:
             result = self._late()
         except (openai.OpenAIError, ValueError) as error:
             result = Failure("broken", f"nonsense from {self._url}: {error}", charged=True)
-        self.judge(result)
+        self.judge(result if isinstance(result, Failure) else None)
         return result
 
     async def aclose(self) -> None:
@@ -178,20 +179,20 @@ class EndpointClient:
             return Failure("limited" if wait else "broken", f"{where} answered {status}: {said}", wait)
         return Failure("refused", f"{where} does not accept the request ({status}: {said})")
 
-    def judge(self, result: Response | Failure) -> None:
-        """Keep account of failures in a row."""
-        if isinstance(result, Response):
+    def judge(self, failure: Failure | None) -> None:
+        """Keep account of failures in a row: how a request ended, None with a response."""
+        if failure is None:
             self._failures, self._refused, self.trouble = 0, 0, ""
             self.answered_at = time.monotonic()
             return
-        self.trouble = result.detail
-        if result.kind == "unusable":
-            self.refusal = result.detail
-        elif result.kind == "refused":
+        self.trouble = failure.detail
+        if failure.kind == "unusable":
+            self.refusal = failure.detail
+        elif failure.kind == "refused":
             self._failures, self._refused = 0, self._refused + 1
-            if self._refused >= _REFUSED_IN_A_ROW:
-                self.refusal = f"{self._refused} requests in a row were refused, the last one so: {result.detail}"
-        elif result.kind == "broken":
+            if self._refused >= REFUSED_IN_A_ROW:
+                self.refusal = f"{self._refused} requests in a row were refused, the last one so: {failure.detail}"
+        elif failure.kind == "broken":
             self._failures, self._failed_at = self._failures + 1, time.monotonic()
 
 

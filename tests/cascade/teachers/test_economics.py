@@ -59,6 +59,13 @@ def test_the_expected_shares_save_three_quarters(tiers) -> None:
     assert report.saving in report.saving_interval
 
 
+def test_what_another_teacher_was_asked_before_the_config_changed_is_no_cost_of_this_cascade(tiers) -> None:
+    now = [row(1, "a"), row(3, "b")]
+    before = [row(1, "a", teacher="older", price_usd=1.0), row(3, "b", teacher="dearer", price_usd=9.0)]
+    judged = {1: verdicts(1, a="pass", b="fail"), 3: verdicts(3, b="pass")}
+    assert tier_report(now + before, judged, tiers) == tier_report(now, judged, tiers)
+
+
 def test_an_empty_or_unfinished_cascade_has_a_report(tiers) -> None:
     assert tier_report([], {}, tiers).saving == 0.0
     report = tier_report([row(1, "a"), row(1, "b")], {1: verdicts(1, a="pass", b="fail")}, tiers)
