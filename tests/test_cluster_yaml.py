@@ -74,6 +74,19 @@ def test_every_aws_node_names_an_image_that_current_wheels_run_on():
     }
 
 
+def test_every_node_may_reach_the_storage():
+    """Ray gives a role of its own to the head alone."""
+    for node in load("cluster.yaml")["available_node_types"].values():
+        assert node["node_config"]["IamInstanceProfile"] == {"Name": "cascade"}
+    gcp = load("cluster-gcp.yaml")
+    for name, node in gcp["available_node_types"].items():
+        if name != gcp["head_node_type"]:
+            (account,) = node["node_config"]["serviceAccounts"]
+            assert account["email"] == f"ray-autoscaler-sa-v1@{gcp['provider']['project_id']}.iam.gserviceaccount.com"
+        (disk,) = node["node_config"]["disks"]
+        assert disk["initializeParams"]["diskType"].startswith(f"zones/{gcp['provider']['availability_zone']}/")
+
+
 def test_the_dashboard_listens_on_the_head_alone(cluster):
     start = "\n".join(cluster["head_start_ray_commands"])
     assert "--dashboard-host=127.0.0.1" in start
