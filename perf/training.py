@@ -74,7 +74,8 @@ def main() -> None:
             outcome = run(command, job | changes, folder, options.limit)
             if outcome is not None:
                 results[name].append(outcome)
-                shown = {k: v for k, v in outcome.items() if k != "steps"} | {"slowest_steps": slowest_steps(outcome)}
+                shown = {k: v for k, v in outcome.items() if k not in ("steps", "counters")}
+                shown |= {"slowest_steps": slowest_steps(outcome)}
                 print(f"  {json.dumps(shown)}", file=sys.stderr, flush=True)
     report(job, {name: found for name, found in results.items() if found}, options)
 
@@ -334,10 +335,20 @@ def middle_step(found: list[dict[str, Any]]) -> float:
     return statistics.median(statistics.median(s for s, _ in r["steps"]) for r in found)
 
 
-def slowest_steps(result: dict[str, Any], count: int = 6) -> dict[int, float]:
-    """Number, from behind the warm-up, and seconds of those that took longest: what a median does not show."""
-    seconds = {number: round(s, 3) for number, (s, _) in enumerate(result["steps"])}
-    return dict(sorted(seconds.items(), key=lambda step: -step[1])[:count])
+def slowest_steps(result: dict[str, Any], count: int = 6) -> dict[int, dict[str, float]]:
+    """The steps that took longest, which a median does not show, by number from behind the warm-up.
+
+    Returns:
+        Of each its seconds and what happened in it of `training_plain.counters`.
+    """
+    found: dict[int, dict[str, float]] = {}
+    counted = result["counters"]
+    slowest = sorted(range(len(result["steps"])), key=lambda n: -result["steps"][n][0])[:count]
+    for number in slowest:
+        before, after = counted[max(0, number - 1)], counted[number]
+        happened = {name: after[name] - before[name] for name in after if after[name] > before[name]}
+        found[number] = {"seconds": round(result["steps"][number][0], 3)} | happened
+    return found
 
 
 def loss_to_reach(results: dict[str, list[dict[str, Any]]]) -> float:

@@ -5,6 +5,7 @@ Knows nothing of Cascade: this is what one writes with torch, transformers and p
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 import resource
@@ -26,6 +27,7 @@ class Stopwatch:
         self.job, self.seconds, self.targets, self.tokens, self.computed = job, 0.0, 0, 0, 0
         self.cpu_seconds = 0.0
         self.steps: list[list[float]] = []
+        self.counters: list[dict[str, int]] = []
         self.curve: list[list[float]] = []
         self.profile: dict[str, float] = {}
         self.warmup = job["warmup_steps"]
@@ -46,6 +48,7 @@ class Stopwatch:
             self.cpu_seconds += time.process_time() - self.cpu_began
             targets = sum(sum(e["mask"]) for e in examples)
             self.steps.append([now - self.began, targets])
+            self.counters.append(counters(self.job["device"]))
             self.targets += targets
             self.tokens += sum(len(e["ids"]) for e in examples)
             self.computed += computed() if computed else len(examples) * max(len(e["ids"]) for e in examples)
@@ -61,12 +64,23 @@ class Stopwatch:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         if self.job["device"] == "cuda":
             peak = torch.cuda.max_memory_allocated()
-        fields = ("seconds", "cpu_seconds", "targets", "tokens", "computed", "steps", "curve", "profile")
+        fields = ("seconds", "cpu_seconds", "targets", "tokens", "computed", "steps", "counters", "curve", "profile")
         return {name: getattr(self, name) for name in fields} | {"peak_bytes": peak}
 
     def report(self) -> None:
         """Print the figures as the last line."""
         print(json.dumps(self.figures()), flush=True)
+
+
+def counters(device: str) -> dict[str, int]:
+    """How often something has happened until now that makes the step slow in which it does."""
+    found = {"collections": gc.get_stats()[2]["collections"]}
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    found["compilations"] = dynamo.counters["stats"]["unique_graphs"] if dynamo else 0
+    if device == "cuda":
+        memory = torch.cuda.memory_stats()
+        found |= {name: memory[name] for name in ("num_alloc_retries", "num_device_alloc")}
+    return found
 
 
 def wait_for(device: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import sys
 import tempfile
 import time
@@ -18,7 +19,7 @@ import ray
 from ray.train import CheckpointConfig, FailureConfig, RunConfig
 from ray.train.torch import TorchTrainer
 from training_ours import run as run_bare
-from training_plain import read_job
+from training_plain import counters, read_job
 
 from cascade.artifacts import Store, open_run
 from cascade.config import Config, PromptStyle, check_config, load_config
@@ -67,10 +68,11 @@ def make_config(job: dict[str, Any], storage: str) -> Config:
 class Watched(Trackers):
     """Notes when each step ended."""
 
-    ends: list[tuple[float, float, StepReport]]
+    ends: list[tuple[float, float, StepReport, dict[str, int]]]
+    device: str
 
     def step(self, report: StepReport) -> None:
-        self.ends.append((time.perf_counter(), time.process_time(), report))
+        self.ends.append((time.perf_counter(), time.process_time(), report, counters(self.device)))
         super().step(report)
 
 
@@ -91,7 +93,7 @@ def worker(settings: dict[str, Any]) -> None:
     inner._encode = lambda assigned, loaded: EncodedSet(tuple(given), (), ())
     inner.plan_steps = lambda *a, **more: plan_steps(*a, **more)[: job["steps"] + job["warmup_steps"]]
     inner._Session._checkpoint = timed
-    inner.Trackers, Watched.ends = Watched, []
+    inner.Trackers, Watched.ends, Watched.device = Watched, [], job["device"]
     inner.train_worker({"assigned": settings["assigned"]})
     Path(settings["out"]).write_text(json.dumps(figures(job, Watched.ends, took)))
 
@@ -101,10 +103,12 @@ def bare(settings: dict[str, Any]) -> None:
     Path(settings["out"]).write_text(json.dumps(run_bare(*read_job(settings["job"])).figures()))
 
 
-def figures(job: dict[str, Any], ends: list[tuple[float, float, StepReport]], took: list[float]) -> dict[str, Any]:
+def figures(
+    job: dict[str, Any], ends: list[tuple[float, float, StepReport, dict[str, int]]], took: list[float]
+) -> dict[str, Any]:
     """In the form of `training_plain.Stopwatch.report`; the first steps are warm-up."""
     ends = ends[job["warmup_steps"] - 1 :]
-    reports = [report for _, _, report in ends[1:]]
+    reports = [report for _, _, report, _ in ends[1:]]
     seconds = [after[0] - before[0] for before, after in itertools.pairwise(ends)]
     return {
         "seconds": sum(seconds),
@@ -113,6 +117,7 @@ def figures(job: dict[str, Any], ends: list[tuple[float, float, StepReport]], to
         "targets": sum(r.targets for r in reports),
         "tokens": sum(r.tokens for r in reports),
         "steps": [[s, r.targets] for s, r in zip(seconds, reports, strict=True)],
+        "counters": [found for _, _, _, found in ends[1:]],
         "curve": [],
         "peak_bytes": max(r.memory_bytes for r in reports),
         "checkpoint_seconds": [round(s, 3) for s in took],
@@ -121,6 +126,7 @@ def figures(job: dict[str, Any], ends: list[tuple[float, float, StepReport]], to
 
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
+    os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.5"  # as the jobs have it
     variables = {"DS_ACCELERATOR": job["device"], "TOKENIZERS_PARALLELISM": "false"}
     ray.init(address="local", num_cpus=max(2, job["threads"]), log_to_driver=False, runtime_env={"env_vars": variables})
     with tempfile.TemporaryDirectory() as folder:
