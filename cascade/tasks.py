@@ -252,7 +252,7 @@ KEYS = {
     "Judgement": ("task_id", "attempt", "round"),
     "Sent": ("task_id",),
     "DatasetRow": ("task_id", "tier"),
-    "Answer": ("task_id", "attempt", "round"),
+    "Answer": ("task_id", "attempt", "round", "step"),
     "StepReport": ("step",),
     "Attempt": ("number",),
     "Refused": ("task_id",),

@@ -49,6 +49,7 @@ class Answer:
     Attributes:
         attempt: which of the samples of this task it is.
         round: how many times the sample has been sent back for repair; 0 is the first answer.
+        step: which answer of a conversation it is, from 0.
         text: what to verify and train on (reasoning removed unless the config keeps it); "" if there is an error.
         cost_usd: what the request cost when it was paid, also if it was in an earlier run.
         prompt_hash: `message_hash` of the messages sent.
@@ -69,6 +70,7 @@ class Answer:
     from_ledger: bool
     error: str = ""
     round: int = 0
+    step: int = 0
 
     @property
     def ok(self) -> bool:
@@ -95,6 +97,7 @@ class _Request:
     task: Task
     attempt: int
     round: int
+    step: int
     messages: tuple[Message, ...]
     parameters: dict[str, Any]
     keys: dict[str, str]  # base_url as configured -> request key
@@ -226,7 +229,9 @@ class TeacherClient:
             for e in self.teacher.endpoints
         }
         worst = price_usd(self.teacher, most_prompt_tokens(messages), self.teacher.max_tokens)
-        return _Request(task, attempt, len(follow_up) // 2, messages, parameters, keys, worst)
+        before = sum(m.role == "assistant" for m in follow_up)
+        step, round_ = (before, 0) if task.max_turns > 1 else (0, before)
+        return _Request(task, attempt, round_, step, messages, parameters, keys, worst)
 
     def _known(self, request: _Request) -> LedgerEntry | None:
         return next((e for key in request.keys.values() if (e := self._ledger.get(key)) is not None), None)
@@ -349,6 +354,7 @@ class TeacherClient:
             "task_id": request.task.id,
             "attempt": request.attempt,
             "round": request.round,
+            "step": request.step,
             "judge": self._judge,
             "teacher": self.teacher.name,
             "endpoint": endpoint.endpoint.base_url,
@@ -366,6 +372,7 @@ class TeacherClient:
             task_id=request.task.id,
             attempt=request.attempt,
             round=request.round,
+            step=request.step,
             teacher=self.teacher.name,
             tier=self.tier,
             text="" if error else text,

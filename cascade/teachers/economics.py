@@ -146,7 +146,7 @@ def single_teacher_cost(
     """What each failure would have cost if the expensive teacher of `tier` had been asked alone, in US dollars.
 
     A task that this tier was asked costs what it did cost there: retries, repairs and judges included. Any other is
-    taken to need one request and no retry, with the mean tokens of the first answers that were really given to it, as
+    taken to need one sample and no retry, with the mean tokens of the first answers that were really given to it, as
     many of them cached, at this teacher's price; and, if answers to it were judged, the judging of one answer.
     """
     of_task: dict[str, list[LedgerEntry]] = defaultdict(list)
@@ -159,11 +159,13 @@ def _single_cost(rows: Sequence[LedgerEntry], teacher: Teacher, tier: int) -> fl
     there = [r.price_usd for r in rows if r.tier == tier]
     if there:
         return sum(there)
-    first = [r for r in rows if r.responded and not r.judge and r.round == 0]
-    priced = [price_usd(teacher, r.prompt_tokens, r.completion_tokens, r.cached_tokens) for r in first]
+    priced: dict[tuple[int, int], float] = defaultdict(float)  # a conversation has several requests a sample
+    for r in rows:
+        if r.responded and not r.judge and r.round == 0:
+            priced[r.tier, r.attempt] += price_usd(teacher, r.prompt_tokens, r.completion_tokens, r.cached_tokens)
     judged = {(r.tier, r.attempt, r.round) for r in rows if r.judge}
     judging = sum(r.price_usd for r in rows if r.judge) / len(judged) if judged else 0.0
-    return (sum(priced) / len(priced) if priced else 0.0) + judging
+    return (sum(priced.values()) / len(priced) if priced else 0.0) + judging
 
 
 def saving_interval(paid: Sequence[float], single: Sequence[float], resamples: int = 2000) -> Interval:

@@ -55,6 +55,7 @@ class LedgerEntry:
         created: Unix time in seconds.
         detail: for "error": what went wrong.
         round: how many times the sample had been sent back for repair.
+        step: which answer of a conversation it is, from 0.
         judge: whether the request asked a judge for its opinion of an answer, rather than for an answer.
         batch: the batch that it was part of, "" for a request of its own.
     """
@@ -80,6 +81,7 @@ class LedgerEntry:
     round: int = 0
     judge: bool = False
     batch: str = ""
+    step: int = 0
 
     @property
     def responded(self) -> bool:

@@ -203,7 +203,7 @@ async def test_a_full_disk_is_told_to_those_who_wait(server, teacher, make_task,
 async def test_batches_are_counted_once_though_looking_for_them_failed_half_way(
     serve_mock, make_task, tmp_path
 ) -> None:
-    mock, looks = MockOpenAI(Settings(batch_s=0.5, prices=[10.0, 10.0, 100.0])), 0
+    mock, looks = MockOpenAI(Settings(batch_s=600, prices=[10.0, 10.0, 100.0])), 0
 
     def second() -> Response | None:
         nonlocal looks
@@ -217,6 +217,9 @@ async def test_batches_are_counted_once_though_looking_for_them_failed_half_way(
             await asyncio.to_thread(_wait_for_a_batch, mock, number)
             asked.cancel()
             await asyncio.gather(asked, return_exceptions=True)
+    mock.settings.batch_s = 0.5
+    for submitted in mock.batches.values():
+        submitted["ready"] = time.monotonic() + 0.5
     mock.show_batch = _answering(second, mock.show_batch)  # type: ignore[method-assign]
     moved = serve_mock(mock).endpoints[0].base_url
     async with opened(tmp_path, teacher, resolve={teacher.endpoints[0].base_url: moved}) as client:

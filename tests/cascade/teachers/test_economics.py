@@ -66,6 +66,13 @@ def test_what_another_teacher_was_asked_before_the_config_changed_is_no_cost_of_
     assert tier_report(now + before, judged, tiers) == tier_report(now, judged, tiers)
 
 
+def test_a_conversation_has_steps_and_no_repairs_and_costs_all_of_them_elsewhere_too(tiers) -> None:
+    rows = [row(1, "a", key=f"step {n}", step=n) for n in range(10)]
+    report = tier_report(rows, {1: verdicts(1, a="pass")}, tiers)
+    assert report.tiers[0].repairs == 0
+    assert report.cost_single_teacher_usd == pytest.approx(10 * price_usd(tiers[-1], 1000, 1000))
+
+
 def test_an_empty_or_unfinished_cascade_has_a_report(tiers) -> None:
     assert tier_report([], {}, tiers).saving == 0.0
     report = tier_report([row(1, "a"), row(1, "b")], {1: verdicts(1, a="pass", b="fail")}, tiers)
@@ -74,7 +81,7 @@ def test_an_empty_or_unfinished_cascade_has_a_report(tiers) -> None:
 
 
 def test_one_teacher_alone_is_not_charged_for_the_cheap_tiers_retries(tiers) -> None:
-    rows = [row(1, "a", 100), row(1, "a", 300), row(1, "b", 100), row(3, "b", 500), row(3, "b", 700)]
+    rows = [row(1, "a", 100), row(1, "a", 300, attempt=1), row(1, "b", 100), row(3, "b", 500), row(3, "b", 700)]
     costs = single_teacher_cost(rows, ["a", "b", "c"], tiers[2], 3)
     assert costs["a"] == pytest.approx(price_usd(tiers[2], 200, 200))
     assert costs["b"] == pytest.approx(2 * (500 + 700) / 1e6)
