@@ -9,9 +9,10 @@ other domain that has been tested with the same storage.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 
 from cascade import modifiers
-from cascade.artifacts import Run, Store
+from cascade.artifacts import Run, Store, fingerprint
 from cascade.config import PromptStyle
 from cascade.tasks import Task
 from ray_jobs._context import Job, Metrics, main
@@ -26,7 +27,7 @@ def work(job: Job) -> Metrics:
     from cascade.routing.train import train_router
 
     job.runs.validate_modifier.require()
-    tasks = [*job.runs.validation_tasks, *_tasks_of_other_domains(job)]
+    tasks = distinct_tasks(job.runs.validation_tasks, _tasks_of_other_domains(job))
     store = job.run.store
     verdicts = evaluate(job, assignments_as_served(store, job.runs.base_sha256, tasks))
     outcomes = {name: [v.passed for v in column] for name, column in verdicts.items()}
@@ -47,6 +48,26 @@ def assignments_as_served(store: Store, base_sha256: str, tasks: Sequence[Task])
             style = PromptStyle(name=AS_SERVED, system=modifier.system)
             assignments.append(Assignment(domain, tasks, style, modifier.path, modifier.version))
     return assignments
+
+
+def distinct_tasks(own: Sequence[Task], others: Sequence[Task]) -> list[Task]:
+    """A domain's own tasks, and those of other domains that are none of them.
+
+    An id is unique in one domain alone (two may each have a validation.jsonl whose lines are 1 to n), and verdicts are
+    known by it. So another domain's task gets one that tells what it holds: after a restart, too, no verdict is taken
+    for that on anything else.
+    """
+    known, found = {_content(t) for t in own}, list(own)
+    for task in others:
+        if (content := _content(task)) not in known:
+            known.add(content)
+            found.append(replace(task, id=f"{task.id}@{content}"))
+    return found
+
+
+def _content(task: Task) -> str:
+    """Fingerprint of what is asked and how it is scored, whoever asks."""
+    return fingerprint(**asdict(replace(task, id="", domain="")))
 
 
 def _tasks_of_other_domains(job: Job) -> list[Task]:

@@ -61,9 +61,10 @@ def application(args: Arguments, config: Config) -> Application:
     engine = EngineReplica.options(  # type: ignore[attr-defined]
         ray_actor_options=options,
         request_router_config=placed(served.limits.max_loaded_modifiers),
+        **args.engine_bounds,
         **args.scaling,
     )
-    return Ingress.bind(served, engine.bind(served))  # type: ignore[attr-defined]
+    return Ingress.options(**args.gateway_bounds).bind(served, engine.bind(served))  # type: ignore[attr-defined]
 
 
 def _absolute(base: Base) -> Base:

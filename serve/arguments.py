@@ -18,6 +18,8 @@ from serve.limits import Limits
 
 CONFIG_VARIABLE = "CASCADE_CONFIG"
 DEFAULT_CONFIG = "configs/quickstart.yaml"
+_BESIDE_ENGINE, _BESIDE_GATEWAY, _QUEUED = 160, 1000, 200
+"""Requests that Ray Serve lets into an engine and into the gateway, and wait for either, beyond those for answers."""
 
 
 class Arguments(BaseModel):
@@ -56,6 +58,17 @@ class Arguments(BaseModel):
     def most_room(self) -> int:
         """Requests for answers that all engines together take, when there are as many as there may be."""
         return max(self.replicas, self.max_replicas or 0) * self.room
+
+    @property
+    def engine_bounds(self) -> dict[str, int]:
+        """Ray Serve's bounds of an engine: its room, and more for what it refuses and for looks at its health."""
+        return {"max_ongoing_requests": self.room + _BESIDE_ENGINE, "max_queued_requests": self.most_room + _QUEUED}
+
+    @property
+    def gateway_bounds(self) -> dict[str, int]:
+        """Those of the gateway: the room of all engines, and more for what needs none and for refusals at the door."""
+        ongoing, queued = self.most_room + _BESIDE_GATEWAY, self.most_room + _QUEUED
+        return {"max_ongoing_requests": ongoing, "max_queued_requests": queued}
 
     @property
     def scaling(self) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from serve.feedback import FeedbackLog
 from serve.live import LiveModifiers, LiveRouter
 from serve.meters import NO_METERS, Meters
 from serve.protocol import ROUTED, Body, ChatRequest, CompletionRequest, Feedback, parse
+from serve.tools import Toolbox
 
 HEALTH_TIMEOUT_S = 5.0
 _SMALL = 16_384
@@ -150,7 +151,7 @@ class Gateway:
 
     def _route(self, request: AnyRequest) -> Route:
         try:
-            conversation, _ = request.conversation, request.grammar  # made once, and kept with the request
+            asked, _ = request.asked, request.grammar  # made once, and kept with the request
         except RecursionError:
             raise ApiError(400, "a tool is nested too deeply", code="invalid_value", param="tools") from None
         available = self.modifiers.versions()
@@ -158,11 +159,9 @@ class Gateway:
             if isinstance(request, CompletionRequest) and any(isinstance(p, tuple) for p in request.prompts):
                 message = "The router reads text, not token ids: name the model that is to answer."
                 raise ApiError(400, message, code="invalid_value", param="model")
-            return self.router.route(
-                conversation, available, request.router_threshold, request.router_mode or "default"
-            )
+            return self.router.route(asked, available, request.router_threshold, request.router_mode or "default")
         if request.model == BASE or request.model in available:
-            return self.router.override(conversation, request.model)
+            return self.router.override(asked, request.model)
         names = ", ".join([ROUTED, BASE, *sorted(available)])
         message = f"The model {request.model[:80]!r} does not exist; there are {names}."
         raise ApiError(404, message, code="model_not_found", param="model")
@@ -325,7 +324,8 @@ def _note(answer: Answer, delta: Delta) -> None:
 def _said(answer: Answer, event: Finished, request: AnyRequest) -> Said:
     answer.count = event.completion_tokens
     text = "".join(answer.text)
-    calls = request.box.read(text) if isinstance(request, ChatRequest) and request.box else []
+    box = request.box if isinstance(request, ChatRequest) else Toolbox()
+    calls = box.read(text, cut_off=event.finish_reason == "length") if box else []
     logprobs = answer.tokens if request.rivals is not None else None
     return Said(answer.index, text, event.finish_reason, logprobs, calls)
 

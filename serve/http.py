@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from functools import partial
 from importlib import resources
@@ -19,14 +20,29 @@ from serve.keys import OWNER, KeyRing, RequireKey
 from serve.middleware import Admission, ResponseHeaders
 from serve.protocol import MAX_BODY_BYTES, ChatRequest, CompletionRequest, Feedback
 
+_STILL_S, _BODY_S = 30.0, 300.0
+"""How long a body may stand still, and take in all: while it comes, its request has a place at the door."""
+
 
 async def _read_body(request: Request) -> bytes:
-    """The body, read no further than allowed."""
-    body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > MAX_BODY_BYTES:
-            raise ApiError(413, f"the request body has more than {MAX_BODY_BYTES} bytes", code="request_too_large")
+    """The body, read no further and waited for no longer than allowed.
+
+    Raises:
+        ApiError: 413 if it is too large, 408 if it does not come.
+    """
+    now = asyncio.get_running_loop().time
+    body, latest = bytearray(), now() + _BODY_S
+    try:
+        async with asyncio.timeout(_STILL_S) as limit:
+            async for part in request.stream():
+                body += part
+                if len(body) > MAX_BODY_BYTES:
+                    message = f"the request body has more than {MAX_BODY_BYTES} bytes"
+                    raise ApiError(413, message, code="request_too_large")
+                limit.reschedule(min(now() + _STILL_S, latest))
+    except TimeoutError:
+        message = f"the request body did not come: it may stand still for {_STILL_S:g} s and take {_BODY_S:g} s in all"
+        raise ApiError(408, message, code="timeout") from None
     return bytes(body)
 
 

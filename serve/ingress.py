@@ -82,9 +82,6 @@ class Served:
 
 @ray_serve.deployment(
     name="engine",
-    # More than the engine takes: its own limit answers 429 at once, these are what is left when that is not reached.
-    max_ongoing_requests=256,
-    max_queued_requests=64,
     graceful_shutdown_timeout_s=_GRACE_S,
     health_check_period_s=5,
     health_check_timeout_s=30,
@@ -199,8 +196,6 @@ class RemoteEngine:
 
 @ray_serve.deployment(
     name="gateway",
-    max_ongoing_requests=1000,
-    max_queued_requests=200,
     backpressure_config=BackpressureConfig(status_code=429, retry_after_s=RETRY_AFTER_S),
     graceful_shutdown_timeout_s=_GRACE_S,
     # It waits more than it computes, and must find a place where the engines have taken every CPU: on the head, where

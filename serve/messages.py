@@ -10,7 +10,6 @@ from cascade.tasks import Message
 from serve.tools import MAX_CALLS, Toolbox, ToolCall
 
 MAX_PARTS = 1000
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "user"}
 
 
 class TextPart(BaseModel):
@@ -52,9 +51,9 @@ class ChatMessage(BaseModel):
         return self
 
     def plain(self, box: Toolbox) -> Message:
-        """As text alone; what tools answered is the user's turn to a model that knows no such role."""
+        """As text alone, under one of the roles system, user, assistant and tool."""
         parts = (self.refusal or "") if self.content is None else self.content
         text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
         if self.tool_calls:
             text += box.shown(self.tool_calls)
-        return Message(_ROLES[self.role], text)
+        return Message("system" if self.role == "developer" else self.role, text)

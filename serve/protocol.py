@@ -190,9 +190,20 @@ class ChatRequest(GenerationRequest):
         )
 
     @cached_property
-    def conversation(self) -> list[Message]:
-        """The messages as text, tools described in front."""
+    def asked(self) -> list[Message]:
+        """What the router reads: the messages as text, tools described in front.
+
+        What tools answered keeps its role, so that it passes for nobody's question.
+
+        Raises:
+            ApiError, RecursionError: see `Toolbox.introduce`.
+        """
         return self.box.introduce([m.plain(self.box) for m in self.messages])
+
+    @cached_property
+    def conversation(self) -> list[Message]:
+        """What the model reads: as `asked`, but what tools answered is the user's turn, since it knows no such role."""
+        return [Message("user", m.content) if m.role == "tool" else m for m in self.asked]
 
     @cached_property
     def grammar(self) -> Grammar | None:
@@ -244,7 +255,7 @@ class CompletionRequest(GenerationRequest):
         return [p if isinstance(p, str) else tuple(p) for p in self.prompt]  # type: ignore[arg-type]
 
     @cached_property
-    def conversation(self) -> list[Message]:
+    def asked(self) -> list[Message]:
         """What the router reads: all texts, since a request has one route."""
         return [Message("user", "\n\n".join(p for p in self.prompts if isinstance(p, str)))]
 

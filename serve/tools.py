@@ -22,9 +22,12 @@ from cascade.benchmarks.bfcl import SYSTEM_PROMPT
 from cascade.scoring.calls import Call, CallSyntaxError, format_calls, parse_calls
 from cascade.tasks import Message
 from serve.call_grammar import calls_grammar
+from serve.errors import ApiError
 from serve.events import Grammar
 
 MAX_TOOLS = MAX_CALLS = 128
+MAX_DESCRIBED = 1_000_000
+"""Characters that all tools' descriptions may have: indented as BFCL does it, nesting makes many of few."""
 _NAME = r"^[A-Za-z0-9_.-]{1,64}$"
 
 
@@ -131,11 +134,16 @@ class Toolbox:
         return bool(self.tools)
 
     def introduce(self, messages: list[Message]) -> list[Message]:
-        """The conversation with the tools described in its system message, before what that says itself."""
+        """The conversation with the tools described in its system message, before what that says itself.
+
+        Raises:
+            ApiError: their descriptions are longer than `MAX_DESCRIBED`.
+            RecursionError: one is nested too deeply.
+        """
         if not self.tools:
             return messages
         functions = [self._aliases[t.function.name].described for t in self.tools]
-        described = SYSTEM_PROMPT.format(functions=json.dumps(functions, indent=4))
+        described = SYSTEM_PROMPT.format(functions=_indented(functions))
         own = [m.content for m in messages if m.role == "system"]
         return [Message("system", "\n\n".join([described, *own])), *(m for m in messages if m.role != "system")]
 
@@ -149,11 +157,17 @@ class Toolbox:
         name = _safe(called.name, dotted=True) if alias is None else alias.name
         return Call(name, {names.get(k, k): v for k, v in arguments.items()})
 
-    def read(self, text: str) -> list[ToolCall]:
-        """The calls that an answer consists of; none if it is anything else, or calls what there is not."""
+    def read(self, text: str, cut_off: bool = False) -> list[ToolCall]:
+        """The calls that an answer consists of; none if it is anything else, or calls what there is not.
+
+        Args:
+            cut_off: whether more may have been to come; then the list's end must be there.
+        """
+        if cut_off and not text.strip("`\n ").endswith("]"):
+            return []
         aliases = {alias.name: alias for alias in self._aliases.values()}
         try:
-            calls = parse_calls(text, lenient=False)
+            calls = parse_calls(text, lenient=False, whole=True)
             if any(c.name not in aliases for c in calls):
                 return []
             return [_called(aliases[c.name], c) for c in (calls[:1] if self.single else calls)]
@@ -173,6 +187,18 @@ class Toolbox:
         aliases = [a for name, a in self._aliases.items() if self.only in (None, name)]
         functions = [(a.name, a.described["parameters"]) for a in aliases]
         return calls_grammar(functions, single=self.single or self.only is not None, otherwise=otherwise)
+
+
+def _indented(functions: Sequence[dict[str, Any]]) -> str:
+    """Functions as JSON, given up as soon as it is too long."""
+    parts, length = list[str](), 0
+    for part in json.JSONEncoder(indent=4).iterencode(functions):
+        parts.append(part)
+        length += len(part)
+        if length > MAX_DESCRIBED:
+            message = f"The tools' descriptions have more than {MAX_DESCRIBED} characters, indented."
+            raise ApiError(400, message, code="invalid_value", param="tools")
+    return "".join(parts)
 
 
 def _called(alias: _Alias, call: Call) -> ToolCall:

@@ -102,6 +102,9 @@ class VllmBackend:
         except (httpx.HTTPError, DataError) as error:
             logger.error("vLLM did not answer: %r", error)
             yield _LOST
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            logger.error("vLLM's answer cannot be read: %r", error)
+            yield Failed(502, "the engine's answer cannot be read", "engine_unreadable")
 
     async def healthy(self) -> bool:
         """Whether the server says that it is."""
@@ -195,12 +198,12 @@ async def _events(response: httpx.Response, version: str, prompt_tokens: int, ar
         yield _failure(response.status_code, (await response.aread()).decode(errors="replace"))
         return
     reason, tokens, started = None, 0, False
-    async for line in response.aiter_lines():
-        if not line.startswith("data:") or line == "data: [DONE]":
+    async for data in _data(response):
+        if data == b"[DONE]":
             continue
-        chunk = json.loads(line.removeprefix("data:"))
+        chunk = json.loads(data)
         if "error" in chunk:
-            yield _failure(int(chunk["error"].get("code") or 500), line)
+            yield _failure(int(chunk["error"].get("code") or 500), data.decode(errors="replace"))
             return
         if not started:
             yield Started(version, prompt_tokens, (time.perf_counter() - arrived) * 1e3, 0.0)
@@ -212,6 +215,16 @@ async def _events(response: httpx.Response, version: str, prompt_tokens: int, ar
             if choice["text"] or noted:
                 yield Delta(choice["text"], noted)
     yield _LOST if reason is None else Finished("length" if reason == "length" else "stop", tokens)
+
+
+async def _data(response: httpx.Response) -> AsyncIterator[bytes]:
+    """The data of a response's events. httpx's own lines end at characters, too, that a text may hold: U+2028, say."""
+    rest = b""
+    async for part in response.aiter_bytes():
+        *lines, rest = (rest + part).split(b"\n")
+        for line in lines:
+            if line.startswith(b"data:"):
+                yield line.removeprefix(b"data:").strip()
 
 
 def _logprobs(said: dict[str, Any] | None) -> tuple[TokenLogprob, ...]:

@@ -31,7 +31,7 @@ from cascade.errors import DataError, FormatError
 from cascade.routing.calibration import Calibrator
 from cascade.routing.features import featurize
 from cascade.routing.network import RouterNetwork
-from cascade.routing.offers import fit
+from cascade.routing.offers import fit, functions_of
 from cascade.tasks import Message, Route, Task
 
 BASE = "base"
@@ -56,18 +56,19 @@ class Lean:
     """How a mode departs from the plain rule.
 
     Attributes:
-        threshold: of the confidence that a query is of a measured kind; None for the router's own.
+        least, most: bounds of the threshold, however the router's own is set.
         handicap: see `RouterModel.decide`.
     """
 
-    threshold: float | None
+    least: float
+    most: float
     handicap: float
 
 
 MODES: dict[Mode, Lean] = {
-    "default": Lean(None, 0.0),
-    "turbo": Lean(0.95, 0.15),
-    "max-quality": Lean(0.5, -0.15),
+    "default": Lean(0.0, 1.0, 0.0),
+    "turbo": Lean(0.95, 1.0, 0.15),
+    "max-quality": Lean(0.0, 0.5, -0.15),
 }
 """Turbo asks a modifier only where it is surely better, so that swaps are few; max-quality wherever it may be."""
 
@@ -96,12 +97,13 @@ class RouterModel:
 
         Args:
             query: a question, or a conversation.
-            threshold: confidence that the kind of query is known, below which the base answers; null: the mode's.
+            threshold: confidence that the kind of query is known, below which the base answers; None: the router's own,
+                as the mode bounds it.
             mode: see `MODES`.
         """
         lean = MODES[mode]
         if threshold is None:
-            threshold = self.threshold if lean.threshold is None else lean.threshold
+            threshold = min(max(self.threshold, lean.least), lean.most)
         texts = [query] if isinstance(query, str) else queries_of(query)
         vouched = 1.0
         for place, text in enumerate(texts):
@@ -219,14 +221,16 @@ TOOLS_OFFERED = "Functions to call are offered."
 def queries_of(messages: Sequence[Message]) -> list[str]:
     """What the router reads of a conversation: its user messages, the last one first, "" if there is none.
 
-    Each says whether functions to call are offered and how well they fit it: whether "What is the weather in Oslo?" is
-    small talk or a call to make is not in the question.
+    What tools answered (role "tool") is none of them: it says nothing of what is wanted. Each says whether functions to
+    call are offered and how well they fit it: whether "What is the weather in Oslo?" is small talk or a call to make is
+    not in the question.
     """
     questions = [m.content for m in reversed(messages) if m.role == "user"][:_MOST_TURNS] or [""]
     offer = next((m.content for m in messages if describes_functions(m)), None)
     if offer is None:
         return questions
-    return [f"{question}\n{TOOLS_OFFERED} {fit(question, offer)}".rstrip() for question in questions]
+    functions = functions_of(offer)
+    return [f"{question}\n{TOOLS_OFFERED} {fit(question, functions)}".rstrip() for question in questions]
 
 
 def query_of(task: Task) -> str:

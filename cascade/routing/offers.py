@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from functools import lru_cache
 
 from cascade.benchmarks.bfcl import SYSTEM_PROMPT
@@ -21,20 +22,22 @@ _STEM = 6
 _MOST_LETTERS = 16_000
 """That are read of a question, and of all functions together: bounded time per request."""
 _MOST_COMMON, _PARTS = 8, 10
+_KEPT, _MOST_KEPT = 64, 100_000
+"""System messages whose functions are kept for the next request, and the letters of one: longer ones are read anew."""
+
+Functions = Sequence[frozenset[str]]
+"""The words of each function's name and description."""
 
 
-def fit(question: str, system: str) -> str:
-    """What a question has in common with the functions that a system message describes.
-
-    Args:
-        system: for which `describes_functions` holds.
+def fit(question: str, functions: Functions) -> str:
+    """What a question has in common with functions.
 
     Returns:
         "fitsa fitsb" for two words in common, "saysa saysb" for two tenths of the function's words, and so on: each
         step adds a word, so that more in common is more of the same to the router. "" without anything in common.
     """
     asked = _words(question[:_MOST_LETTERS])
-    common = [(len(asked & own), len(own)) for own in _functions(system)]
+    common = [(len(asked & own), len(own)) for own in functions]
     most = max((both for both, _ in common), default=0)
     share = max((both / own for both, own in common), default=0.0)
     return " ".join([*_steps("fits", min(most, _MOST_COMMON)), *_steps("says", int(_PARTS * share))])
@@ -45,12 +48,19 @@ def _steps(stem: str, count: int) -> list[str]:
     return [stem + chr(ord("a") + i) for i in range(count)]
 
 
-@lru_cache(maxsize=64)
-def _functions(system: str) -> tuple[frozenset[str], ...]:
-    """The words of each function's name and description; none where the message lists them in another way."""
+def functions_of(system: str) -> Functions:
+    """The functions that a system message describes; none where it lists them in another way.
+
+    Args:
+        system: for which `describes_functions` holds.
+    """
+    return _kept(system) if len(system) <= _MOST_KEPT else _read(system)
+
+
+def _read(system: str) -> Functions:
     try:
         listed, _ = json.JSONDecoder().raw_decode(system, len(_BEFORE))
-    except ValueError:
+    except (ValueError, RecursionError):
         return ()
     found, room = [], _MOST_LETTERS
     for function in listed if isinstance(listed, list) else ():
@@ -59,6 +69,9 @@ def _functions(system: str) -> tuple[frozenset[str], ...]:
             room -= len(text)
             found.append(_words(text))
     return tuple(words for words in found if words)
+
+
+_kept = lru_cache(maxsize=_KEPT)(_read)
 
 
 def _words(text: str) -> frozenset[str]:

@@ -64,21 +64,25 @@ VALID = Match(True)
 # ------------------------------------------------------------------------------------------------- parsing
 
 
-def parse_calls(text: str, *, lenient: bool = True) -> list[Call]:
+def parse_calls(text: str, *, lenient: bool = True, whole: bool = False) -> list[Call]:
     """Calls out of "[f(a=1), g(b='x')]".
 
     Args:
         text: the answer.
         lenient: look into fences and amid prose too; otherwise as BFCL reads it (brackets may be missing).
+        whole: refuse what BFCL drops or alters without a word: arguments without a name, what `*` and `**` unpack,
+            signs other than a minus, and what comes behind the first `MAX_CHARS` characters.
 
     Raises:
-        CallSyntaxError: there is no call that can be read; an argument without a name is one that cannot.
+        CallSyntaxError: there is no call that can be read.
     """
+    if whole and len(text) > MAX_CHARS:
+        raise CallSyntaxError(f"more than {MAX_CHARS} characters")
     text = text[:MAX_CHARS].strip()
     errors = []
     for candidate in _candidates(text)[: None if lenient else 1]:
         try:
-            return _parse(candidate)
+            return _parse(candidate, whole)
         except (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError, TypeError) as error:
             errors.append(str(error))
     raise CallSyntaxError(errors[0] if errors else "no function call found")
@@ -96,7 +100,7 @@ def _candidates(text: str) -> list[str]:
     return found
 
 
-def _parse(text: str) -> list[Call]:
+def _parse(text: str, whole: bool) -> list[Call]:
     body = ast.parse(text.strip().strip("'"), mode="eval").body
     nodes = body.elts if isinstance(body, ast.List | ast.Tuple) else [body]
     if not nodes:
@@ -105,8 +109,22 @@ def _parse(text: str) -> list[Call]:
     for node in nodes:
         if not isinstance(node, ast.Call):
             raise CallSyntaxError(f"{ast.unparse(node)[:100]} is no function call")
+        if whole and (node.args or any(map(_misread, ast.walk(node)))):
+            raise CallSyntaxError(f"{ast.unparse(node)[:100]} is no call with named arguments alone")
         calls.append(_call(node))
     return calls
+
+
+def _misread(node: ast.AST) -> bool:
+    """Whether BFCL drops a part of it, or turns its sign round: of `+5` it makes -5."""
+    if isinstance(node, ast.UnaryOp):
+        return not isinstance(node.op, ast.USub)
+    if isinstance(node, ast.Dict):
+        return None in node.keys
+    # A call within a call that has no named arguments is kept as text.
+    return (
+        isinstance(node, ast.Call) and bool(node.keywords) and bool(node.args or None in {k.arg for k in node.keywords})
+    )
 
 
 def _call(node: ast.Call) -> Call:

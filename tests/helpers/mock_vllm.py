@@ -23,6 +23,7 @@ class MockVllm:
     Attributes:
         adapters: PEFT folders by name.
         requests: bodies of completions, in order.
+        text: what it answers; "" for the model's name.
         ended: how many streams were left before their end.
         updates: whether adapters may be loaded while it runs.
         stands_after: tokens after which answers stand still until their clients leave, if any do.
@@ -33,6 +34,7 @@ class MockVllm:
         self.base = str(base)
         self.adapters: dict[str, str] = {}
         self.requests: list[dict[str, Any]] = []
+        self.text = ""
         self.ended = 0
         self.updates = True
         self.script: list[tuple[int, str]] = []
@@ -81,8 +83,8 @@ class MockVllm:
         return api
 
     async def _answer(self, body: dict[str, Any]) -> AsyncIterator[str]:
-        """The model's name, a letter a token."""
-        text = body["model"][: body["max_tokens"]]
+        """A letter a token."""
+        text = (self.text or body["model"])[: body["max_tokens"]]
         try:
             for i, letter in enumerate(text):
                 if i == self.stands_after:
@@ -103,7 +105,8 @@ def noted(letter: str, body: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def line(chunk: dict[str, Any]) -> str:
-    return f"data: {json.dumps(chunk)}\n\n"
+    """An event, whose text is not escaped, as vLLM does not either."""
+    return f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
 
 
 def error(status: int, message: str) -> Response:

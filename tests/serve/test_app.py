@@ -11,6 +11,7 @@ from cascade import modifiers
 from cascade.artifacts import Store
 from cascade.errors import ConfigError, FormatError
 from serve.__main__ import command_line
+from serve.app import application
 from serve.arguments import checked, servable
 from serve.ingress import EngineReplica
 
@@ -25,6 +26,16 @@ def test_the_door_is_as_wide_as_the_engines_that_there_may_be() -> None:
     assert (bounds.min_replicas, bounds.max_replicas, bounds.target_ongoing_requests) == (2, 5, 6)
     with pytest.raises(ConfigError, match="max_replicas"):
         _ = checked({"replicas": "2", "max_replicas": "1"}).scaling
+
+
+@pytest.mark.parametrize(("rows", "waiting"), [(32, 64), (1000, 3000)])
+def test_ray_serve_lets_through_what_the_arguments_allow_and_health_beside(stand_in, rows: int, waiting: int) -> None:
+    arguments = checked({"rows": rows, "waiting": waiting, "max_replicas": 3})
+    gateway = application(arguments, stand_in.config)._bound_deployment
+    engine = gateway.init_args[1]._bound_deployment
+    assert gateway.max_ongoing_requests > arguments.most_room == 3 * (rows + waiting)
+    assert engine.max_ongoing_requests > arguments.room == rows + waiting
+    assert min(gateway.max_queued_requests, engine.max_queued_requests) >= arguments.most_room
 
 
 def test_one_damaged_modifier_keeps_the_server_from_nothing(stand_in: StandIn, tmp_path, monkeypatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
+from typing import Literal
 
 import httpx
 import jsonschema
@@ -12,6 +13,8 @@ import openai
 import pytest
 from stand_in import StandIn
 
+from cascade.routing.model import queries_of
+from cascade.tasks import Message, Route
 from serve.compiles import compiled
 from serve.events import Delta, Finished, Started, TokenLogprob, Work
 from serve.gateway import Gateway
@@ -69,15 +72,15 @@ async def client(gateway: Gateway) -> AsyncIterator[openai.AsyncOpenAI]:
 class Says:
     """A backend that answers with certain texts, one after the other, and keeps what it was asked."""
 
-    def __init__(self, *texts: str) -> None:
-        self.texts, self.asked = list(texts), list[Work]()
+    def __init__(self, *texts: str, finish: Literal["stop", "length"] = "stop") -> None:
+        self.texts, self.finish, self.asked = list(texts), finish, list[Work]()
 
     async def stream(self, work: Work):
         self.asked.append(work)
         text = self.texts.pop(0)
         yield Started("1", 3, 0.0, 0.0)
         yield Delta(text, (TokenLogprob(text, -0.5),) if work.logprobs is not None else ())
-        yield Finished("stop", 1)
+        yield Finished(self.finish, 1)
 
     async def healthy(self) -> bool:
         return True
@@ -99,6 +102,26 @@ async def test_the_documented_loop(gateway, client) -> None:
     assert "[get_weather(city='Oslo', user_id=7), _3d()]" in [m.content for m in says.asked[1].messages]
     says.texts = ["You are welcome."]
     await client.chat.completions.create(model="letters", messages=[*messages, {"role": "user", "content": "Thanks"}])
+
+
+async def test_a_tool_loop_is_routed_by_its_question_however_long_it_is(gateway, client, monkeypatch) -> None:
+    read, route = [], gateway.router.route
+
+    def routed(asked: list[Message], *more: object) -> Route:
+        read.append(queries_of(asked))
+        return route(asked, *more)
+
+    monkeypatch.setattr(gateway.router, "route", routed)
+    gateway.backend = says = Says(*["[_3d()]"] * 10)
+    messages: list[object] = [{"role": "user", "content": "Weather?"}]
+    for i in range(10):
+        answer = await client.chat.completions.create(model="cascade", messages=messages, tools=TOOLS)
+        said = answer.choices[0].message
+        messages += [said, {"role": "tool", "tool_call_id": said.tool_calls[0].id, "content": f"rain, {i} mm"}]
+    assert len(read) == 10
+    assert all(queries == read[0] for queries in read)
+    assert [query.splitlines()[0] for query in read[0]] == ["Weather?"]
+    assert says.asked[1].messages[-1] == Message("user", "rain, 0 mm")
 
 
 async def test_a_stream_put_together_can_be_sent_back(gateway, client) -> None:
@@ -125,6 +148,27 @@ async def test_one_call_where_parallel_ones_are_not_wanted(gateway, client) -> N
     gateway.backend = Says("[_3d(), get_weather(city='Oslo', user_id=7)]")
     answer = await client.chat.completions.create(**ASK, parallel_tool_calls=False)
     assert [c.function.name for c in answer.choices[0].message.tool_calls] == ["3d"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("text", "whole"),
+    [("[_3d()]", True), ("```\n[_3d()]\n```", True), ("[_3d(),", False), ("[_3d()", False), ("_3d()", False)],
+)
+async def test_a_list_that_was_cut_off_is_told_as_such(gateway, client, text: str, whole: bool, stream: bool) -> None:
+    """Another call may have been to come, or another argument."""
+    gateway.backend = Says(text, finish="length")
+    if stream:
+        async with client.chat.completions.stream(**ASK) as events:
+            said = [event.chunk.choices[0] async for event in events if event.type == "chunk"]
+        content = "".join(choice.delta.content or "" for choice in said)
+        calls, reason = [choice for choice in said if choice.delta.tool_calls], said[-1].finish_reason
+    else:
+        choice = (await client.chat.completions.create(**ASK)).choices[0]
+        content, calls, reason = choice.message.content or "", choice.message.tool_calls, choice.finish_reason
+    assert reason == ("tool_calls" if whole else "length")
+    assert bool(calls) is whole
+    assert content == ("" if whole else text)
 
 
 @pytest.mark.parametrize(

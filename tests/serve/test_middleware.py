@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncGenerator, AsyncIterator
+from itertools import repeat
 from pathlib import Path
 
 import httpx
 import pytest
+import uvicorn
+from engine_events import until
+from served import served
 from stand_in import SUMS_QUESTION, StandIn
 
 from cascade import modifiers
@@ -201,6 +206,45 @@ async def test_room_is_given_back_however_a_request_ends(crowd, gateway) -> None
     assert [(await http.post(CHAT, json=ask())).status_code for _ in range(3)] == [503] * 3
     backend.events = (ANSWER[0],)  # breaks off
     assert [(await http.post(CHAT, json=ask())).status_code for _ in range(3)] == [500] * 3
+
+
+async def test_a_client_that_sends_headers_and_no_body_gives_its_place_back(gateway, monkeypatch) -> None:
+    monkeypatch.setattr("serve.http._STILL_S", 2.0)
+    at_the_door: list[int] = []
+    api = build_api(gateway, room=lambda: at_the_door.append(1) or 1)
+    web = uvicorn.Server(uvicorn.Config(api, log_level="error"))
+    with served(web) as url:
+        host, port = url.removeprefix("http://").split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(f"POST {CHAT} HTTP/1.1\r\nHost: cascade\r\nContent-Length: 100\r\n\r\n".encode())
+        async with httpx.AsyncClient(base_url=url, trust_env=False) as http, asyncio.timeout(30):
+            await until(lambda: bool(at_the_door))
+            assert (await http.post(CHAT, json=ask())).status_code == 429
+            head = await reader.readuntil(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 408 ")
+            size = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+            error = json.loads(await reader.readexactly(size))["error"]
+            assert (error["type"], error["code"]) == ("invalid_request_error", "timeout")
+            assert (await http.post(CHAT, json=ask())).status_code == 200
+        writer.close()
+
+
+async def in_parts(parts, pause_s: float) -> AsyncIterator[bytes]:
+    for part in parts:
+        await asyncio.sleep(pause_s)
+        yield part
+
+
+async def test_a_body_may_come_slowly_but_not_without_end(client, monkeypatch) -> None:
+    monkeypatch.setattr("serve.http._STILL_S", 1.0)
+    body = json.dumps(ask()).encode()
+    parts = [body[i : i + len(body) // 6] for i in range(0, len(body), len(body) // 6)]
+    assert (await client.post(CHAT, content=in_parts(parts, 0.2))).status_code == 200  # more than a second in all
+    monkeypatch.setattr("serve.http._BODY_S", 1.5)
+    for endless in (in_parts(repeat(b" "), 0.2), in_parts(repeat(b""), 0.2)):
+        refused = await client.post(CHAT, content=endless)
+        assert refused.status_code == 408
+        assert_complete(refused)
 
 
 async def test_refusals_are_counted() -> None:

@@ -7,9 +7,10 @@ import time
 
 import pytest
 
+from cascade.scoring.calls import MAX_CHARS
 from cascade.tasks import Message
 from serve.protocol import MAX_BODY_BYTES, MAX_CHOICES, MAX_SCHEMA, ApiError, ChatRequest, CompletionRequest, parse
-from serve.tools import Function, Tool, Toolbox
+from serve.tools import MAX_DESCRIBED, Function, Tool, Toolbox
 
 GOOD = {"model": "cascade", "messages": [{"role": "user", "content": "hi"}]}
 
@@ -243,6 +244,26 @@ def test_every_name_can_be_called(name: str) -> None:
     assert box.shown([call]) == f"[{described['name']}({written})]"
 
 
+def test_descriptions_that_nesting_makes_long_are_refused_at_once() -> None:
+    """Each of these zeros stands in a line of its own behind 740 blanks."""
+    nested: object = [0] * 199_000
+    for _ in range(180):
+        nested = [nested]
+    deep = {"type": "function", "function": {"name": "f", "parameters": {"x": nested}}}
+    request = parse(ChatRequest, json.dumps(GOOD | {"tools": [deep]}).encode())
+    start = time.process_time()
+    with pytest.raises(ApiError) as caught:
+        _ = request.conversation
+    assert (caught.value.status, caught.value.param) == (400, "tools")
+    assert time.process_time() - start < 1.5
+
+
+def test_long_descriptions_are_taken() -> None:
+    long = Function(name="f", description="x" * (MAX_DESCRIBED - 1000))
+    (system,) = Toolbox([Tool(type="function", function=long)]).introduce([])
+    assert "x" * (MAX_DESCRIBED - 1000) in system.content
+
+
 def test_names_stay_apart_and_names_that_can_be_written_stay() -> None:
     box = Toolbox([tool("get-weather"), tool("get_weather"), tool("get.weather")])
     calls = box.read("[get_weather(), get_weather_2(), get.weather()]")
@@ -252,6 +273,32 @@ def test_names_stay_apart_and_names_that_can_be_written_stay() -> None:
 @pytest.mark.parametrize("value", ["1e999", "-1e999", "1e308*10", "b'x'", "2j", "{(1, 2): 3}"])
 def test_what_json_has_not_got_is_no_argument(value: str) -> None:
     assert Toolbox([tool("f", "x")]).read(f"[f(x={value})]") == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "'Oslo'",
+        "*['Oslo']",
+        "**{'x': 'Oslo'}",
+        "'Oslo', x='a'",
+        "x={**{'a': 1}}",
+        "x=g(1, a=2)",
+        "x=[g(**{'a': 1})]",
+        "x=+5",
+    ],
+)
+def test_a_call_of_which_an_argument_would_be_lost_or_altered_is_none(arguments: str) -> None:
+    assert Toolbox([tool("f", "x")]).read(f"[f({arguments})]") == []
+
+
+def test_arguments_that_are_kept_as_text_are_kept() -> None:
+    (call,) = Toolbox([tool("f", "x")]).read("[f(x=date(2024, 1, 2))]")
+    assert json.loads(call.function.arguments) == {"x": "date(2024, 1, 2)"}
+
+
+def test_a_text_that_is_too_long_to_be_read_is_no_call() -> None:
+    assert Toolbox([tool("f", "x")]).read("f(x='a'), " + " " * MAX_CHARS + "f(x='b')") == []
 
 
 def test_one_call_where_one_is_wanted() -> None:

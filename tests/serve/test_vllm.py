@@ -81,6 +81,20 @@ async def test_log_probabilities_and_grammars_are_asked_for(backend, server, wor
     assert server.requests[-1]["structured_outputs"] == {"grammar": 'start: "a"'}
 
 
+async def test_what_some_take_for_the_end_of_a_line_is_text(backend, server, work):
+    server.text = "a\u2028b\u2029c\x85d\x0be\x1cf\r\ng"
+    events = await ask(backend, work("base", max_tokens=100))
+    assert "".join(e.text for e in events if isinstance(e, Delta)) == server.text
+    assert events[-1] == Finished("stop", len(server.text))
+
+
+@pytest.mark.parametrize("said", ["data: {\n\n", "data: []\n\n", 'data: {"choices": [{}]}\n\n', "data: 1\n\n"])
+async def test_an_answer_that_cannot_be_read_is_told_as_such(backend, monkeypatch, said, work):
+    monkeypatch.setattr("mock_vllm.line", lambda chunk: said)
+    *_, last = await ask(backend, work("base"))
+    assert (last.status, last.code) == (502, "engine_unreadable")
+
+
 async def test_a_client_that_leaves_ends_its_request(backend, server, work):
     server.stands_after = 3
     events = backend.stream(work("base", max_tokens=8))

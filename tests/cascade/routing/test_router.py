@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from stand_in import LETTERS_QUESTION, SUMS_QUESTION, router_data
 
 from cascade.artifacts import Store
 from cascade.benchmarks.bfcl import SYSTEM_PROMPT
-from cascade.config import ROUTER_BYTES, Router
+from cascade.config import ROUTER_BYTES, Config, Router
 from cascade.errors import ConfigError, DataError, FormatError
+from cascade.routing import offers
 from cascade.routing.model import (
     RESERVED,
     TOOLS_OFFERED,
@@ -122,9 +124,20 @@ def test_what_question_and_functions_share_is_read_too() -> None:
     assert query(everything, functions).endswith("saysj")
 
 
-@pytest.mark.parametrize("functions", ["as XML", "{}", '["weather"]', '[{"name": null, "description": 3}]', "[{}]"])
+@pytest.mark.parametrize(
+    "functions", ["as XML", "{}", '["weather"]', '[{"name": null, "description": 3}]', "[{}]", "[" * 100_000]
+)
 def test_functions_listed_in_another_way_are_offered_all_the_same(functions: str) -> None:
     assert query("Which weather?", functions) == f"Which weather?\n{TOOLS_OFFERED}"
+
+
+def test_long_system_messages_are_read_and_not_kept() -> None:
+    asked, functions = "Which weather do they forecast in Oslo?", json.dumps([FORECAST])
+    short, long = (query(asked, functions + more) for more in ("", " " * 1_000_000))
+    assert short == long
+    kept = offers._kept.cache_info()
+    query(asked, functions + " " * 2_000_000)
+    assert offers._kept.cache_info() == kept
 
 
 def test_more_queries_take_fewer_passes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,6 +157,23 @@ def test_the_rule() -> None:
     assert model.decide(0.9, np.array([0.3, 0.3, 0.3]), 0.5).choice == "base"
     unknown = model.decide(0.4, np.array([0.2, 0.1, 0.9]), 0.5)
     assert (unknown.choice, unknown.confidence, unknown.reason) == ("base", pytest.approx(0.08), "low-confidence")
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.3, 0.7, 0.97, 1.0])
+@pytest.mark.parametrize("known", [0.1, 0.4, 0.6, 0.8, 0.96, 0.99])
+def test_turbo_asks_a_modifier_no_more_and_max_quality_no_less_than_the_router_does(
+    monkeypatch: pytest.MonkeyPatch, threshold: float, known: float
+) -> None:
+    said = np.array([known]), np.array([[0.2, 0.5]]), np.array([0.0])
+    monkeypatch.setattr(RouterModel, "probabilities", lambda model, queries: said)
+    model = RouterModel(None, ("base", "a"), 8, 8, threshold)  # type: ignore[arg-type]
+    turbo, default, quality = (
+        model.route("What?", mode=mode).choice == "a" for mode in ("turbo", "default", "max-quality")
+    )
+    assert turbo <= default <= quality
+    assert turbo is (known >= max(threshold, 0.95))
+    assert default is (known >= threshold)
+    assert quality is (known >= min(threshold, 0.5))
 
 
 def test_the_same_seed_gives_the_same_router_and_leaves_torch_alone() -> None:
@@ -222,6 +252,12 @@ def test_bad_input_is_explained() -> None:
         train_router(queries[:5], {k: v[:5] for k, v in outcomes.items()}, SETTINGS, seed=1)
     with pytest.raises(ConfigError, match=r"make a router of 25\.6 MB.*lower router\.features"):
         RouterNetwork(100_000, 64, 3)
+
+
+@pytest.mark.parametrize("name", RESERVED)
+def test_no_domain_is_called_as_one_of_the_routers_outputs(name: str) -> None:
+    with pytest.raises(ValidationError, match="the router has an output of its own of that name"):
+        Config.model_validate({"domain": name})
 
 
 def test_the_built_in_chat_is_varied_and_clean() -> None:
