@@ -164,16 +164,15 @@ class Store:
         """A local path with the content of a stored file or folder: itself in a local store, else a copy in `cache`."""
         if self.is_local:
             return Path(self.path(relative))
-        target = Path(cache) / hashlib.sha256(self.path(relative).encode()).hexdigest()[:16]
+        whole = self.filesystem.get_file_info(self.path(relative))
+        is_folder = whole.type == pafs.FileType.Directory
+        parts = self.filesystem.get_file_info(pafs.FileSelector(whole.path, recursive=True)) if is_folder else [whole]
+        # By size and time too: what was deleted and done anew has the same name.
+        target = Path(cache) / fingerprint(files=sorted((part.path, part.size, part.mtime_ns) for part in parts))
         if not target.exists():
-            info = self.filesystem.get_file_info(self.path(relative))
             partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}.tmp")
-            partial.parent.mkdir(parents=True, exist_ok=True)
-            if info.type == pafs.FileType.Directory:
-                partial.mkdir()
-                pafs.copy_files(info.path, str(partial), source_filesystem=self.filesystem)
-            else:
-                partial.write_bytes(self.read_bytes(relative))
+            (partial if is_folder else partial.parent).mkdir(parents=True, exist_ok=True)
+            pafs.copy_files(whole.path, str(partial), source_filesystem=self.filesystem)
             _move(partial, target)
         return target
 

@@ -21,11 +21,16 @@ class Follower(Generic[Record]):
         self._seen: set[str] = set()
 
     def news(self) -> list[Record]:
-        """What was not there at the last call, oldest first."""
+        """What was not there at the last call, oldest first.
+
+        Raises:
+            OSError: the store cannot be read; nothing is lost by it.
+        """
         names = self._run.store.list(self._run.folder)
         ours = [n for n in names if n.startswith(f"{self._table}.") and n.endswith(".parquet") and n not in self._seen]
-        self._seen.update(ours)
-        return [record for name in ours for record in self._read(name)]
+        found = [record for name in ours for record in self._read(name)]
+        self._seen.update(ours)  # now that all are read: after an error they come with the next call
+        return found
 
     def _read(self, name: str) -> list[Record]:
         data = self._run.store.read_bytes(f"{self._run.folder}/{name}")

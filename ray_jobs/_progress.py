@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -57,12 +58,22 @@ class Progress:
 
 @contextmanager
 def polling(look: Callable[[], None], every_s: float = 1.0) -> Iterator[None]:
-    """Call `look` again and again while the block runs: for progress that workers leave in the store."""
+    """Call `look` again and again while the block runs: for progress that workers leave in the store.
+
+    A store that cannot be reached for a while is looked at again.
+    """
     ended = threading.Event()
 
     def watch() -> None:
+        failing = False
         while not ended.wait(every_s):
-            look()
+            try:
+                look()
+                failing = False
+            except OSError as error:
+                if not failing:
+                    logging.getLogger(__name__).warning("progress cannot be read (%s); it is tried again", error)
+                failing = True
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()

@@ -7,6 +7,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,13 +51,15 @@ class Refused:
 class Recorder:
     """Keeps the ledger: every step in memory, in the run at each checkpoint, and a note for people now and then.
 
-    The first worker's is written, the others' are empty.
+    The first worker's is written, the others' are empty. A thread writes the notes: no step waits for the store.
     """
 
     def __init__(self, run: Run, steps: int, first: bool) -> None:
         self.run, self.steps, self.first = run, steps, first
         self.pending: list[StepReport] = []
         self.noted, self.warned = 0.0, False
+        self.notes, self.note = ThreadPoolExecutor(1, "note"), Future[None]()
+        self.note.set_result(None)
         self.between = NOTE_S if run.store.is_local else REMOTE_NOTE_S
 
     def start(self, first_step: int, workers: int, encoded: EncodedSet) -> None:
@@ -75,18 +78,22 @@ class Recorder:
 
     def add(self, report: StepReport) -> None:
         self.pending.append(report)
-        if self.first and time.monotonic() - self.noted > self.between:
+        if self.first and self.note.done() and time.monotonic() - self.noted > self.between:
             self.noted = time.monotonic()
-            note = {"step": report.step + 1, "steps": self.steps, "loss": report.loss}
-            try:
-                self.run.store.write_json(f"{self.run.folder}/{PROGRESS}", note)
-            except OSError as error:  # only for people: no reason to end a training
-                if not self.warned:
-                    logging.getLogger(__name__).warning("progress cannot be noted (%s); training goes on", error)
-                self.warned = True
+            self.note = self.notes.submit(self._note, report)
+
+    def _note(self, report: StepReport) -> None:
+        note = {"step": report.step + 1, "steps": self.steps, "loss": report.loss}
+        try:
+            self.run.store.write_json(f"{self.run.folder}/{PROGRESS}", note)
+        except OSError as error:  # only for people: no reason to end a training
+            if not self.warned:
+                logging.getLogger(__name__).warning("progress cannot be noted (%s); training goes on", error)
+            self.warned = True
 
     def flush(self) -> None:
         if self.first:
+            self.note.result()
             self.run.write_part(CURVE, self.pending)
         self.pending = []
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import PurePosixPath
 
 from cascade.compression.adapter import AdapterWeights, fp16_bytes
 from cascade.compression.pareto import best_of
@@ -58,8 +59,8 @@ def work(job: Job) -> Metrics:
         "recovery": asdict(recovery) if recovery else None,
         "recipe": winner.recipe,
         "validation": {name: {"passed": s.passed, "n": s.n, "accuracy": s.accuracy} for name, s in scores.items()},
-        "finalists": {f"candidate{n}": t.recipe for n, t in enumerate(finalists)},
-        "chosen": f"candidate{chosen}",
+        "finalists": {_name(trial): trial.recipe for trial in finalists},
+        "chosen": _name(winner),
     }
 
 
@@ -92,11 +93,13 @@ def _finalists(job: Job, trials: list[Trial], ground: Groundwork, adapter: Adapt
 def _compare(job: Job, finalists: list[Trial], trained: str) -> dict[str, list[Verdict]]:
     """Verdicts on the validation tasks, of the modifier as trained and of every finalist."""
     style, tasks = training_style(job.runs), job.runs.validation_tasks
-    assignments = [Assignment("trained", tasks, style, trained, "trained")]
-    for number, trial in enumerate(finalists):
-        name = f"candidate{number}"
-        assignments.append(Assignment(name, tasks, style, f"{job.run.folder}/{trial.file}", name))
-    return evaluate(job, assignments)
+    adapters = {"trained": trained} | {_name(trial): f"{job.run.folder}/{trial.file}" for trial in finalists}
+    return evaluate(job, [Assignment(name, tasks, style, adapter, name) for name, adapter in adapters.items()])
+
+
+def _name(finalist: Trial) -> str:
+    """After its file, not its place: verdicts of a search that was interrupted may be of other finalists."""
+    return f"candidate-{PurePosixPath(finalist.file).stem}"
 
 
 def _choose(job: Job, finalists: list[Trial], verdicts: dict[str, list[Verdict]]) -> tuple[int, str]:
@@ -110,7 +113,7 @@ def _choose(job: Job, finalists: list[Trial], verdicts: dict[str, list[Verdict]]
     """
     wanted = job.config.compression
     trained = [v.passed for v in verdicts["trained"]]
-    found = [[v.passed for v in verdicts[f"candidate{n}"]] for n in range(len(finalists))]
+    found = [[v.passed for v in verdicts[_name(trial)]] for trial in finalists]
     good = [n for n, passed in enumerate(found) if sum(paired_loss(trained, passed)) <= wanted.tolerance]
     if good and wanted.choose == "smallest":
         chosen = min(good, key=lambda n: finalists[n].disk_bytes)

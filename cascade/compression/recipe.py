@@ -197,7 +197,7 @@ def recipe_from(params: Mapping[str, Any], room: Room = Room()) -> Recipe:
     method, values = params.get("method", "low-rank"), params.get("values", "int4")
     group = params.get("group", _MEASURED_GROUP) if values != "fp16" else _MEASURED_GROUP
     low, high = _reach(method, values, group, room)
-    bits = low * (high / low) ** params.get("size", 1.0)
+    bits = min(high, low * (high / low) ** params.get("size", 1.0))  # rounding may go beyond what there is
     how = {"allocation": params.get("allocation", "global"), "metric": params.get("metric", "weights")}
     if method == "low-rank":
         truncate = Truncate(keep=bits / _dense_bits(values, group), **how)

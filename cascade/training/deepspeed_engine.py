@@ -15,6 +15,7 @@ from cascade.config import Training
 from cascade.errors import DataError
 from cascade.training.loop import TargetLoss, adamw, clip_or_drop, set_rate
 from cascade.training.packing import Row
+from cascade.training.pissa import START
 
 STATE = "state.pt"
 """The file of a checkpoint."""
@@ -68,6 +69,8 @@ class DeepSpeedEngine:
         self.trainable = {name: p for name, p in named.items() if p.requires_grad}
         # Kept as they are: DeepSpeed rounds them to bfloat16, and spreads them over the workers in stage 3.
         self.frozen = {name: _on_cpu(p) for name, p in named.items() if "lora_" in name and not p.requires_grad}
+        self.start = {name: named[name] for name in self.frozen if f".{START}." in name}
+        """What PiSSA takes off again, of the model."""
         self.norm: torch.Tensor | None = None
         optimizer = adamw(module, training.lora)
         if not self.stage:
@@ -111,7 +114,7 @@ class DeepSpeedEngine:
 
     def state(self, step: int) -> dict[str, Any] | None:
         """A checkpoint for `write_state`, fit for any stage and number of workers: copies of weights and moments, as
-        they are now, and the next step.
+        they are now, the next step, and PiSSA's start.
 
         The copies are where the originals are: on a GPU they take its memory, not the training's time.
 
@@ -130,6 +133,7 @@ class DeepSpeedEngine:
             "shapes": {name: tuple(weight.shape) for name, weight in zip(trainable, weights, strict=True)},
             "weights": _joined(weights),
             "moments": {key: _joined(tensors) for key, tensors in moments.items()},
+            "start": {name: self.frozen[name].bfloat16() for name in self.start},  # whose numbers they are
         }
 
     def load(self, folder: str | Path) -> int:
@@ -148,6 +152,9 @@ class DeepSpeedEngine:
         for key, joined in state["moments"].items():
             for name, moment in _apart(joined, state["shapes"]):
                 self._set(self.trainable[name], moment, key)
+        for name, start in state.get("start", {}).items():  # which another machine may not have computed alike
+            self.frozen[name].copy_(start)
+            self.start[name].data.copy_(start)
         return int(state["next_step"])
 
     def weights(self) -> dict[str, torch.Tensor]:

@@ -176,7 +176,8 @@ def run_steps(
         reduce_sum: sums a number over all workers.
 
     Raises:
-        DataError: several steps in a row were skipped.
+        DataError: several steps in a row were skipped; the last of them is not yielded, so that who takes no more than
+            the plan has learns of it too.
     """
     skipped: list[StepReport] = []
     for number in range(start, len(plan)):
@@ -197,9 +198,9 @@ def run_steps(
         counts = step.tokens, step.targets, seconds, step.sample_ids, world, memory_bytes(engine.device)
         found = StepReport(number, loss_mean, rate, norm, *counts)
         skipped = [*skipped, found] if found.skipped else []
-        yield found
         if len(skipped) >= min(MOST_SKIPPED, len(plan)):
             raise DataError(_not_finite(skipped))
+        yield found
 
 
 def _not_finite(skipped: Sequence[StepReport]) -> str:

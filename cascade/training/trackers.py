@@ -25,8 +25,8 @@ from cascade.training.measures import StepReport
 
 TENSORBOARD = "tensorboard"
 """Folder of the event files, in the run: `tensorboard --logdir` on it shows the curves."""
-
-
+WRITE_S = 1.0
+"""Seconds between two writes to their file, apart from those that a flush asks for."""
 QUIET_S = 300.0
 """Seconds for which a server that failed is left alone: one that cannot be reached may take long to say so."""
 _TAG = "cascade.fingerprint"
@@ -137,8 +137,8 @@ class _Guarded:
 class TensorBoard:
     """An event file, written in the run's folder or, where that is no local one, copied there at each flush.
 
-    What cannot be written, as on a full disk, is kept and written with what comes later. (TensorBoard's own writer has
-    a thread, which the first error ends for good.)
+    It is written to once a second at most, and at each flush. What cannot be written, as on a full disk, is kept and
+    written with what comes later. (TensorBoard's own writer has a thread, which the first error ends for good.)
     """
 
     def __init__(self, run: Run, start: int = 0) -> None:
@@ -151,7 +151,7 @@ class TensorBoard:
         self.folder = Path(local)
         # TensorBoard reads a folder's files in the order of their names.
         self.file = self.folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
-        self.good_bytes = 0
+        self.good_bytes, self.written = 0, 0.0
         # TensorBoard drops what it has of later steps when it reads that a session starts.
         begin = Event(step=start + 1, session_log=SessionLog(status=SessionLog.START))
         self.waiting = [Event(wall_time=time.time(), file_version="brain.Event:2"), begin]
@@ -159,7 +159,8 @@ class TensorBoard:
     def log(self, step: int, figures: dict[str, float]) -> None:
         values = [self.summary.Value(tag=name, simple_value=value) for name, value in figures.items()]
         self.waiting.append(self.event(wall_time=time.time(), step=step, summary=self.summary(value=values)))
-        self._write()
+        if time.monotonic() - self.written >= WRITE_S:
+            self._write()
 
     def flush(self) -> None:
         self._write()
@@ -173,6 +174,7 @@ class TensorBoard:
         """Append what waits, in place of what an earlier error left half-written."""
         from tensorboard.summary.writer.record_writer import RecordWriter
 
+        self.written = time.monotonic()
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.file, "ab") as file:
             file.truncate(min(self.good_bytes, file.tell()))

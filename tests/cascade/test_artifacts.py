@@ -326,11 +326,14 @@ def test_sha256_of_file(tmp_path):
 
 @pytest.fixture
 def bucket(monkeypatch):
-    """A store in memory that behaves as object stores do: no folders to make, no rename, no local path."""
+    """A store in memory that behaves as object stores do: times, no folders to make, no rename, no local path."""
     memory = MemoryFileSystem()
     monkeypatch.setattr(memory, "store", {})
     monkeypatch.setattr(memory, "pseudo_dirs", [""])
     remote = pafs.PyFileSystem(pafs.FSSpecHandler(memory))
+    ordinary = pafs.FSSpecHandler._create_file_info
+    timed = staticmethod(lambda path, info: ordinary(path, info | {"mtime": info.get("created")}))
+    monkeypatch.setattr(pafs.FSSpecHandler, "_create_file_info", timed)
     monkeypatch.setattr(artifacts, "_resolve", lambda uri: (remote, uri.removeprefix("s3:/")))
     return Store("s3://bucket/models")
 
@@ -358,6 +361,22 @@ def test_folders_go_up_to_and_come_down_from_a_store_that_is_not_local(bucket, t
     single = bucket.local_copy("adapter/adapter.bin", tmp_path / "cache")
     assert single.read_bytes() == b"weights"
     assert not [p for p in (tmp_path / "cache").iterdir() if p.name.endswith(".tmp")]
+    with pytest.raises(FileNotFoundError):
+        bucket.local_copy("nothing", tmp_path / "cache")
+
+
+@pytest.mark.parametrize("path", ["adapter", "adapter/x.bin"])
+@pytest.mark.parametrize("anew", [b"new weights", b"more of the new weights"])
+def test_what_was_deleted_and_made_anew_is_copied_anew(bucket, tmp_path, path, anew):
+    def copied():
+        copy = bucket.local_copy(path, tmp_path / "cache")
+        return (copy if copy.is_file() else copy / "x.bin").read_bytes()
+
+    bucket.write_bytes("adapter/x.bin", b"old weights")
+    assert copied() == b"old weights"
+    bucket.delete("adapter")
+    bucket.write_bytes("adapter/x.bin", anew)
+    assert copied() == anew
 
 
 def test_a_folder_goes_into_a_local_store(tmp_path):

@@ -7,14 +7,16 @@ from types import SimpleNamespace
 
 import pytest
 
-from cascade.config import Compression, Lora
+from cascade.artifacts import Run, Store
+from cascade.config import Compression, Execution, Lora
 from cascade.errors import CascadeError, DataError
-from cascade.tasks import Verdict
-from ray_jobs import _finish, _winner, compress_modifier
+from cascade.tasks import Message, Task, Verdict
+from ray_jobs import _evaluate, _finish, _winner, compress_modifier
+from ray_jobs._progress import Progress
 from ray_jobs._trial import kept_files
-from ray_jobs.compress_modifier import _choose, _finalists
+from ray_jobs.compress_modifier import _choose, _compare, _finalists, _name
 
-FINALISTS = [SimpleNamespace(disk_bytes=size, drift=1 / size) for size in (10, 20, 30)]
+FINALISTS = [SimpleNamespace(disk_bytes=size, drift=1 / size, file=f"front/{size}.bin") for size in (10, 20, 30)]
 
 
 def verdicts(failed, n):
@@ -23,7 +25,8 @@ def verdicts(failed, n):
 
 def chosen(failed, n, **settings):
     job = SimpleNamespace(config=SimpleNamespace(compression=Compression(**settings)))
-    found = {"trained": verdicts((), n)} | {f"candidate{i}": verdicts(f, n) for i, f in enumerate(failed)}
+    names = [_name(finalist) for finalist in FINALISTS]
+    found = {"trained": verdicts((), n)} | {name: verdicts(f, n) for name, f in zip(names, failed, strict=True)}
     return _choose(job, FINALISTS, found)
 
 
@@ -66,6 +69,35 @@ def test_finalists_of_the_best_are_those_nearest_to_the_uncompressed():
     for trial in made:
         trial.drift = math.inf  # by a search that did not measure it
     assert [t.disk_bytes for t in _finalists(job, made, None, None)] == [10]
+
+
+def test_verdicts_of_another_search_are_not_taken_for_a_finalists(tmp_path, monkeypatch):
+    """An interrupted job left some; going on, it has a finalist more, and smaller ones come first."""
+    run = Run(Store(str(tmp_path)), "sums", "compress_modifier", "0f0f")
+    task = Task("t0", "quiz", "sums", "validation", (Message("user", "q"),), {})
+    monkeypatch.setattr(compress_modifier, "training_style", lambda runs: None)
+    job = SimpleNamespace(
+        run=run,
+        runs=SimpleNamespace(validation_tasks=[task]),
+        config=SimpleNamespace(execution=Execution()),
+        progress=Progress(),
+    )
+    asked = []
+
+    def judge(job, assignments, blocks, size, pool):
+        adapters = {a.name: a.adapter for a in assignments}
+        for name in (block.column("assignment")[0].as_py() for block in blocks):
+            asked.append(adapters[name])
+            given = [Verdict("t0", "m", name, "pass" if "good" in adapters[name] else "fail")]
+            run.write_part(f"{name}_verdicts", given)
+            yield name, given
+
+    monkeypatch.setattr(_evaluate, "_run_blocks", judge)
+    bad, good = (SimpleNamespace(file=f"front/{name}.safetensors") for name in ("bad", "good"))
+    _compare(job, [good], "trained/adapter")
+    found = _compare(job, [bad, good], "trained/adapter")
+    assert [found[_name(t)][0].passed for t in (bad, good)] == [False, True]
+    assert asked == ["trained/adapter", f"{run.folder}/{good.file}", f"{run.folder}/{bad.file}"]
 
 
 def test_finalists_are_spread_over_the_front():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -114,9 +115,32 @@ def test_progress_that_cannot_be_noted_is_warned_of_once(
         patch.setattr(Store, "write_json", refuse)
         for point in curve(1.0):
             recorder.add(point)
-    recorder.flush()
+            recorder.flush()
     assert len(run.read(CURVE, StepReport)) == 3
     assert [r.message for r in caplog.records] == ["progress cannot be noted (503 SlowDown); training goes on"]
+
+
+def test_no_step_waits_for_a_note_and_none_is_under_way_after_a_flush(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_train_ledger, "NOTE_S", -1.0)
+    answered, ordinary, taken = threading.Event(), Store.write_json, []
+
+    def slow(self: Store, path: str, value: Any) -> None:
+        assert answered.wait(60)
+        taken.append(value["step"])
+        ordinary(self, path, value)
+
+    monkeypatch.setattr(Store, "write_json", slow)
+    recorder, points = Recorder(run, 99, first=True), curve(1.0)
+    for point in points:
+        recorder.add(point)
+    assert taken == []
+    answered.set()
+    recorder.flush()
+    assert taken == [1], "those that came meanwhile were put off, not put in a queue"
+    assert run.store.read_json(f"{run.folder}/{PROGRESS}") == {"step": 1, "steps": 99, "loss": 1.0}
+    assert len(run.read(CURVE, StepReport)) == len(points)
 
 
 def test_an_object_store_is_written_to_less_often(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

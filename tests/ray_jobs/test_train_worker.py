@@ -367,6 +367,19 @@ def test_a_training_that_has_broken_down_ends_and_leaves_the_sound_checkpoint(
     assert bool(state["weights"].isfinite().all())
 
 
+@pytest.mark.parametrize(("tokens_per_step", "epochs"), [(120, 4), (999, 3), (999, 1)])
+def test_a_training_that_breaks_down_at_its_very_end_is_no_success(
+    base: str, fake: FakeRay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokens_per_step: int, epochs: int
+) -> None:
+    lora = {"rank": 2, "epochs": epochs, "tokens_per_step": tokens_per_step, "max_length": 200}
+    train(assign(base, tmp_path / "sound", {"tasks": 0}, lora=lora))
+    steps, before, fake.checkpoint = fake.reports[-1]["steps"], len(fake.reports), None
+    poison(monkeypatch, set(range(steps - 3, steps)))
+    with pytest.raises(DataError, match=rf"not finite in {min(3, steps)} steps in a row"):
+        train(assign(base, tmp_path, {"tasks": 0}, lora=lora))
+    assert all(report.keys() == {"step"} for report in fake.reports[before:]), "no end was reported"
+
+
 def test_a_checkpoint_under_way_when_an_error_ends_training_is_stored_whole(
     base: str, fake: FakeRay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +22,7 @@ from cascade.training.measures import mean
 from ray_jobs import _bench
 from ray_jobs._bench import Bench, _loss, run_trial
 from ray_jobs._follow import Follower
+from ray_jobs._progress import polling
 from ray_jobs._trial import STAGES, TRIALS, Groundwork, Stage, Trial
 
 LEVEL = Groundwork({}, 4.0, np.full(80, 0.05, np.float32))
@@ -168,3 +171,32 @@ def test_a_follower_reads_each_part_once(tmp_path, monkeypatch):
     assert follower.news() == stages[1:]
     assert len(read) == 2
     assert follower.news() == []
+
+
+def test_what_a_follower_could_not_read_comes_with_the_next_look(tmp_path, monkeypatch, caplog):
+    """And a store that does not answer for a while ends no looking on."""
+    run = Run(Store(str(tmp_path)), "sums", "search", "x")
+    stages = [Stage(key, 0.25, 10, 0.5) for key in "abc"]
+    for stage in stages:
+        run.write_part(STAGES, [stage])
+    failing, whole = itertools.count(), Store.read_bytes
+
+    def read(store, path):
+        if next(failing) in {1, 2}:
+            raise OSError("503 SlowDown")
+        return whole(store, path)
+
+    monkeypatch.setattr(Store, "read_bytes", read)
+    follower, found, ended = Follower(run, STAGES, Stage), [], threading.Event()
+
+    def look():
+        found.extend(follower.news())
+        if found:
+            ended.set()
+
+    with polling(look, every_s=0.01):
+        assert ended.wait(30)
+    assert found == stages
+    assert [r.message for r in caplog.records] == ["progress cannot be read (503 SlowDown); it is tried again"], (
+        "once, though it failed twice"
+    )

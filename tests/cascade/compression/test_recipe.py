@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tracemalloc
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -250,6 +250,23 @@ def test_seed_points_lie_in_the_space_and_within_its_limits(big, ratio):
         compressed = compress(big, recipe_from(point, Room.of(big, bounds)), plain_moments(big))
         assert disk_bytes(compressed) <= max(bounds.disk, fp16_bytes(big) / 14)  # one rank of sixteen at least
         assert resident_bytes(compressed) <= max(bounds.resident, fp16_bytes(big) / 16)
+
+
+@pytest.mark.parametrize("resident", [0.05, 48 / 260, 0.5, 0.7, 1.0])
+def test_seed_points_and_corners_are_recipes_whatever_the_limits(resident):
+    for ratio, rank, int8 in product((0.001, 48 / 260, 0.55, 0.7, 0.85, 1.0), (1, 8, 64, 96), (False, True)):
+        compression = Compression(max_ratio=ratio, max_resident_ratio=resident)
+        room = Room(0.96 * ratio, resident, 2, rank, int8)
+        for point in (*seed_points(compression), *corners(search_space(compression))):
+            recipe_from(point, room)  # which refuses what it may not be
+
+
+def corners(space):
+    """Of what decides how many bits there are and what they buy; the other numbers go along with `balance`."""
+    for method, values, group in product(*(space[name][1] for name in ("method", "values", "group"))):
+        for size, end in product((0.0, 1.0), (1, 2)):
+            numbers = {name: kind[end] for name, kind in space.items() if kind[0] == "uniform"}
+            yield numbers | {"method": method, "values": values, "group": group, "size": size}
 
 
 @pytest.mark.parametrize("rank", [64, 128])

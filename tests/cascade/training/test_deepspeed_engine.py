@@ -1,16 +1,27 @@
-"""The file of a checkpoint. What DeepSpeed makes of it is tests/integration/test_zero_stages.py's."""
+"""The file of a checkpoint, and one worker that goes on from it. More of them are in tests/integration."""
 
 from __future__ import annotations
 
+import itertools
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from cascade.config import Base, Lora, Training
 from cascade.errors import DataError
-from cascade.training.deepspeed_engine import STATE, _apart, _joined, read_state, write_state
+from cascade.models.base import load_base
+from cascade.training.deepspeed_engine import STATE, DeepSpeedEngine, _apart, _joined, read_state, write_state
+from cascade.training.examples import EncodedExample
+from cascade.training.loop import TargetLoss, run_steps
+from cascade.training.lora import add_lora, lora_layers
+from cascade.training.packing import plan_steps
+from cascade.training.pissa import START, change_alone, factors
+
+PISSA = Lora(rank=4, init="pissa", learning_rate=5e-3, epochs=2, tokens_per_step=40, max_length=48)
 
 
 def made(count: int = 4) -> dict[str, Any]:
@@ -82,3 +93,47 @@ def test_a_file_that_is_not_there_or_not_whole_is_named(tmp_path: Path, length: 
         (tmp_path / STATE).write_bytes((tmp_path / STATE).read_bytes()[:length])
     with pytest.raises(DataError, match=rf"{STATE}.*(no checkpoint of this version|is not whole)"):
         read_state(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def alone() -> Iterator[None]:
+    """The only worker there is. Of the module: DeepSpeed keeps the first group that it finds."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_RANK", "0")
+        yield
+    torch.distributed.destroy_process_group()
+
+
+def pissa_engine(folder: Path, stage: int, sign: int) -> DeepSpeedEngine:
+    """Where the library for singular vectors gives them this sign: both are right."""
+    model = add_lora(load_base(Base(model=str(folder), dtype="float32"), torch.device("cpu")), PISSA, seed=3)
+    for layer in lora_layers(model).values():
+        for factor in (*factors(layer), *factors(layer, START)):
+            factor.data *= sign
+    training = Training(lora=PISSA, zero_stage=stage)  # type: ignore[arg-type]
+    return DeepSpeedEngine(TargetLoss(model), training, torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_pissa_goes_on_from_the_start_that_it_had(alone: None, tiny_folder: Path, tmp_path: Path, stage: int) -> None:
+    examples = [EncodedExample(f"e{i}", tuple(range(5, 25 + i)), (False,) * 8 + (True,) * (12 + i)) for i in range(4)]
+    plan = plan_steps(examples, PISSA, seed=1)
+    assert len(plan) > 3
+    first = pissa_engine(tiny_folder, stage, sign=1)
+    curve = [report.loss for report in itertools.islice(run_steps(first, plan, PISSA), 2)]
+    state = first.state(2)
+    assert state is not None
+    write_state(state, tmp_path)
+    curve += [report.loss for report in run_steps(first, plan, PISSA, start=2)]
+    second = pissa_engine(tiny_folder, stage, sign=-1)
+    assert second.load(tmp_path) == 2
+    assert [report.loss for report in run_steps(second, plan, PISSA, start=2)] == curve[2:]
+    mine, theirs = first.weights(), second.weights()
+    assert any(f".{START}." in name for name in mine)
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    layers = [lora_layers(engine.module.model) for engine in (first, second)]  # type: ignore[arg-type]
+    for name in layers[0]:
+        given = [mine[f"base_model.model.{name}.lora_{factor}.default.weight"] for factor in "AB"]
+        found = (change_alone(which[name], *given) for which in layers)
+        assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))

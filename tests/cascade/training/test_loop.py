@@ -303,10 +303,20 @@ def test_several_steps_in_a_row_that_are_not_finite_end_the_training(module):
     assert all(torch.equal(x, y) for x, y in zip(before, weights(module), strict=True))
 
 
-def test_a_training_of_which_no_step_counts_is_none(module):
-    steps = run_steps(poisoned(TorchEngine(module, SETTINGS), range(99), "loss"), PLAN[:2], SETTINGS)
-    with pytest.raises(DataError, match="not finite in 2 steps in a row"):
-        list(steps)
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_a_training_of_which_no_step_counts_is_none(module, length):
+    """Also for who asks for no more steps than the plan has."""
+    steps = run_steps(poisoned(TorchEngine(module, SETTINGS), range(99), "loss"), PLAN[:length], SETTINGS)
+    with pytest.raises(DataError, match=rf"not finite in {length} steps in a row"):
+        [next(steps) for _ in range(length)]
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_the_last_steps_of_a_plan_end_it_as_others_do(module, kind):
+    steps = run_steps(poisoned(TorchEngine(module, SETTINGS), {2, 3, 4}, kind), PLAN[:5], SETTINGS)
+    assert [next(steps).skipped for _ in range(4)] == [False, False, True, True]
+    with pytest.raises(DataError, match=r"3 steps in a row \(from step 3 on\)"):
+        next(steps)
 
 
 def test_the_losses_of_all_targets_add_up_to_that_of_their_rows(module):

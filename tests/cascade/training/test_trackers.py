@@ -61,6 +61,28 @@ def test_tensorboard_has_the_curves(run):
     }
 
 
+def test_the_event_file_is_opened_once_a_second_and_holds_all_after_a_flush(run, monkeypatch):
+    now, opened = [100.0], []
+
+    @contextmanager
+    def counted(*given):
+        opened.append(given)
+        with open(*given) as file:
+            yield file
+
+    monkeypatch.setattr(trackers_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(trackers_module, "open", counted, raising=False)
+    trackers = Trackers.open(config(), run)
+    for step in range(12):
+        trackers.step(replace(REPORT, step=step))
+        now[0] += 0.25
+    assert len(opened) == 3
+    trackers.flush()
+    events = EventAccumulator(run.store.path(f"{run.folder}/{TENSORBOARD}"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("train/loss")] == list(range(1, 13))
+
+
 class FakeTracker(SimpleNamespace):
     """Notes every call."""
 
