@@ -186,6 +186,13 @@ class Reference(Section):
     scores: dict[str, Annotated[float, Field(gt=0, le=100)]] = Field(description="benchmark -> score in percent")
     target_ratio: tuple[float, float] = Field(description="aim as a share of the reference, low and high")
 
+    @field_validator("target_ratio")
+    @classmethod
+    def _rises(cls, ratio: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < ratio[0] <= ratio[1]:
+            raise ValueError("two numbers above 0, the lower first")
+        return ratio
+
 
 class Execution(Section):
     """How things are computed. Never changes a result, so a change here re-runs nothing."""
@@ -275,6 +282,8 @@ class Config(Section):
     def _names_no_other_route(cls, domain: str) -> str:
         if domain in ("base", "cascade"):
             raise ValueError(f"requests name the base and the router so (got {domain!r}): choose another name")
+        if domain in ("known", "follow-up"):  # refused by the router too, but by then the teachers are paid
+            raise ValueError(f"the router has an output of its own of that name (got {domain!r}): choose another name")
         return domain
 
     @model_validator(mode="after")
@@ -282,6 +291,12 @@ class Config(Section):
         least, most = self.execution.train_workers_min, self.execution.train_workers
         if least is not None and least > most:
             raise ValueError(f"execution.train_workers_min {least} is more than execution.train_workers {most}")
+        tested = {source.benchmark for source in self.tasks.test.sources}
+        if self.reference and (untested := sorted(set(self.reference.scores) - tested)):
+            raise ValueError(
+                f"reference.scores has {', '.join(untested)}, which tasks.test does not: tested are "
+                f"{', '.join(sorted(tested))}; correct the name, or take the score out"
+            )
         if self.execution.compile and self.training.zero_stage == 3:
             raise ValueError("execution.compile does not go together with training.zero_stage 3: set one of them lower")
         if self.serving.weights == "int8" and (self.execution.use_gpu or self.base.dtype == "float32"):
@@ -296,6 +311,25 @@ class Config(Section):
         return self.tiers[number - 1]
 
 
+class _RepeatedKeyError(yaml.YAMLError):
+    """A mapping has a key twice, of which YAML would take the last."""
+
+
+class _Strict(yaml.SafeLoader):
+    """YAML without repeated keys; what `<<` merges in may be set again."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[str, int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                line = key.start_mark.line + 1
+                if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+                    first = seen[key.value]
+                    raise _RepeatedKeyError(f"line {line}: the key {key.value} is in line {first} already; keep one")
+                seen[key.value] = line
+        return super().construct_mapping(node, deep)
+
+
 def load_config(path: str | os.PathLike[str]) -> Config:
     """Read and check a YAML file.
 
@@ -303,11 +337,13 @@ def load_config(path: str | os.PathLike[str]) -> Config:
         ConfigError: the file is missing, no YAML, or breaks the schema; names each key and what is allowed there.
     """
     try:
-        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        raw = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Strict)
     except OSError as error:
         raise ConfigError(f"cannot read the config {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text: {error}") from error
+    except _RepeatedKeyError as error:
+        raise ConfigError(f"{path}, {error}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(raw, dict):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -14,9 +15,25 @@ Weights = Literal["full", "int8"]
 
 
 class Section(BaseModel):
-    """Base of all sections: immutable, unknown keys refused."""
+    """Base of all sections: immutable, unknown keys refused, numbers finite and no booleans."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_boolean_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        types = list(_types_in(cls.model_fields[info.field_name or ""].annotation))
+        given = [value, *(value.values() if isinstance(value, dict) else value if isinstance(value, list) else ())]
+        number = (int in types or float in types) and bool not in types and Any not in types
+        if number and any(isinstance(v, bool) for v in given):
+            raise ValueError("true and false are no numbers: write the number")
+        return value
+
+
+def _types_in(annotation: Any) -> Iterator[Any]:
+    """What an annotation is made of, e.g. `dict[str, float] | None` of str, float and None's type."""
+    parts = get_args(annotation)
+    yield from (found for part in parts for found in _types_in(part)) if parts else [annotation]
 
 
 def explain(error: dict[str, Any], root: type[Section]) -> str:

@@ -49,8 +49,7 @@ class Arc:
     ) -> list[Task]:
         """The questions of one set and split."""
         chosen = parse_options(Options, options, self.name)
-        rows = [_from_original(row) for row in _rows(chosen, split)]
-        require(rows, {"id", "question", "choices", "answerKey"}, f"{chosen.set_} ({split})")
+        rows = _rows(chosen, split)
         return shuffled([_task(row, split, domain, chosen) for row in rows], seed, count)
 
     def score(self, task: Task, completion: Completion) -> Verdict:
@@ -67,7 +66,7 @@ class Arc:
 def _rows(options: Options, split: Split) -> list[dict[str, Any]]:
     if options.path is None:
         prefixes: dict[str, str] = {split: f"{options.set_}/{split}"}
-        return hub_rows(HubSource(REPO, REVISION, prefixes), split)
+        return _checked(hub_rows(HubSource(REPO, REVISION, prefixes), split), f"{options.set_} ({split})")
     wanted = {"train": {"train"}, "validation": {"validation", "dev"}, "test": {"test"}}[split]
     other = "easy" if options.set_ == "ARC-Challenge" else "challenge"
     root = Path(options.path).expanduser()
@@ -76,7 +75,7 @@ def _rows(options: Options, split: Split) -> list[dict[str, Any]]:
     files = [f for f in given if wanted & set(name_parts(f)) and other not in _below(f, root)]
     if not files:
         raise DataError(f"{options.path} has no {split} file of {options.set_} (e.g. {options.set_}-Test.jsonl)")
-    return [row for f in files for row in read_rows(f)]
+    return [row for f in files for row in _checked(read_rows(f), str(f))]
 
 
 def _below(file: Path, root: Path) -> set[str]:
@@ -85,20 +84,44 @@ def _below(file: Path, root: Path) -> set[str]:
     return {part for name in (file, *folders) for part in name_parts(name)}
 
 
+def _checked(rows: list[dict[str, Any]], where: str) -> list[dict[str, Any]]:
+    """Rows in the hub's schema.
+
+    Raises:
+        DataError: a row breaks the schema.
+    """
+    checked = [_from_original(row) for row in rows]
+    require(checked, {"id", "question", "choices", "answerKey"}, where)
+    for number, row in enumerate(checked, 1):
+        choices = row["choices"]
+        labels, texts = (choices.get("label"), choices.get("text")) if isinstance(choices, dict) else (None, None)
+        columns = [
+            c for c in (labels, texts) if isinstance(c, list) and len(c) > 1 and all(isinstance(t, str) for t in c)
+        ]
+        this = f"{where}, row {number} ({row['id']})"
+        if len(columns) < 2 or len(columns[0]) != len(columns[1]) or len(set(columns[0])) < len(columns[0]):
+            raise DataError(
+                f'{this}: give each choice a text and a label of its own, as {{"text": "ant", "label": "A"}}'
+            )
+        if not isinstance(row["question"], str):
+            raise DataError(f"{this}: question must be a text, or hold stem and choices")
+        if row["answerKey"] not in columns[0]:
+            raise DataError(f"{this}: answerKey {row['answerKey']!r} must be one of the labels {labels}")
+    return checked
+
+
 def _from_original(row: dict[str, Any]) -> dict[str, Any]:
     """The hub's schema from the original one, where the question holds stem and choices."""
     question = row.get("question")
     if not isinstance(question, dict):
         return row
-    choices = question["choices"]
-    columns = {"text": [c["text"] for c in choices], "label": [c["label"] for c in choices]}
-    return {**row, "question": question["stem"], "choices": columns}
+    choices = [c if isinstance(c, dict) else {} for c in question.get("choices") or ()]
+    columns = {name: [c.get(name) for c in choices] for name in ("text", "label")}
+    return {**row, "question": question.get("stem"), "choices": columns}
 
 
 def _task(row: dict[str, Any], split: Split, domain: str, options: Options) -> Task:
     labels, texts = list(row["choices"]["label"]), list(row["choices"]["text"])
-    if row["answerKey"] not in labels:
-        raise DataError(f"arc question {row['id']}: the answer {row['answerKey']!r} is none of {labels}")
     stem = f"Question: {row['question']}\n"
     lettered = "\n".join(f"({label}) {text}" for label, text in zip(labels, texts, strict=True))
     chat = options.form == "chat"

@@ -37,7 +37,7 @@ from cascade.benchmarks.sources import HubSource, hub_rows, local_files, read_ro
 from cascade.config_sections import Section
 from cascade.errors import ConfigError
 from cascade.scoring.denials import without_denials
-from cascade.scoring.extraction import marked_spans, read_choice, read_number, read_word
+from cascade.scoring.extraction import NOTHING, Reading, marked_spans, read_choice, read_number, read_word
 from cascade.tasks import Completion, Message, Split, Task, Verdict
 
 REPO, REVISION = "SaylorTwift/bbh", "b5306be6f827cfafbb545ff5a51f96916029b0fd"
@@ -151,13 +151,14 @@ def read_answer(text: str, target: str, question: str) -> str | None:
         line = re.sub(r"\*\*|[`$]", "", stated[1]).strip()
         named = without_denials(line, r"\([A-R]\)")
         letters = set(re.findall(r"\(([A-R])\)", named)) or set(re.findall(r"^([A-R])\)", named))
-        if re.fullmatch(r"\([A-R]\)", target) and len(letters) < 2:
-            label = letters.pop() if letters else _choice_named(line, question)
+        reading = _choice_named(line, question)
+        if re.fullmatch(r"\([A-R]\)", target) and len(letters) < 2 and not reading.ambiguous:
+            label = letters.pop() if letters else reading.answer
             if label:
                 return f"({label})"
         return line.rstrip().removesuffix(".").strip() or None
     if re.fullmatch(r"\([A-R]\)", target):
-        label = _choice_named(text, question)
+        label = _choice_named(text, question).answer
         return f"({label})" if label else None
     if re.fullmatch(r"-?\d+", target):
         return read_number(text).answer
@@ -168,10 +169,10 @@ def read_answer(text: str, target: str, question: str) -> str | None:
     return spans[-1] if spans else (text.strip() if "\n" not in text.strip() else None) or None
 
 
-def _choice_named(text: str, question: str) -> str | None:
+def _choice_named(text: str, question: str) -> Reading:
     """The letter of the one option of a question that a text names, by letter or in full."""
     options = dict(re.findall(r"^\(([A-R])\) (.*)$", question, re.MULTILINE))
-    return read_choice(text, options).answer if options else None
+    return read_choice(text, options) if options else NOTHING
 
 
 def _normal(answer: str) -> str:

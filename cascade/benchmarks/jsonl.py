@@ -214,14 +214,18 @@ def _exact(reference: Any, text: str) -> Judged:
     answers = [str(a) for a in reference["answers"]]
     bare = text.strip()
     numeric = all(NUMBER.fullmatch(a) for a in answers)
-    reading = read_number(text) if numeric else read_text(text)
-    if any(_same(bare, a) for a in answers):
+
+    def accepted(spelled: str) -> bool:
+        return any(_same(spelled, a) for a in answers)
+
+    reading = read_number(text) if numeric else read_text(text, accepted)
+    if accepted(bare):
         reading = Reading(bare, "whole text", (bare,))
     if reading.ambiguous:
         return "fail", "", f"several different answers: {', '.join(reading.candidates[:6])}"
     if reading.answer is None:
         return "unparsed", "", "no answer found"
-    if any(_same(reading.answer, a) for a in answers):
+    if accepted(reading.answer):
         return "pass", reading.answer, ""
     return "fail", reading.answer, f"expected {answers[0]!r}"
 

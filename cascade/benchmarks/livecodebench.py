@@ -3,8 +3,8 @@
 Source: hub `livecodebench/code_generation_lite` (its JSON-lines files, without its loading script), or local files of
 the same schema. Split rule: all problems are test tasks; `start` and `end` choose a window of contest dates, so that
 a model is tested on what came after its training. Shots: 0. Metric: pass@1 over all public and private tests (the
-accepted harness averages n = 10 samples at temperature 0.2 and top_p 0.95). Code is the text between the first two
-fence lines.
+accepted harness averages n = 10 samples at temperature 0.2 and top_p 0.95). Code is the text between the last two fence
+lines, as the harness takes it today (its first releases took the first two).
 
 Judged as lcb_runner/evaluation/testing_util.py does it: its imports and recursion limit, 6 s for each test; programs
 that read standard input are compared line by line, as text and then as decimals, what they write to standard error is
@@ -78,6 +78,22 @@ IMPORTS = "\n".join(
 COLUMNS = {"question_id", "question_content", "contest_date", "difficulty", "starter_code", "metadata"}
 
 
+_COMPARING = """
+def listed(value):
+    return list(value) if isinstance(value, tuple) else value
+
+def shown(value):
+    text = repr(value)
+    return text if len(text) <= 200 else text[:200] + "..."
+"""
+_CALLS = """
+for number, case in enumerate(cases, 1):
+    gave = listed(cascade_call(*case["arguments"]))
+    assert gave == case["wanted"], f"test {number}: {shown(case)}, gave {shown(gave)}"
+"""
+"""The tests of all problems that ask for a function; the cases are data: as code they would take long to compile."""
+
+
 class Options(Section):
     """What the config says under `options`."""
 
@@ -124,10 +140,10 @@ class LiveCodeBench:
 
 
 def between_fences(text: str) -> str | None:
-    """The text between the first two lines that hold a fence, as the accepted harness takes it."""
+    """The text between the last two lines that hold a fence, as the accepted harness takes it."""
     lines = text.split("\n")
     fences = [i for i, line in enumerate(lines) if "```" in line]
-    return "\n".join(lines[fences[0] + 1 : fences[1]]) if len(fences) >= 2 else None
+    return "\n".join(lines[fences[-2] + 1 : fences[-1]]) if len(fences) >= 2 else None
 
 
 def _released(release: int) -> list[dict[str, Any]]:
@@ -203,17 +219,17 @@ def _judge_function(code: str, reference: Mapping[str, Any]) -> TestResult:
     """Calls of the function named, one line of input per argument, all on one instance."""
     name = reference["function"]
     owner = "Solution()." if "class Solution" in code else ""
-    asserts = []
-    for given, wanted in zip(reference["inputs"], reference["outputs"], strict=True):
-        arguments = [json.loads(line) for line in given.split("\n") if line.strip()]
-        shown = ", ".join(repr(a) for a in arguments)
-        asserts.append(f"assert listed(cascade_call({shown})) == {json.loads(wanted)!r}")
+    cases = [
+        {"arguments": [json.loads(line) for line in given.split("\n") if line.strip()], "wanted": json.loads(wanted)}
+        for given, wanted in zip(reference["inputs"], reference["outputs"], strict=True)
+    ]
     each = LIMITS.cpu_seconds
     return run_tests(
         f"{IMPORTS}\n{code}\ncascade_call = {owner}{name}\n",
-        "\n".join(asserts),
-        setup="def listed(value):\n    return list(value) if isinstance(value, tuple) else value\n",
-        limits=replace(LIMITS, cpu_seconds=each * (len(asserts) + 1), call_cpu_seconds=each),
+        _CALLS,
+        setup=_COMPARING,
+        data={"cases": cases},
+        limits=replace(LIMITS, cpu_seconds=each * (len(cases) + 1), call_cpu_seconds=each),
     )
 
 

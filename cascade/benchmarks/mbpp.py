@@ -25,8 +25,9 @@ from pydantic import Field
 
 from cascade.benchmarks.options import parse_options
 from cascade.benchmarks.ordering import shuffled
-from cascade.benchmarks.sources import HubSource, hub_rows, local_rows, require
+from cascade.benchmarks.sources import HubSource, chosen_files, hub_rows, read_rows, require
 from cascade.config_sections import Section
+from cascade.errors import DataError
 from cascade.scoring.fences import read_code
 from cascade.scoring.python_tests import run_tests
 from cascade.scoring.sandbox import Limits
@@ -56,9 +57,7 @@ class Mbpp:
     ) -> list[Task]:
         """The tasks of the split's ids."""
         chosen = parse_options(Options, options, self.name)
-        rows = local_rows(chosen.path, without="sanitized") if chosen.path is not None else hub_rows(HUB, "all")
-        require(rows, {"task_id", "text", "code", "test_list"}, self.name)
-        by_id = {int(row["task_id"]): row for row in rows}
+        by_id = _rows_by_id(chosen.path)
         examples = [by_id[i] for i in SHOT_IDS if i in by_id][: chosen.shots]
         tasks = [_task(by_id[i], split, domain, chosen.form, examples) for i in IDS[split] if i in by_id]
         return shuffled(tasks, seed, count)
@@ -85,6 +84,35 @@ class Mbpp:
         """The published solution, in the form that the examples show."""
         code: str = task.reference["code"]
         return f"{code}\n" if task.form == "completion" else f"```python\n{code}\n```"
+
+
+def _rows_by_id(path: str | None) -> dict[int, Mapping[str, Any]]:
+    """
+    Raises:
+        DataError: a row breaks the schema.
+    """
+    if path is None:
+        sources = {"mbpp": hub_rows(HUB, "all")}
+    else:
+        sources = {str(f): read_rows(f) for f in chosen_files(path, without="sanitized")}
+    by_id: dict[int, Mapping[str, Any]] = {}
+    for where, rows in sources.items():
+        require(rows, {"task_id", "text", "code", "test_list"}, where)
+        for number, row in enumerate(rows, 1):
+            if isinstance(row["task_id"], bool) or not re.fullmatch(r"\d+", str(row["task_id"])):
+                raise DataError(f"{where}, row {number}: task_id {row['task_id']!r} must be a whole number")
+            texts = all(isinstance(row[key], str) for key in ("text", "code"))
+            if not texts or not _are_texts(row["test_list"]) or not isinstance(row.get("test_setup_code") or "", str):
+                raise DataError(
+                    f"{where}, row {number} (task_id {row['task_id']}): text, code and test_setup_code must be texts, "
+                    "and test_list a list of one assert or more"
+                )
+            by_id[int(row["task_id"])] = row
+    return by_id
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, str) for item in value)
 
 
 SETUP = "import math, collections, re, cmath, sys"

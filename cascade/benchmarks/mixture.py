@@ -1,8 +1,8 @@
 """The tasks of a domain: a part's sources mixed by weight, with nothing shared between what is learned and measured.
 
 What a validation, test or general task asks is dropped from the training split, and what a test or general task asks
-from the validation split, by normalised prompt. In a part that is limited by a count the same conversation appears
-once.
+from the validation split, by normalised prompt; by the whole chat where chats of one set share their last message. In a
+part that is limited by a count the same conversation appears once.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from cascade import benchmarks
-from cascade.benchmarks.normalise import conversation_key, prompt_key
+from cascade.benchmarks.normalise import Questions, asks_the_same, conversation_key
 from cascade.config import Config, Part, Tasks, TaskSet, TaskSource
 from cascade.errors import DataError
 from cascade.tasks import Split, Task
@@ -48,13 +48,15 @@ def _load(tasks_json: str, domain: str, seed: int, part: Part) -> tuple[Task, ..
     if task_set is None:
         return ()
     split: Split = "test" if part == "general" else part
-    forbidden = {prompt_key(t) for other in _PROTECTED.get(part, ()) for t in _load(tasks_json, domain, seed, other)}
+    others = {other: _load(tasks_json, domain, seed, other) for other in _PROTECTED.get(part, ())}
+    forbidden = Questions(task for tasks in others.values() for task in tasks)
     feeds = [_Feed(source, split, domain, seed, forbidden) for source in task_set.sources]
     tasks = _everything(feeds) if task_set.count is None else _mix(feeds, task_set.count)
+    left_out = _left_out([f"tasks.{other}" for other in others if others[other]], feeds)
     if task_set.count is not None and len(tasks) < task_set.count:
-        raise DataError(_too_few(task_set, part, feeds, len(tasks)))
+        raise DataError(_too_few(task_set, part, len(tasks), left_out))
     if not tasks:
-        raise DataError(f"tasks.{part}: its sources have no task")
+        raise DataError(f"tasks.{part}: its sources have no task left: {left_out}")
     _refuse_repeated_ids(tasks)
     return tuple(tasks)
 
@@ -62,9 +64,9 @@ def _load(tasks_json: str, domain: str, seed: int, part: Part) -> tuple[Task, ..
 class _Feed:
     """One source, read in its own order, without what other splits hold."""
 
-    def __init__(self, source: TaskSource, split: Split, domain: str, seed: int, forbidden: set[str]) -> None:
+    def __init__(self, source: TaskSource, split: Split, domain: str, seed: int, forbidden: Questions) -> None:
         self.source, self.split, self.domain, self.seed, self.forbidden = source, split, domain, seed, forbidden
-        self.dropped = 0
+        self.loaded = self.shared = self.repeated = 0
 
     def first(self, count: int | None, *, unique: bool) -> list[Task]:
         """Up to `count` usable tasks, asking the benchmark for more while usable ones are missing."""
@@ -83,10 +85,12 @@ class _Feed:
         return benchmark.load(self.split, domain=self.domain, options=self.source.options, seed=self.seed, count=count)
 
     def _usable(self, loaded: Sequence[Task], unique: bool) -> list[Task]:
-        kept = [task for task in loaded if prompt_key(task) not in self.forbidden]
+        own = Questions(loaded)
+        kept = [task for task in loaded if not asks_the_same(task, self.forbidden, own)]
+        self.loaded, self.shared = len(loaded), len(loaded) - len(kept)
         if unique:
             kept = list({conversation_key(task): task for task in reversed(kept)}.values())[::-1]
-        self.dropped = len(loaded) - len(kept)
+        self.repeated = self.loaded - self.shared - len(kept)
         return kept
 
 
@@ -133,11 +137,19 @@ def _interleave(pools: Sequence[Sequence[Task]], weights: Sequence[float], count
     return mixed, empty
 
 
-def _too_few(task_set: TaskSet, part: Part, feeds: Sequence[_Feed], found: int) -> str:
-    parts = [f"{f.source.benchmark} (dropped {f.dropped} that repeat or are in another split)" for f in feeds]
+def _too_few(task_set: TaskSet, part: Part, found: int, left_out: str) -> str:
     return (
         f"tasks.{part}.count asks for {task_set.count} tasks, but its sources have {found} different ones: "
-        f"{', '.join(parts)}. Lower the count, or add a source or generator."
+        f"{left_out}. Lower the count, or add a source or generator."
+    )
+
+
+def _left_out(others: Sequence[str], feeds: Sequence[_Feed]) -> str:
+    """What every source had, and why how many of them were dropped."""
+    asked = f"ask what {' or '.join(others) or 'another part'} asks"
+    return "; ".join(
+        f"{f.source.benchmark} has {f.loaded}, of which {f.shared} {asked} and {f.repeated} repeat others"
+        for f in feeds
     )
 
 

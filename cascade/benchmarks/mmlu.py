@@ -40,6 +40,8 @@ HUB = HubSource(
     {"test": "all/test", "validation": "all/validation", "dev": "all/dev"},
 )
 LABELS = ["A", "B", "C", "D"]
+_ANSWERS = {name: index for index, label in enumerate(LABELS) for name in (label, str(index))}
+"""How files write the answer -> its index."""
 Row = dict[str, Any]
 
 
@@ -129,15 +131,31 @@ def _task(row: Row, number: int, split: Split, domain: str, options: Options, ex
 def _rows(path: str | None, split: str) -> list[Row]:
     """Rows with subject, question, choices (4 texts) and answer (index), in the order of the files."""
     if path is None:
-        rows = hub_rows(HUB, split)
-    else:
-        files = [f for f in local_files(path) if _split_of(f) == split]
-        if not files:
-            raise DataError(f"{path} has no {split} files (<subject>_{split}.csv or {split}-*.parquet)")
-        files = [f for f in files if f.parent.name == "all"] or files  # the hub has every subject beside all of them
-        rows = [row for f in files for row in (_original_rows(f) if f.suffix == ".csv" else read_rows(f))]
-    require(rows, {"question", "choices", "answer", "subject"}, f"mmlu ({split})")
-    return rows
+        return _checked(hub_rows(HUB, split), f"mmlu ({split})")
+    files = [f for f in local_files(path) if _split_of(f) == split]
+    if not files:
+        raise DataError(f"{path} has no {split} files (<subject>_{split}.csv or {split}-*.parquet)")
+    files = [f for f in files if f.parent.name == "all"] or files  # the hub has every subject beside all of them
+    return [row for f in files for row in (_original_rows(f) if f.suffix == ".csv" else _checked(read_rows(f), str(f)))]
+
+
+def _checked(rows: list[Row], where: str) -> list[Row]:
+    """Rows of the hub's schema, the answer as an index.
+
+    Raises:
+        DataError: a row breaks the schema.
+    """
+    require(rows, {"question", "choices", "answer", "subject"}, where)
+    checked = []
+    for number, row in enumerate(rows, 1):
+        answer, choices = row["answer"], row["choices"]
+        texts = isinstance(choices, list) and len(choices) == len(LABELS) and all(isinstance(c, str) for c in choices)
+        if not texts or not isinstance(row["question"], str) or not isinstance(row["subject"], str):
+            raise DataError(f"{where}, row {number} must hold question and subject as texts and choices as four texts")
+        if isinstance(answer, bool) or str(answer).strip() not in _ANSWERS:
+            raise DataError(f"{where}, row {number}: the answer {answer!r} must be an index 0-3 or a letter A-D")
+        checked.append({**row, "answer": _ANSWERS[str(answer).strip()]})
+    return checked
 
 
 def _split_of(file: Path) -> str:
@@ -155,10 +173,9 @@ def _original_rows(file: Path) -> list[Row]:
     subject = file.stem.rsplit("_", 1)[0]
     rows = []
     for number, line in enumerate(lines, 1):
-        if len(line) != 6 or line[5].strip() not in {*LABELS, "0", "1", "2", "3"}:
+        if len(line) != 6 or line[5].strip() not in _ANSWERS:
             raise DataError(f"{file}, row {number} must hold a question, four choices and an answer A-D or 0-3")
-        answer = line[5].strip()
-        index = LABELS.index(answer) if answer in LABELS else int(answer)
+        index = _ANSWERS[line[5].strip()]
         rows.append({"subject": subject, "question": line[0], "choices": line[1:5], "answer": index})
     return rows
 

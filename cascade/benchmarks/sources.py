@@ -239,8 +239,8 @@ def name_parts(file: Path) -> list[str]:
     return re.split(r"[^a-z0-9]+", file.name.lower().split(".")[0])
 
 
-def local_rows(path: str, split: str | None = None, without: str | None = None) -> list[dict[str, Any]]:
-    """The rows of all files at a path; where some names carry the split (hub folders do), of those alone.
+def chosen_files(path: str, split: str | None = None, without: str | None = None) -> list[Path]:
+    """The data files at a path; where some names carry the split (hub folders do), those alone.
 
     Args:
         without: a word that names what is published in the same place and is something else: files with it in their
@@ -248,8 +248,12 @@ def local_rows(path: str, split: str | None = None, without: str | None = None) 
     """
     files = local_files(path)
     files = [f for f in files if without not in (*name_parts(f), f.parent.name)] or files
-    named = [f for f in files if split is not None and split in name_parts(f)]
-    return [row for f in named or files for row in read_rows(f)]
+    return [f for f in files if split is not None and split in name_parts(f)] or files
+
+
+def local_rows(path: str, split: str | None = None, without: str | None = None) -> list[dict[str, Any]]:
+    """The rows of all `chosen_files`."""
+    return [row for f in chosen_files(path, split, without) for row in read_rows(f)]
 
 
 def require(rows: Sequence[Row], columns: set[str], what: str) -> None:

@@ -158,8 +158,11 @@ def _run(payload: dict[str, Any], channel: _Channel) -> dict[str, Any]:
         return {"outcome": "fail", "evidence": f"the code cannot be executed: {first.get('text', '')}"}
     space: dict[str, Any] = {"__name__": "__tests__"}
     exec(compile(payload["setup"], "<setup>", "exec"), space)
+    space |= payload["data"]
     program = payload["tests"]
-    candidate_names = free_names(program, set(dir(builtins)) | set(space)) | set(payload["names"])
+    candidate_names = free_names(program, set(dir(builtins)) | set(space)) | set(payload["names"]) - set(
+        payload["data"]
+    )
     space |= {name: _Function(channel, name) for name in candidate_names}
     space |= {alias: _Function(channel, name) for alias, name in payload["aliases"].items()}
     try:
@@ -176,7 +179,8 @@ def main(payload: dict[str, Any], requests: int, answers: int, verdict: int) -> 
     """Run the tests and write one line with the outcome.
 
     Args:
-        payload: {"setup": trusted code run here first, "tests": code, "names": the candidate's names that shadow the
+        payload: {"setup": trusted code run here first, "data": names of the tests' own and their values, which no name
+            of the candidate replaces, "tests": code, "names": the candidate's names that shadow the
             setup's, "aliases": name in the tests -> candidate's name, "announce": whether to write `ANSWERED` to
             `verdict` after every answer and to wait for a byte on standard input}.
         requests, answers: file descriptors to the candidate.

@@ -2,8 +2,9 @@
 
 Three checks per example and test task. *exact*: a message is the task's question or its whole prompt, normalised.
 *question*: a message holds the whole question, if that has 8 words or more. *ngram*: it shares a run of 13 words with
-the task (the GPT-3 rule) that is more than boilerplate. Near-duplicates are found by MinHash over word 5-grams
-(library `datasketch`), their Jaccard similarity then measured exactly.
+the task (the GPT-3 rule) that is more than boilerplate. A last message that chats share tells nothing: they are the
+same if what is before it is, and share runs of that. Near-duplicates are found by MinHash over word 5-grams (library
+`datasketch`), their Jaccard similarity then measured exactly.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ import hashlib
 import itertools
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from datasketch import MinHash, MinHashLSH
 
-from cascade.benchmarks.normalise import normalise
+from cascade.benchmarks.normalise import Questions, asked, normalise, tells
 from cascade.benchmarks.questions import questions, unwrapped
 from cascade.tasks import Example, Task
 
@@ -77,9 +78,13 @@ def ngrams(text: str, n: int = NGRAM) -> Iterator[tuple[str, ...]]:
         yield from (tuple(found[i : i + n]) for i in range(max(1, len(found) - n + 1)))
 
 
-def _task_texts(task: Task) -> list[str]:
-    """What of a test task must not be learned: its questions, and the answer texts that are long enough to tell."""
-    return [task.prompt, *questions(task)[1:], *(c for c in task.choices if len(words(c)) >= NGRAM), *_solutions(task)]
+def _task_texts(task: Task, chat: list[str] | None) -> list[str]:
+    """What of a test task must not be learned: its questions, and the answer texts that are long enough to tell.
+
+    `chat` stands for a last message that tells nothing.
+    """
+    asks = [task.prompt] if chat is None else chat
+    return [*asks, *questions(task)[1:], *(c for c in task.choices if len(words(c)) >= NGRAM), *_solutions(task)]
 
 
 def _solutions(task: Task) -> list[str]:
@@ -104,22 +109,55 @@ def find_overlaps(examples: Sequence[Example], test_tasks: Iterable[Task], *, n:
         Overlaps by example, then task. An example without any is clean.
     """
     tasks = list(test_tasks)
-    asked, runs = _Questions(tasks), _index(tasks, n)
+    chats = _chats(tasks, examples)
+    known, runs = _Questions(tasks), _index(tasks, n, chats)
     found = []
     for position, example in enumerate(examples):
         seen: set[int] = set()
         for text in _example_texts(example):
             own = words(text)
             shared = itertools.chain(
-                ((number, "exact", text) for number in asked.equal(example.benchmark, text)),
-                ((number, "question", tasks[number].prompt) for number in asked.within(text, own)),
+                ((number, "exact", text) for number in known.equal(example.benchmark, text)),
+                ((number, "question", tasks[number].prompt) for number in known.within(text, own)),
                 ((number, "ngram", " ".join(run)) for run in _windows(own, n) for number in runs.get(_key(run), ())),
             )
             for number, kind, what in shared:
-                if number not in seen:
+                if number not in seen and (kind == "ngram" or number not in chats or chats[number].is_in(example)):
                     seen.add(number)
                     found.append(Overlap(position, tasks[number].id, kind, what))  # type: ignore[arg-type]
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Chat:
+    """What a test task whose last message tells nothing has before it.
+
+    Attributes:
+        before: the messages, normalised.
+        own: those that no other chat has: instructions are shared.
+    """
+
+    before: tuple[str, ...]
+    own: list[str]
+
+    def is_in(self, example: Example) -> bool:
+        """Whether an example may be that chat: it has all its messages, or nothing before its question that differs."""
+        return not asked(example)[1] or set(self.before) <= {normalise(text) for text in _example_texts(example)}
+
+
+def _chats(tasks: Sequence[Task], examples: Sequence[Example]) -> dict[int, _Chat]:
+    """The chats, by number of the task."""
+    there, here = ([asked(one) for one in many] for many in (tasks, examples))
+    sets = Questions(tasks), Questions(examples)
+    shared = set[str]()
+    for side in (there, here):
+        counts = Counter(message for before in {before for _, before in side} for message in set(before))
+        shared |= {message for message, count in counts.items() if count > 1}
+    return {
+        number: _Chat(before, [message for message in before if message not in shared])
+        for number, (question, before) in enumerate(there)
+        if before and not tells(question, *sets)
+    }
 
 
 class _Questions:
@@ -186,12 +224,16 @@ def _key(run: tuple[str, ...]) -> bytes:
     return hashlib.blake2b(" ".join(run).encode(), digest_size=12).digest()
 
 
-def _index(tasks: Sequence[Task], n: int) -> dict[bytes, list[int]]:
+def _index(tasks: Sequence[Task], n: int, chats: Mapping[int, _Chat]) -> dict[bytes, list[int]]:
     """Runs of full length -> numbers of the tasks that hold them, without boilerplate.
 
     Shorter texts are left to the comparison of whole questions, and so are templates.
     """
-    texts = [[] if t.benchmark in TEMPLATED else [words(text) for text in _task_texts(t)] for t in tasks]
+    alone = {number: chat.own for number, chat in chats.items()}
+    texts = [
+        [] if task.benchmark in TEMPLATED else [words(text) for text in _task_texts(task, alone.get(number))]
+        for number, task in enumerate(tasks)
+    ]
     boilerplate = _boilerplate(tasks, texts)
     index: dict[bytes, list[int]] = defaultdict(list)
     for number, own in enumerate(texts):

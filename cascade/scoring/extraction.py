@@ -11,113 +11,25 @@ are several.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 
 from cascade.scoring.denials import without_denials
-from cascade.scoring.fences import ANSWER_TAG, FENCE, fenced_blocks
-
-MAX_CHARS = 20_000
-"""Longer texts are read at their end only; no answer of our benchmarks comes near."""
-
-
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """What was read out of a text.
-
-    Attributes:
-        answer: None if nothing was found or several different values were.
-        how: the sign that decided, e.g. "boxed", "stated", "bold", "whole text"; "" if there was none.
-        candidates: the different values that the deciding sign points at.
-    """
-
-    answer: str | None
-    how: str = ""
-    candidates: tuple[str, ...] = ()
-
-    @property
-    def ambiguous(self) -> bool:
-        """Several different answers were given and none marked as the final one: a wrong answer, not an unparsed."""
-        return len(self.candidates) > 1
-
-
-NOTHING = Reading(None)
-Finder = Callable[[str], list[str]]
-"""The different values that a stretch of text names, in order."""
-
-_STATED = re.compile(
-    r"\b(?P<final>final\s+|correct\s+final\s+)?(?:answer|solution|option|choice|result)\b"
-    r"(?:\s+(?:to|for|of)\s+(?:the|this|that|your)\s[^.:=\n]{0,60}?)?"
-    r"[\s*_`]*(?:is|are|would\s+be|will\s+be|must\s+be|should\s+be|=|:|[-–—](?=\s))[\s*_`]*:?(?!\s*not\b)"
-    r"(?=(?P<span>\s*[^\n]*))",
-    re.IGNORECASE,
+from cascade.scoring.fences import FENCE, fenced_blocks
+from cascade.scoring.labels import read_choice as read_choice
+from cascade.scoring.signs import (
+    HEDGE,
+    MAX_CHARS,
+    OR,
+    clean,
+    decide,
+    distinct,
+    first_sentence,
+    plain,
+    spans_as_written,
 )
-_CONCLUSION = re.compile(r"(?:^|[.!\n])\s*(?:so|therefore|thus|hence|in conclusion)\b[,:]?(?P<span>[^\n]*)", re.I)
-_BOLD = re.compile(r"\*\*(?P<span>[^*\n]{1,200})\*\*|__(?P<other>[^_\n]{1,200})__")
-_HASHES = re.compile(r"^####[ \t]+(?P<span>[^\n]+)\Z", re.MULTILINE)
-_EQUATED = re.compile(r"^[A-Za-z]\w{0,20}[ \t]*=[ \t]*(?P<span>[^\n=]+)\Z", re.MULTILINE)
-_SENTENCE_END = re.compile(r"[.!?](?=\s|$)|[.!?][)*\"'](?=\s|$)")
-
-
-def boxed(text: str) -> list[str]:
-    r"""What every `\boxed{…}` holds (braces may nest), in order; `\text{…}` is unwrapped, `\frac{a}{b}` is a/b."""
-    found = []
-    for start in (m.end() for m in re.finditer(r"\\f?boxed\s*\{", text)):
-        depth = 1
-        for position in range(start, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[position], 0)
-            if depth == 0:
-                bare = re.sub(r"\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}", r"\1", text[start:position])
-                found.append(re.sub(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"\1/\2", bare))
-                break
-    return found
-
-
-def marked_spans(text: str) -> Iterator[tuple[str, list[str]]]:
-    """(sign, the stretches of text it points at), strongest sign first; only signs that occur."""
-    stated = [m for m in _STATED.finditer(text) if not _STATED.search(m["span"])]
-    final = [m["span"] for m in stated if m["final"]]
-    signs = (
-        ("boxed", boxed(text)),
-        ("answer tag", [m["span"] for m in ANSWER_TAG.finditer(text)]),
-        ("hashes", [m["span"] for m in _HASHES.finditer(text)]),
-        ("final answer", final),
-        ("stated", [m["span"] for m in stated if not m["final"]]),
-        ("bold", [m["span"] or m["other"] for m in _BOLD.finditer(text)]),
-        ("last line", [m["span"] for m in _EQUATED.finditer(text)]),
-        ("conclusion", [m["span"] for m in _CONCLUSION.finditer(text)][-1:]),
-    )
-    yield from ((how, [_clean(s) for s in spans]) for how, spans in signs if spans)
-
-
-def _clean(span: str) -> str:
-    """Without Markdown and TeX marks around it."""
-    return re.sub(r"\*\*|__|`|\\[()\[\]]|\\?\$", "", span).replace("\\%", "%").strip()
-
-
-def first_sentence(span: str) -> str:
-    """Up to the first full stop that ends a sentence (not the point of a number)."""
-    end = _SENTENCE_END.search(span)
-    return span[: end.start()] if end else span
-
-
-def _distinct(values: Iterable[str]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(values))
-
-
-def _decide(text: str, find: Finder, last_resort: Iterable[tuple[str, Finder]]) -> Reading:
-    """The strongest sign whose spans name a value; then the last resorts, each over the whole text."""
-    text = text[-MAX_CHARS:].strip()
-    for how, spans in marked_spans(text):
-        values = _distinct(value for span in spans for value in find(span))
-        if values:
-            return Reading(values[0] if len(values) == 1 else None, how, values)
-    for how, finder in last_resort:
-        values = _distinct(finder(text))
-        if values:
-            return Reading(values[0] if len(values) == 1 else None, how, values)
-    return NOTHING
-
+from cascade.scoring.signs import NOTHING as NOTHING
+from cascade.scoring.signs import Reading as Reading
+from cascade.scoring.signs import marked_spans as marked_spans
 
 # ------------------------------------------------------------------------------------------------- numbers
 
@@ -130,6 +42,11 @@ _THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|,?\\[,;:! ]|[\u00a0\u2009\u202f])(?=\d
 _MINUS = re.compile(r"\b(?:minus|negative)\s+(?=[\d.$€£])", re.IGNORECASE)
 _WORDS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen".split()  # noqa: SIM905
 _NUMBER_WORD = re.compile(rf"\b({'|'.join(_WORDS)})\b", re.IGNORECASE)
+_ANOTHER_NUMBER = re.compile(
+    rf"(?:\s*(?:%|[^\W\d_]+)[\s,;(]*{OR}\b|[.!]\s+{OR}\b)?(?:[\s,/|&;]|\(?\s*\b(?:{HEDGE})\b)*+[-+−–$€£]*\d",
+    re.IGNORECASE,
+)
+"""What follows a number that is one of several: "7 or maybe 8", "7 apples (or 8)", "7/8"."""
 _CLOSING_VALUE = re.compile(
     r"(?:(?:\bis|\bare|\bequals?|\bequal\s+to|\bbe|\bhas|\bhave|:|→|->)\s+|=\s*)(?P<span>[^\s=][^=\n]*)$"
 )
@@ -151,16 +68,16 @@ def _number_in(span: str) -> list[str]:
         sentence = sentence.rsplit("=", 1)[1]
     values = numbers(sentence)
     lead = _NUMBER.search(sentence)
-    if len(set(values)) > 1 and lead and not re.search(r"\w", sentence[: lead.start()]):
-        listing = re.match(r"\s*(?:[,/|&;]|or\b|and\b|to\b)*\s*(?:or\b|and\b)?\s*[-+$]?\d", sentence[lead.end() :])
-        return values if listing else values[:1]
+    if lead and not re.search(r"\w", sentence[: lead.start()]):
+        after = span[span.rindex(sentence) + lead.end() :]
+        return values[:1] + (numbers(after)[:1] if _ANOTHER_NUMBER.match(after) else [])
     return values
 
 
 def _closing_numbers(text: str) -> list[str]:
     """Numbers that close a sentence after "is", "=" or ":", e.g. "The LCM of 4 and 6 is 12."."""
     found = []
-    for sentence in re.split(r"(?<=[.!?])\s+|\n+", _clean(text)):
+    for sentence in re.split(r"(?<=[.!?])\s+|\n+", clean(text)):
         match = _CLOSING_VALUE.search(sentence.rstrip(" .!?"))
         values = numbers(match["span"]) if match and len(match["span"].split()) <= 4 else []
         if len(set(values)) == 1:
@@ -170,7 +87,7 @@ def _closing_numbers(text: str) -> list[str]:
 
 def _last_equation(text: str) -> list[str]:
     """The right side of an equation that is all of the last line, e.g. "38 - 69 = -31"."""
-    last = _clean(text).rpartition("\n")[2].rstrip(" .")
+    last = clean(text).rpartition("\n")[2].rstrip(" .")
     values = numbers(last.rsplit("=", 1)[1]) if re.fullmatch(r"[\d\s+\-*/×÷^().,−–=]+", last) and "=" in last else []
     return values if len(values) == 1 else []
 
@@ -180,15 +97,15 @@ def read_number(text: str) -> Reading:
     text = _MINUS.sub("-", _THOUSANDS.sub(",", text[-MAX_CHARS:]))
     text = without_denials(text, _NUMBER.pattern)
     resorts = [("equation", _last_equation), ("whole text", _only_number), ("closing", _closing_numbers)]
-    return _decide(text, _number_in, [*resorts, ("whole text", lambda t: numbers(_clean(t)))])
+    return decide(text, _number_in, [*resorts, ("whole text", lambda t: numbers(clean(t)))])
 
 
 def _only_number(text: str) -> list[str]:
-    values = _distinct(numbers(_clean(text)))
+    values = distinct(numbers(clean(text)))
     return list(values) if len(values) == 1 else []
 
 
-# ------------------------------------------------------------------------------------------- words and choices
+# ------------------------------------------------------------------------------------------- words
 
 
 def read_word(text: str, vocabulary: Sequence[str]) -> Reading:
@@ -203,79 +120,11 @@ def read_word(text: str, vocabulary: Sequence[str]) -> Reading:
 
     def leading(whole: str) -> list[str]:
         opening = pattern.match(whole.lstrip("*_`\"' \n"))
-        rest = re.sub(r"[\W_]+|\b(?:or|and)\b", " ", whole.lstrip("*_`\"' \n")[opening.end() :]) if opening else ""
+        rest = re.sub(rf"[\W_]+|\b(?:{HEDGE})\b", " ", whole.lstrip("*_`\"' \n")[opening.end() :]) if opening else ""
         only_words = bool(rest.strip()) and not pattern.sub("", rest).strip()
         return [opening[0].lower()] if opening and not only_words else []
 
-    return _decide(
-        text, find, [("leading", leading), ("whole text", lambda t: [m.lower() for m in pattern.findall(t)])]
-    )
-
-
-_LETTER = r"(?:\(\s*{0}\s*\)|\[\s*{0}\s*\]|(?<![\w'’]){0}(?![\w'’]))"
-
-
-def read_choice(text: str, options: Mapping[str, str]) -> Reading:
-    """The label of a multiple-choice answer, from "(B)", "B.", "The answer is b)", or the option's own text.
-
-    Args:
-        text: the answer.
-        options: label ("A") to the option's text; texts may be empty where only labels are known.
-    """
-    labels = "|".join(re.escape(label) for label in options)
-    letter = re.compile(_LETTER.format(f"({labels})").replace(f"({labels})", f"(?:{labels})"))
-    bracketed = re.compile(rf"\(\s*({labels})\s*\)")
-    by_upper = {label.upper(): label for label in options}
-    text = without_denials(text[-MAX_CHARS:], _named_choice(options), options.values())
-
-    def find(span: str) -> list[str]:
-        opening = re.match(rf"\W*({labels})(?:\W|$)", span, re.IGNORECASE)
-        if opening and not re.match(r"\W*[aAiI]\s+[a-z]", span) and not _lists_labels(span, options):
-            return [by_upper[opening[1].upper()]]
-        articles = set() if _lists_labels(span, options) else {"A", "I"}
-        found = [m.strip("()[] ") for m in letter.findall(span) if m not in articles]
-        found += [m for m in bracketed.findall(span) if m not in found]
-        return found or _options_named(span, options)
-
-    line_opening = re.compile(rf"^[\s*_`\"']*(?:\(\s*({labels})\s*\)|({labels})(?=[.):*\s]*$|[.):]))", re.MULTILINE)
-    declared = re.compile(rf"(?<!\w)\(?({labels})\)?\s+is\s+(?:the\s+)?(?:correct|right|best|true|answer)\b")
-
-    def opening(whole: str) -> list[str]:
-        lines = [m[1] or m[2] for m in line_opening.finditer(whole)]
-        return lines if line_opening.match(whole) and not _lists_labels(whole, options) else []
-
-    resorts: list[tuple[str, Finder]] = [("declared", declared.findall), ("opening", opening)]
-    resorts += [("bracketed", bracketed.findall), ("option text", lambda t: _options_named(t, options))]
-    return _decide(text, find, [*resorts, ("label", find)])
-
-
-def _named_choice(options: Mapping[str, str]) -> str:
-    """A pattern of everything that names an option: its label, or its text."""
-    labels, texts = ("|".join(map(re.escape, names)) for names in (options, filter(str.strip, options.values())))
-    return rf"(?<!\w)\(?(?-i:{labels})\)?" + (rf"|(?<!\w)(?:{texts})" if texts else "")
-
-
-def _lists_labels(span: str, options: Mapping[str, str]) -> bool:
-    """Whether a span opens with several labels: "A, B or C", "(A)(B)", or each before its option, "A. ant B. dog"."""
-    labels = "|".join(re.escape(label) for label in options)
-    first = re.match(rf"\W*(?P<label>{labels})(?P<mark>\W+)", span)
-    if first is None:
-        return False
-    own = options[first["label"]].strip()
-    rest, mark = span[first.end() :], first["mark"]
-    if own and rest.lower().startswith(own.lower()):
-        rest, mark = rest[len(own) :], ", "
-    second = re.match(rf"(?P<more>\W*(?:or\b|and\b)?\W*)(?P<label>{labels})(?:\W|$)", rest)
-    apart = second is not None and re.search(r"[,/|&)\]\s]|or|and", mark + second["more"])
-    return bool(second and apart and second["label"] != first["label"])
-
-
-def _options_named(span: str, options: Mapping[str, str]) -> list[str]:
-    """Labels of the options whose text a span contains; an option inside a longer named one does not count."""
-    low = " ".join(span.lower().split())
-    named = {k: " ".join(v.lower().split()).rstrip(".") for k, v in options.items() if v.strip()}
-    named = {k: v for k, v in named.items() if re.search(rf"(?<!\w){re.escape(v)}(?!\w)", low)}
-    return [k for k, v in named.items() if not any(v != other and v in other for other in named.values())]
+    return decide(text, find, [("leading", leading), ("whole text", lambda t: [m.lower() for m in pattern.findall(t)])])
 
 
 # ------------------------------------------------------------------------------------------------ lists and text
@@ -283,7 +132,7 @@ def _options_named(span: str, options: Mapping[str, str]) -> list[str]:
 
 def list_items(span: str) -> list[str]:
     """The items of "a, b, c", "[a, b, c]", "'a' 'b' 'c'" or "a b c"."""
-    bare = _clean(span).strip(" \t\n*").rstrip(".!").strip("[](){} \t\n")
+    bare = clean(span).strip(" \t\n*").rstrip(".!").strip("[](){} \t\n")
     parts = re.split(r"\s*[,;\n]\s*(?:and\s+)?|\s+and\s+" if re.search(r"[,;\n]", bare) else r"\s+", bare)
     return [p.strip(" \t\"'“”‘’.") for p in parts if p.strip(" \t\"'“”‘’.")]
 
@@ -309,20 +158,48 @@ def read_list(text: str, length: int) -> Reading:
             return [", ".join(list_items("\n".join(body)))]
         return [value for row in items for value in find(row)]
 
-    return _decide(text, find, [("whole text", lines)])
+    return decide(text, find, [("whole text", lines)])
 
 
-def read_text(text: str) -> Reading:
-    """A short free answer: what a sign points at (up to the end of its line), a fenced block, or the whole text."""
+_MARKS = re.compile(r"\s*(\*\*|__|`|\*|\$\$?|\\\(|\\\[|[\"'])(?P<inside>.+?)(?:\1|\\\)|\\\])\s*", re.DOTALL)
+
+
+_PAIRS = 4
+"""Pairs of marks that are taken off one after the other; nobody writes more."""
+
+
+def spellings(span: str) -> Iterator[str]:
+    r"""A text as it stands, then without the marks around it, pair by pair: `"$5"`, "$5", $5."""
+    for _ in range(_PAIRS):
+        span = span.strip()
+        alone = span.strip("* \n").rstrip(".")
+        yield from (span, alone, alone.replace("\\", ""))
+        peeled = _MARKS.fullmatch(span) or _MARKS.fullmatch(span.rstrip("."))
+        if peeled is None:
+            return
+        span = peeled["inside"]
+
+
+def read_text(text: str, known: Callable[[str], bool] = lambda _: False) -> Reading:
+    """A short free answer: what a sign points at (up to the end of its line), a fenced block, or the whole text.
+
+    Args:
+        text: the answer.
+        known: whether a spelling is one that is looked for: it is read as it is written, where marks ("$5", "__init__")
+            or a denial ("not guilty") belong to it.
+    """
     text = text[-MAX_CHARS:].strip()
-    for how, spans in marked_spans(text):
-        if how in {"bold", "last line", "conclusion"}:
-            continue
-        values = _distinct(span.strip().rstrip(".").strip("\"'") for span in spans if span.strip())
-        if values:
-            return Reading(values[0] if len(values) == 1 else None, how, values)
-    blocks = _distinct(body.strip() for _, body in fenced_blocks(text) if body.strip())
-    if blocks:
+    for how, spans in spans_as_written(text):
+        if how not in {"bold", "last line", "conclusion"}:
+            bare = [(plain(how, span) or "").rstrip(".").strip("\"'") for span in spans]
+            if values := distinct(_known(span, known) or b for span, b in zip(spans, bare, strict=True)):
+                return Reading(values[0] if len(values) == 1 else None, how, values)
+    if blocks := distinct(_known(body, known) or body.strip() for _, body in fenced_blocks(text)):
         return Reading(blocks[0] if len(blocks) == 1 else None, "fenced", blocks)
-    whole = _clean(text).strip("\"'")
+    whole = _known(text, known) or clean(text).strip("\"'")
     return Reading(whole, "whole text", (whole,)) if whole else NOTHING
+
+
+def _known(span: str, known: Callable[[str], bool]) -> str:
+    """The first spelling of a text that is looked for, "" if none is."""
+    return next(filter(known, spellings(span)), "")

@@ -5,6 +5,7 @@ Loaded by `sandbox_launcher`; standard library alone.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import io
 import os
@@ -16,6 +17,8 @@ from typing import Any
 
 def main(payload: dict[str, Any]) -> None:
     """Execute {"code": source} as `__main__`.
+
+    Like the interpreter it waits at the end for threads that are no daemons, and calls what `atexit` was given.
 
     Ends with 1 after an exception, which goes to standard error, else with 0: a program that leaves by `sys.exit`, with
     whatever code, is judged by what it has written, as LiveCodeBench judges it.
@@ -33,6 +36,11 @@ def main(payload: dict[str, Any]) -> None:
     except BaseException:
         traceback.print_exc(limit=-3)
         code = 1
+    if threading := sys.modules.get("threading"):
+        with contextlib.suppress(BaseException):
+            threading._shutdown()
+    with contextlib.suppress(BaseException):
+        atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr, written):  # the program may have put others in their places, or closed them
         with contextlib.suppress(Exception):
             stream.flush()

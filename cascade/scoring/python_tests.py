@@ -7,11 +7,13 @@ alone. So objects that equal everything, frames, patched builtins, `os._exit(0)`
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import select
 import signal
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from cascade.scoring.literals import ANSWERED, from_line
 from cascade.scoring.sandbox import STEP_S, Confined, Ended, Limits, Patience
@@ -19,6 +21,8 @@ from cascade.tasks import Outcome
 
 CHECKER_CPU_S = 10.0
 """CPU seconds that the tests' own process may take, most of which only a hostile answer can make it need."""
+CHECKER_CPU_S_PER_MB = 1.0
+"""And for each MB of data that the tests bring: ten times what passing it on and comparing takes."""
 GRACE_S = 2.0
 """Seconds for a candidate that no longer answers to end by itself, so that one can say why."""
 
@@ -40,6 +44,7 @@ def run_tests(
     setup: str = "",
     names: Iterable[str] = (),
     aliases: Mapping[str, str] | None = None,
+    data: Mapping[str, Any] | None = None,
     limits: Limits | None = None,
 ) -> TestResult:
     """Run tests against code, each in a sandbox of its own.
@@ -50,6 +55,8 @@ def run_tests(
         setup: trusted code executed beside the tests first (imports, helper functions of the task).
         names: candidate's names that win over names of the setup (the entry point, say).
         aliases: name used in the tests -> candidate's name, e.g. {"candidate": "add"}.
+        data: name used in the tests -> its value, as JSON has it. Large values belong here: literals in the tests take
+            their own CPU time to be compiled.
         limits: for the candidate.
 
     Returns:
@@ -65,10 +72,12 @@ def run_tests(
         "tests": tests,
         "names": sorted(names),
         "aliases": dict(aliases or {}),
+        "data": dict(data or {}),
         "announce": limits.call_cpu_seconds is not None,
     }
     opened = {*to_candidate, *to_checker, *verdict, *go_on}
-    checker_limits = replace(limits, cpu_seconds=CHECKER_CPU_S)
+    megabytes = len(json.dumps(payload["data"])) / 1e6
+    checker_limits = replace(limits, cpu_seconds=CHECKER_CPU_S + CHECKER_CPU_S_PER_MB * megabytes)
     try:
         with (
             Confined(
@@ -154,7 +163,7 @@ def _without_verdict(checker: Ended, candidate: Ended) -> TestResult:
     """The tests' process was ended, or ended without a word: for what it was given to judge, or for its own sake."""
     used = candidate.cpu_seconds
     if checker.ending == "cpu":
-        return TestResult("timeout", f"its answers made the tests compute for over {CHECKER_CPU_S:g} s", used)
+        return TestResult("timeout", f"its answers made the tests compute for {checker.cpu_seconds:.0f} s", used)
     if checker.ending == "wall":
         return TestResult("timeout", "no end in time: it sleeps or waits", used)
     if checker.code in (-signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT):

@@ -98,6 +98,29 @@ def test_an_unknown_key_is_named_with_those_that_are_allowed_there(path, section
             {"model": "m", "source": "s", "scores": {"mbpp": 0}, "target_ratio": [0.5, 1]},
             "reference.scores.mbpp: Input should be greater than 0 (got 0)",
         ),
+        (
+            "reference",
+            {"model": "m", "source": "s", "scores": {"mmmlu": 86}, "target_ratio": [0.5, 1]},
+            "the whole file: reference.scores has mmmlu, which tasks.test does not: tested are reasoning_gym; correct",
+        ),
+        (
+            "reference",
+            {"model": "m", "source": "s", "scores": {}, "target_ratio": [1.2, 1.0]},
+            "reference.target_ratio: two numbers above 0, the lower first",
+        ),
+        (
+            "reference",
+            {"model": "m", "source": "s", "scores": {"mmlu": True}, "target_ratio": [1, 1.2]},
+            "reference.scores: true and false are no numbers: write the number",
+        ),
+        ("tasks.train.count", True, "tasks.train.count: true and false are no numbers: write the number (got True)"),
+        ("seed", False, "seed: true and false are no numbers: write the number (got False)"),
+        (
+            "tasks.train.sources.0.weight",
+            float("inf"),
+            "tasks.train.sources.0.weight: Input should be a finite number (got inf)",
+        ),
+        ("budget_usd", float("nan"), "budget_usd: Input should be a finite number (got nan)"),
         ("domain", "base", "domain: requests name the base and the router so (got 'base')"),
         ("training.zero_stage", 4, "training.zero_stage: Input should be 0, 1, 2 or 3 (got 4)"),
         ("training.lora.rank", 0, "training.lora.rank: Input should be greater than 0 (got 0)"),
@@ -162,6 +185,24 @@ def test_files_that_are_no_config_are_refused_in_words(tmp_path):
     bad.write_text("")
     with pytest.raises(ConfigError, match="must hold a mapping"):
         load_config(bad)
+
+
+def test_a_repeated_key_is_named_with_its_lines(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL) + "router:\n  hidden: 32\n  epochs: 3\n  hidden: 64\n")
+    last = len(path.read_text().splitlines())
+    with pytest.raises(
+        ConfigError, match=rf"c\.yaml, line {last}: the key hidden is in line {last - 2} already; keep one"
+    ):
+        load_config(path)
+    path.write_text(f"seed: 1\n{yaml.safe_dump(MINIMAL)}seed: 2\n")
+    with pytest.raises(ConfigError, match="the key seed is in line 1 already"):
+        load_config(path)
+    merged = (
+        "tasks:\n  train: &t {count: 4, sources: [{benchmark: arc}]}\n  validation: {<<: *t, count: 5}\n  test: *t\n"
+    )
+    path.write_text(yaml.safe_dump({k: v for k, v in MINIMAL.items() if k != "tasks"}) + merged)
+    assert load_config(path).tasks.validation.count == 5
 
 
 def test_numbers_as_people_write_them_are_read(tmp_path):

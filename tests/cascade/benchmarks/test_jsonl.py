@@ -82,6 +82,21 @@ def test_answers_of_each_kind(tmp_path: Path, row: int, right: Any, wrong: Any, 
         ("it's", ["it’s", "“It’s.”", '"it\'s"'], ["its"]),
         ("1/2", [r"\boxed{\frac{1}{2}}", "1/2"], ["12", "2/1"]),
         ("''", ["''"], ["", "x"]),
+        (
+            "$5",
+            ["$5", "The answer is $5.", "**$5**", r"\boxed{\$5}", "Answer: **$5**."],
+            ["5", "The answer is not $5."],
+        ),
+        ("$1,250.00", ["The answer is $1,250.00.", "Final answer: $1,250.00"], ["The answer is $1,250.01."]),
+        ("__init__", ["__init__", "Answer: __init__", "`__init__`", "The answer is `__init__`."], ["Answer: init"]),
+        (
+            "not guilty",
+            ["Not guilty.", "The answer is not guilty.", "Answer: **not guilty**"],
+            ["The answer is guilty."],
+        ),
+        ("guilty", ["The answer is guilty."], ["The answer is not guilty.", "Answer: not guilty"]),
+        (5, ["The answer is $5."], ["The answer is not 5", "The answer is not 5."]),
+        ("five", ["The answer is **five**."], ["The answer is not five.", "The final answer is not five"]),
     ],
 )
 def test_exact_answers_are_the_same_in_another_spelling(

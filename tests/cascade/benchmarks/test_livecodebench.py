@@ -16,7 +16,7 @@ import pytest
 
 from cascade import benchmarks
 from cascade.benchmarks import livecodebench
-from cascade.benchmarks.livecodebench import same_output
+from cascade.benchmarks.livecodebench import between_fences, same_output
 from cascade.benchmarks.livecodebench import test_cases as read_cases
 from cascade.errors import ConfigError, DataError
 from cascade.scoring.sandbox import missing_walls
@@ -73,6 +73,13 @@ def test_programs_and_functions(tasks: dict[str, Task]) -> None:
     assert outcome(tasks["scale"], always) == "fail"
 
 
+THREADED = """from threading import Thread
+import time
+def main():
+    time.sleep(0.2)
+    print(sum(map(int, input().split())))"""
+
+
 @confined
 @pytest.mark.parametrize(
     ("code", "expected"),
@@ -85,6 +92,12 @@ def test_programs_and_functions(tasks: dict[str, Task]) -> None:
         ("import os\nprint(sum(map(int, input().split())), flush=True)\nos._exit(1)", "fail"),
         ("def main():\n    print(sum(map(int, stdin.read().split())))\nif __name__ == '__main__':\n    main()", "pass"),
         ("a, b = map(int, input().split())\nstr(10 ** 5000)\nprint(fsum(deepcopy([a, b])))", "pass"),
+        (f"{THREADED}\nThread(target=main).start()", "pass"),
+        (f"{THREADED}\nThread(target=main, daemon=True).start()", "fail"),
+        (f"{THREADED}\nThread(target=main).start()\nraise ValueError", "fail"),
+        ("import atexit\natexit.register(lambda: print(sum(map(int, input().split()))))", "pass"),
+        ("import atexit\n@atexit.register\ndef last():\n    print(15)\n    raise ValueError", "fail"),
+        ("import threading\nthreading._shutdown = exit\nprint(sum(map(int, input().split())))", "pass"),
         ("import mmap\nx = mmap.mmap(-1, 3 << 30)\nprint(sum(map(int, input().split())))", "pass"),
         ("import mmap\nx = mmap.mmap(-1, 5 << 30)\nprint(sum(map(int, input().split())))", "fail"),
     ],
@@ -148,3 +161,34 @@ def test_pickled_cases_cannot_name_code() -> None:
     with pytest.raises(DataError, match="refused"):
         read_cases(evil)
     assert read_cases(packed([{"input": "1"}])) == [{"input": "1"}]
+
+
+def test_the_last_fenced_block_is_the_answer() -> None:
+    assert between_fences("```python\nold\n```\nBetter:\n```python\nnew\n```\nDone.") == "new"
+    assert between_fences("```python\nonly\n```") == "only"
+    assert between_fences("```python\nno end") is None
+
+
+@confined
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ("return sum(a)", "pass"),
+        ("return sum(a) + (len(a) > 99_999 and a[-1] == 19)", "fail"),
+        ("cases.clear(); return 0", "fail"),
+        ("total = sum(a); a.clear(); return total", "pass"),
+        ("return a", "fail"),
+    ],
+)
+def test_large_tests_take_no_time_of_the_candidate_or_the_checker(tmp_path: Path, body: str, expected: str) -> None:
+    lists = [[*range(99_999), number] for number in range(20)]
+    cases = [{"input": json.dumps(a), "output": str(sum(a)), "testtype": "functional"} for a in lists]
+    starter = "class Solution:\n    def total(self, a: List[int]) -> int:\n        "
+    file = tmp_path / "large.jsonl"
+    file.write_text(json.dumps(problem("large", "2024-05-01", starter, [], cases, func_name="total")))
+    (task,) = LCB.load("test", domain="code", options={"path": str(file)}, seed=1, count=None)
+    tampering = "cases, case, listed, shown, AssertionError = [], {}, None, None, None"
+    code = f"```python\n{tampering}\nclass Solution:\n    def total(self, a): {body}\n```"
+    verdict = LCB.score(task, Completion(task.id, "m", "", code))
+    assert verdict.outcome == expected, verdict.evidence
+    assert len(verdict.evidence) <= 800

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cascade.benchmarks.mixture import load_tasks
-from cascade.benchmarks.normalise import prompt_key
+from cascade.benchmarks.normalise import normalise
 from cascade.benchmarks.protected import protected_tasks
 from cascade.config import Config, check_config
 from cascade.errors import DataError
@@ -45,7 +45,7 @@ def test_prompts_of_later_splits_leave_the_earlier_ones(tmp_path: Path) -> None:
     validation = task_file(tmp_path, "validation", ["Question  3", "question 30", "QUESTION 40"])
     test = task_file(tmp_path, "test", ["question 5", "question 40", "question 41"])
     c = config(train=split(source(train)), validation=split(source(validation)), test=split(source(test)))
-    prompts = {s: {prompt_key(t) for t in load_tasks(c, s)} for s in ("train", "validation", "test")}  # type: ignore[arg-type]
+    prompts = {s: {normalise(t.prompt) for t in load_tasks(c, s)} for s in ("train", "validation", "test")}  # type: ignore[arg-type]
     assert prompts["test"] == {"question 5", "question 40", "question 41"}
     assert prompts["validation"] == {"question 3", "question 30"}
     assert prompts["train"] == {f"question {i}" for i in range(20)} - {"question 3", "question 5"}
@@ -58,7 +58,7 @@ def test_general_tasks_are_test_tasks_that_nothing_is_learned_or_chosen_from(tmp
     general = task_file(tmp_path, "general", ["Question 0", "question 1", "question 8"])
     parts = {"train": train, "validation": validation, "test": test, "general": general}
     c = config(**{name: split(source(path)) for name, path in parts.items()})
-    prompts = {part: [prompt_key(t) for t in load_tasks(c, part)] for part in parts}  # type: ignore[arg-type]
+    prompts = {part: [normalise(t.prompt) for t in load_tasks(c, part)] for part in parts}  # type: ignore[arg-type]
     assert sorted(prompts["general"]) == ["question 0", "question 1", "question 8"], "whole, whatever the others hold"
     assert sorted(prompts["test"]) == ["question 1", "question 5"]
     assert prompts["validation"] == ["question 7"]
@@ -93,7 +93,12 @@ def test_generated_sources_give_what_a_dropped_task_leaves_open(tmp_path: Path) 
     gym = {"benchmark": "reasoning_gym", "options": {"generators": [{"name": "lcm", "options": {"max_value": 10}}]}}
     own = split(source(task_file(tmp_path, "own", ["x"])))
     c = config(train=split(gym, count=30), validation=own, test=split(gym, count=10))
-    assert len({prompt_key(t) for t in load_tasks(c, "train")} | {prompt_key(t) for t in load_tasks(c, "test")}) == 40
+    assert (
+        len(
+            {normalise(t.prompt) for t in load_tasks(c, "train")} | {normalise(t.prompt) for t in load_tasks(c, "test")}
+        )
+        == 40
+    )
 
 
 def test_the_same_file_twice_is_refused(tmp_path: Path) -> None:
@@ -102,3 +107,41 @@ def test_the_same_file_twice_is_refused(tmp_path: Path) -> None:
     two = split(source(task_file(tmp_path, "two", ["d"])))
     with pytest.raises(DataError, match="two tasks have the id"):
         load_tasks(config(train=one, validation=two, test=split(source(same), source(same))), "test")
+
+
+def chat_file(folder: Path, name: str, records: list[str], question: str = "What is the total?") -> str:
+    """Chats that differ only in the record before the question."""
+    path = folder / f"{name}.jsonl"
+    chats = [[{"role": "system", "content": r}, {"role": "user", "content": question}] for r in records]
+    rows = [{"id": f"{name}-{i}", "kind": "exact", "messages": m, "answer": "1"} for i, m in enumerate(chats)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_chats_that_share_their_last_message_are_compared_whole(tmp_path: Path) -> None:
+    train = chat_file(tmp_path, "train", [f"record {i}" for i in range(20)])
+    other = split(source(chat_file(tmp_path, "other", ["record 50", "record 51"])))
+    for name, tested, left in (("some", ["Record  3", "record 40", "record 5"], 18), ("one", ["record 40"], 20)):
+        c = config(train=split(source(train)), validation=other, test=split(source(chat_file(tmp_path, name, tested))))
+        asked = {t.messages[0].content for t in load_tasks(c, "train")}
+        assert len(asked) == left
+        assert not asked & {r.lower().replace("  ", " ") for r in tested}
+    word = task_file(tmp_path, "word", ["another question"])
+    bare = split(source(task_file(tmp_path, "bare", ["what is the total?"])))
+    c = config(train=split(source(train)), validation=split(source(word)), test=bare)
+    with pytest.raises(DataError, match=r"no task left: jsonl has 20, of which 20 ask what .*tasks\.test asks and 0 "):
+        load_tasks(c, "train")
+
+
+def test_a_question_that_tells_is_the_same_after_another_system_message(tmp_path: Path) -> None:
+    train, test = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
+    for path, system in ((train, "Be brief."), (test, "Be kind.")):
+        chats = [
+            [{"role": "system", "content": system}, {"role": "user", "content": f"question {i}"}] for i in range(9)
+        ]
+        rows = [{"id": i, "kind": "exact", "messages": m, "answer": "1"} for i, m in enumerate(chats)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    other = split(source(task_file(tmp_path, "other", ["other"])))
+    c = config(train=split(source(str(train))), validation=other, test=split(source(str(test))))
+    with pytest.raises(DataError, match="has 9, of which 9 ask what"):
+        load_tasks(c, "train")

@@ -135,6 +135,73 @@ def test_mmlu_reads_the_hubs_schema_and_the_original_csv(tmp_path: Path) -> None
     assert len(loaded[0]) == 5
 
 
+MMLU_ROW = {"question": "1+1?", "subject": "maths", "choices": ["1", "2", "3", "4"], "answer": 1}
+ARC_ROW = {
+    "id": "q",
+    "question": "Largest?",
+    "choices": {"text": ["ant", "whale"], "label": ["A", "B"]},
+    "answerKey": "B",
+}
+ARC_STEM = {"stem": "Largest?", "choices": [{"text": "ant", "label": "A"}, {"text": "whale", "label": "B"}]}
+MBPP_ROW = {"task_id": 11, "text": "Write f.", "code": "f = abs", "test_list": ["assert f(1)"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "message"),
+    [
+        ("mmlu", MMLU_ROW | {"answer": "E"}, "row 2: the answer 'E' must be an index 0-3 or a letter A-D"),
+        ("mmlu", MMLU_ROW | {"answer": 4}, "row 2: the answer 4 must"),
+        ("mmlu", MMLU_ROW | {"answer": True}, "row 2: the answer True must"),
+        (
+            "mmlu",
+            MMLU_ROW | {"choices": ["1", "2"]},
+            "row 2 must hold question and subject as texts and choices as four",
+        ),
+        ("mmlu", MMLU_ROW | {"question": None}, "row 2 must hold question"),
+        ("mmlu", {"question": "1+1?"}, r"row 2 of .*test\.jsonl lacks \['answer'"),
+        ("arc", ARC_ROW | {"answerKey": "C"}, r"row 2 \(q\): answerKey 'C' must be one of the labels \['A', 'B'\]"),
+        (
+            "arc",
+            ARC_ROW | {"choices": {"text": ["ant", "whale"]}},
+            r"row 2 \(q\): give each choice a text and a label",
+        ),
+        ("arc", ARC_ROW | {"choices": {"text": ["ant"], "label": ["A", "B"]}}, "give each choice a text and a label"),
+        (
+            "arc",
+            ARC_ROW | {"choices": {"text": ["a", "b"], "label": ["A", "A"]}},
+            "give each choice a text and a label",
+        ),
+        ("arc", ARC_ROW | {"choices": ["ant", "whale"]}, "give each choice a text and a label"),
+        ("arc", ARC_ROW | {"question": ARC_STEM | {"choices": [{"text": "ant"}, {"text": "b"}]}}, "give each choice"),
+        ("arc", ARC_ROW | {"question": {"choices": ARC_STEM["choices"]}}, "question must be a text, or hold stem"),
+        ("mbpp", MBPP_ROW | {"task_id": "x"}, "row 2: task_id 'x' must be a whole number"),
+        (
+            "mbpp",
+            MBPP_ROW | {"test_list": "assert f(1)"},
+            r"row 2 \(task_id 11\): .* test_list a list of one assert or more",
+        ),
+        ("mbpp", MBPP_ROW | {"code": None}, r"row 2 \(task_id 11\): text, code and test_setup_code must be texts"),
+    ],
+)
+def test_rows_that_break_the_schema_are_named_with_what_to_change(
+    tmp_path: Path, name: str, row: dict[str, Any], message: str
+) -> None:
+    file = tmp_path / "test.jsonl"
+    options = {"path": str(file)} | {"mmlu": {"shots": 0}}.get(name, {})
+    good = {"mmlu": MMLU_ROW, "arc": ARC_ROW | {"question": ARC_STEM}, "mbpp": MBPP_ROW}[name]
+    file.write_text(json.dumps(good))
+    assert len(benchmarks.get(name).load("test", domain="d", options=options, seed=1, count=None)) == 1
+    file.write_text(f"{json.dumps(good)}\n{json.dumps(row)}")
+    with pytest.raises(DataError, match=message) as caught:
+        benchmarks.get(name).load("test", domain="d", options=options, seed=1, count=None)
+    assert str(file) in str(caught.value)
+
+
+def test_mmlu_answers_as_letters_or_indices_are_the_same(tmp_path: Path) -> None:
+    (tmp_path / "test.jsonl").write_text("\n".join(json.dumps(MMLU_ROW | {"answer": a}) for a in (1, "B", "1")))
+    assert {t.reference["answer"] for t in load("mmlu", path=str(tmp_path), shots=0, form="chat")} == {1}
+
+
 @with_data
 def test_arc_normalises_by_characters_and_reads_letters() -> None:
     tasks = load("arc", path=str(DATA / "arc"))

@@ -147,3 +147,29 @@ def test_what_a_few_of_many_tasks_share_is_content_and_templates_lend_words_to_n
     assert find_overlaps([example(f"{prose(5)} {shared[:-1]}")], tasks)
     borrowed = " ".join(template.split()[-8:] + tasks[0].prompt.split()[20:25])
     assert find_overlaps([example(f"{prose(5)} {borrowed}")], tasks) == []
+
+
+def chat(of: Task | Example, record: str, question: str) -> Task | Example:
+    messages = (Message("system", record), Message("user", question))
+    return replace(of, benchmark="jsonl", messages=messages + of.messages[1:] if isinstance(of, Example) else messages)
+
+
+@pytest.mark.parametrize("length", [4, 9, 15])
+@pytest.mark.parametrize("count", [1, 2, 20])
+def test_chats_that_share_their_last_message_are_compared_whole(length: int, count: int) -> None:
+    question, records = prose(length), [prose(20) for _ in range(40)]
+    tasks = [chat(task(i, ""), records[i], question) for i in range(count)]
+    examples = [chat(example(""), record, question) for record in records[20:]]
+    assert clean(examples, tasks) == (examples, [])
+    leaked = chat(example(""), records[0].upper(), question)
+    quoted = chat(example("", f"It says: {disguise(records[0])}"), records[21], question)
+    bare = replace(example(question), benchmark="jsonl")
+    found = find_overlaps([*examples, leaked, quoted, bare], tasks)
+    assert {o.example for o in found} == {20, 21, 22}
+    assert {o.task_id for o in found if o.example < 22} == {"b/0"}
+
+
+def test_a_question_that_tells_is_found_after_another_system_message() -> None:
+    asked = [prose(5) for _ in range(10)]
+    tasks = [chat(task(i, ""), "Be brief.", question) for i, question in enumerate(asked)]
+    assert len(find_overlaps([chat(example(""), "Be kind.", question) for question in asked], tasks)) == 10

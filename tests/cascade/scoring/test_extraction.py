@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import time
 from collections.abc import Callable
@@ -49,6 +50,73 @@ def test_numbers_as_they_are_typeset_and_said(text: str, value: str) -> None:
 def test_choices(label: str, option: str) -> None:
     filled = [form.replace("whale", option).replace("Whale", option.title()).format(a=label) for form in forms(CHOICES)]
     assert wrong(filled, lambda text: read_choice(text, OPTIONS).answer, label) == []
+
+
+LETTERS = {letter: f"animal{number}" for number, letter in enumerate("ABCDEFGHIJKLMNOPQR")}
+"""As many options as BIG-Bench Hard has."""
+USUAL = r"""Option {a}|Option {a} because it flies|It is {a}.|It's {a}.|It is '{a}'.|It must be {a}.
+It has to be {a}.|I choose {a}.|I pick {a}.|I'd go with {a}.|I would choose {a}|I think {a}|I think it is {a}
+I believe it is {a}.|My choice is {a}.|The answer is option {a}.|The answer is probably {a}.
+The answer is clearly {a}.|The answer is '{a}'.|Choose {a}|The answer is {a}, as it flies.
+The answer is {a} as it flies.|The answer is {a} for two reasons.|The letter is {a}|{a} because it has six legs
+{a}, because it has six legs|{a} since it flies.|{a} as it flies|{a} is right.|{a}, I think.
+{a} is the best answer because it flies|{a} - it flies|{a} for that reason|So it must be {a}.|So {a}|Probably {a}.
+Therefore {a} is the answer|{a} fits best.|{a} seems right|The one that fits is {a}|Option {a} is the one that flies"""
+HEDGES = r"""The answer is either {a} or {b}.|Both {a} and {b}|Options {a} and {b} are both correct.
+It could be {b} or {a}.|The answer is both {a} and {b}.|{a} or {b}|{a}, {b}|{a} and {b}|{a} or maybe {b}
+{a} (or {b})|{a}, possibly {b}|{a} & {b}|{a}/{b}|({a}) or {b}|It is ({a}) or {b}.|It is {a} or ({b}).
+The answer is ({a}) or {b}|The answer is {a}, or possibly {b}.|The answer is {a}, but it could be {b}.
+The answer is {a}, but {b} is also possible.|The answer is {a}. Or maybe {b}.|{a} and {b} are correct.
+{a} or {b} is correct.|{a} is correct and {b} is also correct.|{a} is right, and so is {b}.|I choose {a} and {b}.
+I think {a} or {b}|Option {a} or option {b}|The answer is option {a} or option {b}|**{a}** or **{b}**
+{a} as well as {b}|The answer is {a} or the answer is {b}.|{a} then {b}|{a}; {b}|{a}. Alternatively, {b}.
+Maybe {a}, maybe {b}.|The answer is {a}; {b} is equally right|Final answer: {a}, perhaps {b}
+I would say {a}, though it could be {b}."""
+
+
+@pytest.mark.parametrize("form", re.split(r"[|\n]", USUAL))
+def test_every_letter_is_read_in_the_usual_wordings(form: str) -> None:
+    for options in (OPTIONS, LETTERS):
+        assert {k: read_choice(form.format(a=k), options).answer for k in options} == {k: k for k in options}
+    lettered = "Q?\n" + "\n".join(f"({k}) {v}" for k, v in LETTERS.items())
+    assert {k: read_answer(form.format(a=k), f"({k})", lettered) for k in LETTERS} == {k: f"({k})" for k in LETTERS}
+
+
+@pytest.mark.parametrize("form", re.split(r"[|\n]", HEDGES))
+def test_no_two_letters_pass_as_one(form: str) -> None:
+    for a, b in itertools.permutations(LETTERS, 2):
+        for options in (OPTIONS, LETTERS) if {a, b} <= set(OPTIONS) else (LETTERS,):
+            assert read_choice(form.format(a=a, b=b), options).answer is None, (a, b)
+    lettered = "Q?\n" + "\n".join(f"({k}) {v}" for k, v in LETTERS.items())
+    for a, b in itertools.permutations("ABIR", 2):
+        assert read_answer(form.format(a=a, b=b), f"({a})", lettered) not in (f"({a})", a), (a, b)
+
+
+@pytest.mark.parametrize(
+    ("text", "label"),
+    [
+        ("A cat is what it is.", "D"),
+        ("A dog is a mammal. The answer is C.", "C"),
+        ("The answer is A dog.", "C"),
+        ("I think the answer is C", "C"),
+        ("I would say a cat", "D"),
+        ("the answer is a because it is small", "A"),
+        ("a", "A"),
+        ("the answer is a or b", None),
+        ("C. A hint: it barks.", "C"),
+    ],
+)
+def test_articles_and_pronouns_are_told_from_labels(text: str, label: str | None) -> None:
+    assert read_choice(text, OPTIONS).answer == label
+    assert read_choice("I like the whale.", LETTERS | {"B": "whale"}).answer == "B"
+
+
+def test_options_that_hold_letters_themselves_are_read() -> None:
+    options = {"A": "Vitamin C", "B": "A for loop", "C": "Both A and B", "D": "Neither A nor B"}
+    for label, text in options.items():
+        for form in ("{t}", "The answer is {t}.", "{k}. {t}", "The answer is ({k}) {t}.", "I would say {t}."):
+            assert read_choice(form.format(k=label, t=text), options).answer == label, form
+    assert read_choice("A and B", options).answer is None
 
 
 @pytest.mark.parametrize("word", ["Yes", "No", "yes", "NO"])
@@ -132,7 +200,10 @@ def test_a_denial_hides_nothing_else() -> None:
 @pytest.mark.parametrize(
     "text",
     ["3, 4, 5", "3 or 4", "The answer is 3 or 4.", "The answer is 3, 4 or 5", "Answer: 3\nAnswer: 4", "3\n4\n5",
-     "**3** **4**", "It is 3. It is 4.", "\\boxed{3} \\boxed{4}", "3/4/5", "Either 3 or 5."],
+     "**3** **4**", "It is 3. It is 4.", "\\boxed{3} \\boxed{4}", "3/4/5", "Either 3 or 5.",
+     "The answer is 7 or maybe 8", "The answer is 7 (or 8)", "The answer is 7, possibly 8", "7 (or 8)", "7, possibly 8",
+     "The answer is 7, but it could be 8.", "The answer is 7. Or maybe 8.", "Answer: 7 apples, or maybe 8",
+     "The answer is 7%, perhaps 8%", "The answer is 7 or the answer is 8."],
 )  # fmt: skip
 def test_several_numbers_are_no_answer(text: str) -> None:
     reading = read_number(text)
@@ -155,7 +226,17 @@ def test_several_choices_are_no_answer(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["yes no", "Yes, No", "Yes/No", "yes or no", "No. Yes.", "Answer: yes\nAnswer: no", "Yes and no"]
+    "text",
+    [
+        "yes no",
+        "Yes, No",
+        "Yes/No",
+        "yes or no",
+        "No. Yes.",
+        "Answer: yes\nAnswer: no",
+        "Yes and no",
+        "Yes, or maybe no",
+    ],
 )
 def test_yes_and_no_are_no_answer(text: str) -> None:
     assert read_word(text, ("yes", "no")).ambiguous
