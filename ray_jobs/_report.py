@@ -210,10 +210,11 @@ def _references(runs: Runs, tasks: dict[str, Task], verdicts: list[Verdict]) -> 
     for benchmark, published in reference.scores.items():
         score = Score.of([v for v in verdicts if tasks[v.task_id].benchmark == benchmark])
         if score.n:
-            ours, (low, high) = 100 * score.accuracy, reference.target_ratio
+            ours, low, high = (100 * share for share in (score.accuracy, score.low, score.high))
+            measured = ours, low, high, ours / published, score.n
             rows.append(
                 ReferenceRow(
-                    benchmark, reference.model, published, reference.source, ours, ours / published, score.n, low, high
+                    benchmark, reference.model, published, reference.source, *measured, *reference.target_ratio
                 )
             )
     return rows

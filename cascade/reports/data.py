@@ -181,13 +181,22 @@ class KindSample:
 
 @dataclass(frozen=True, slots=True)
 class ReferenceRow:
-    """A published score beside ours. `score` and `ours` are in percent, `ratio` is ours over theirs."""
+    """A published score beside ours.
+
+    Attributes:
+        score, ours: in percent.
+        low, high: 95 % Wilson interval of `ours`, in percent.
+        ratio: ours over theirs, which is taken for exact.
+        n: our tasks.
+    """
 
     benchmark: str
     model: str
     score: float
     source: str
     ours: float
+    low: float
+    high: float
     ratio: float
     n: int
     target_low: float

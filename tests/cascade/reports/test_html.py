@@ -258,6 +258,13 @@ def test_references_are_recomputed_from_parquet(report, page):
     for row in tables(report)["references"]:
         assert page.figures[f"reference/{row['benchmark']}"] == f"{row['ours']:.1f}"
         assert row["ratio"] == pytest.approx(row["ours"] / row["score"])
+        interval = wilson(row["n"] * row["ours"] / 100, row["n"])
+        assert (row["low"], row["high"]) == pytest.approx((100 * interval.low, 100 * interval.high), abs=0.05)
+        shown = (
+            f"{row['low']:.1f} – {row['high']:.1f}",
+            f"{row['low'] / row['score']:.1%} – {row['high'] / row['score']:.1%}",
+        )
+        assert all(text in report.read_text() for text in shown)
 
 
 def test_what_was_forgotten_is_recomputed_from_parquet(report, page, report_data):
