@@ -171,17 +171,19 @@ def test_the_last_fenced_block_is_the_answer() -> None:
 
 @confined
 @pytest.mark.parametrize(
-    ("body", "expected"),
+    ("body", "count", "expected"),
     [
-        ("return sum(a)", "pass"),
-        ("return sum(a) + (len(a) > 99_999 and a[-1] == 19)", "fail"),
-        ("cases.clear(); return 0", "fail"),
-        ("total = sum(a); a.clear(); return total", "pass"),
-        ("return a", "fail"),
+        ("return sum(a)", 20, "pass"),
+        ("return sum(a) + (len(a) > 99_999 and a[-1] == 1)", 2, "fail"),
+        ("cases.clear(); return 0", 2, "fail"),
+        ("total = sum(a); a.clear(); return total", 2, "pass"),
+        ("return a", 2, "fail"),
     ],
 )
-def test_large_tests_take_no_time_of_the_candidate_or_the_checker(tmp_path: Path, body: str, expected: str) -> None:
-    lists = [[*range(99_999), number] for number in range(20)]
+def test_large_tests_take_no_time_of_the_candidate_or_the_checker(
+    tmp_path: Path, body: str, count: int, expected: str
+) -> None:
+    lists = [[*range(99_999), number] for number in range(count)]
     cases = [{"input": json.dumps(a), "output": str(sum(a)), "testtype": "functional"} for a in lists]
     starter = "class Solution:\n    def total(self, a: List[int]) -> int:\n        "
     file = tmp_path / "large.jsonl"
