@@ -76,8 +76,6 @@ def run_tests(
         "announce": limits.call_cpu_seconds is not None,
     }
     opened = {*to_candidate, *to_checker, *verdict, *go_on}
-    megabytes = len(json.dumps(payload["data"])) / 1e6
-    checker_limits = replace(limits, cpu_seconds=CHECKER_CPU_S + CHECKER_CPU_S_PER_MB * megabytes)
     try:
         with (
             Confined(
@@ -87,7 +85,7 @@ def run_tests(
                 fds=(to_candidate[0], to_checker[1]),
             ) as candidate,
             Confined(
-                checker_limits,
+                replace(limits, cpu_seconds=_checker_cpu_s(data or {})),
                 roles=["literals", "checker_role"],
                 payload=payload,
                 fds=(to_candidate[1], to_checker[0], verdict[1]),
@@ -101,6 +99,10 @@ def run_tests(
     finally:
         for fd in opened:
             os.close(fd)
+
+
+def _checker_cpu_s(data: Mapping[str, Any]) -> float:
+    return CHECKER_CPU_S + CHECKER_CPU_S_PER_MB * len(json.dumps(dict(data))) / 1e6
 
 
 class _Trial:

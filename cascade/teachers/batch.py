@@ -67,6 +67,7 @@ class BatchQueue:
         self._queue: list[BatchRequest] = []
         self._last_added = 0.0
         self._futures: dict[str, asyncio.Future[Outcome]] = {}
+        self._earlier: dict[str, str] = {}  # request of an earlier process -> its batch
         self._work: set[asyncio.Task[None]] = set()
         self._gathering: asyncio.Task[None] | None = None
         self._resumed: asyncio.Task[None] | None = None
@@ -83,6 +84,11 @@ class BatchQueue:
     def awaits(self, key: str) -> bool:
         """Whether the request is in a batch already, so that nothing more is paid for it."""
         return key in self._futures
+
+    def counted_usd(self, key: str) -> float | None:
+        """What the ledger counts for a request of an earlier process until its row is written, None if nothing."""
+        sent = self._ledger.sent(self._earlier.get(key, ""), key)
+        return sent.at_most_usd if sent and sent.tier == self._tier else None
 
     async def complete(self, request: BatchRequest) -> Outcome:
         """The row of a request, once its batch has come back, and why there is no answer, if there is none."""
@@ -281,11 +287,10 @@ class BatchQueue:
         """
         try:
             await self._find_open()
-        except TeacherError:
+        except (openai.OpenAIError, TeacherError) as error:
             self._resumed = None
-            raise
-        except openai.OpenAIError as error:
-            self._resumed = None
+            if isinstance(error, TeacherError):
+                raise
             raise TeacherError(
                 f"tier {self._tier}: {self._endpoint.endpoint.base_url} cannot be asked for its batches ({error}); "
                 "nothing is submitted until it can, so that no batch is paid twice"
@@ -310,6 +315,7 @@ class BatchQueue:
             record.remote = batch.id
             for key in record.requests:
                 self._expect(key)
+                self._earlier[key] = record.id
             self._start(record.requests, self._await(record, batch))
 
     async def _await(self, record: Record, batch: Batch) -> None:
@@ -328,8 +334,8 @@ class BatchQueue:
             missing = self._refuse(
                 f"{self._endpoint.endpoint.base_url} did not take batch {batch.id}: {error_of(batch)}"
             )
-        elif refusal := refusal_of(results.values()):  # of the endpoint's, not of these tasks: none of them is settled
-            missing, results = self._refuse(refusal), {}
+        elif not self._endpoint.has_answered and (refusal := refusal_of(results.values())):
+            missing, results = self._refuse(refusal), {}  # the endpoint's affair: none of these tasks is settled
         else:
             missing = Failure("broken", f"batch {batch.id} {batch.status} without it")
         await self._finish(record, results, missing)
@@ -371,8 +377,9 @@ class BatchQueue:
     async def _close(self, record: Record, results: Mapping[str, Row], missing: Failure) -> dict[str, Outcome]:
         """Write all rows of a batch, less those that an earlier process wrote before it was killed."""
         outcomes = {key: outcome_of(self._teacher, record, key, results.get(key), missing) for key in record.requests}
-        for key in results.keys() & outcomes.keys():
-            self._endpoint.judge(outcomes[key][1])
+        for failure in (outcomes[key][1] for key in results if key in outcomes):
+            if failure is None or failure.kind != "refused":  # those are their tasks' own affair, see `refusal_of`
+                self._endpoint.judge(failure)
         new = (entry for key, (entry, _) in outcomes.items() if not self._ledger.has_row(record.id, key))
         await asyncio.gather(*(self._ledger.arecord(entry) for entry in new))
         record.done = True

@@ -281,9 +281,10 @@ class TeacherClient:
         key = identity["key"]
         part = BatchRequest(key, request.messages, request.parameters, identity, request.worst_usd)
         if self._batches.awaits(key):
+            counted = self._batches.counted_usd(key)
             entry, failure = await self._batches.complete(part)
-            # Until now the most that it could cost counted as spent.
-            await asyncio.shield(self._budget.correct(self.tier, min(0.0, entry.price_usd - request.worst_usd)))
+            if counted is not None:
+                await asyncio.shield(self._budget.correct(self.tier, entry.price_usd - counted))
             return entry, failure
         reserved = await self._budget.reserve(self.tier, request.worst_usd)
         booked = request.worst_usd

@@ -88,6 +88,11 @@ class EndpointClient:
         self._client: openai.AsyncOpenAI | None = None
 
     @property
+    def has_answered(self) -> bool:
+        """Whether it has given any response to this process."""
+        return self.answered_at > -math.inf
+
+    @property
     def is_down(self) -> bool:
         """Whether it has failed so often in a row that nobody seems to be there."""
         return self._failures >= _DOWN_AFTER

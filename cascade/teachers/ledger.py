@@ -260,6 +260,11 @@ class Ledger:
                 self.refresh()  # its object was compacted
         return None
 
+    def sent(self, batch: str, key: str) -> Sent | None:
+        """That a request of a batch was sent, as long as it is not known what became of it."""
+        with self._lock:
+            return self._open.get((batch, key))
+
     def has_row(self, batch: str, key: str) -> bool:
         """Whether it is known what became of a request of a batch."""
         with self._lock:

@@ -182,3 +182,39 @@ async def test_a_batch_of_which_nobody_knows_is_not_given_up_for_a_limit(serve_m
     async with opened(tmp_path, teacher) as client:
         assert (await asyncio.wait_for(client.answer(make_task(1)), 20)).ok
     assert mock.counts.batches == 1
+
+
+async def test_a_row_that_was_written_before_a_kill_is_not_taken_off_the_budget_again(
+    serve_mock, make_task, tmp_path, monkeypatch
+) -> None:
+    """It counts with its price already, though its batch is not noted as done."""
+    mock = MockOpenAI(Settings(batch_s=0.1))
+    rewrite(mock, answered_with(400), 1)
+    teacher, store = serve_mock(mock), Store(str(tmp_path))
+    async with opened(tmp_path, teacher) as client:
+        assert "no temperature" in (await client.answer(make_task(1))).error
+    (name,) = store.list("batches/reasoning")
+    record = store.read_json(f"batches/reasoning/{name}")
+    store.write_json(f"batches/reasoning/{name}", record | {"done": False})
+    assert Ledger(store).spent_at_most() == 0
+    async with opened(tmp_path, teacher) as client:
+        assert (await client.answer(make_task(1))).ok
+        assert client.seen.total_spent() == pytest.approx(0)
+
+
+async def test_requests_that_are_all_refused_after_others_were_answered_are_their_tasks_own_affair(
+    serve_mock, make_task, tmp_path
+) -> None:
+    mock = MockOpenAI(Settings(batch_s=0.05))
+    flagged = {f"What is {n} + {n}?" for n in range(25)}
+
+    def refuse(row: Row) -> Row:
+        said = row["response"]["body"]["choices"][0]["message"]["content"]
+        return answered_with(400)(row) if any(question in said for question in flagged) else row
+
+    rewrite(mock, refuse)
+    async with opened(tmp_path, serve_mock(mock)) as client:
+        assert (await client.answer(make_task(99))).ok
+        answers = await asyncio.gather(*(client.answer(make_task(n)) for n in range(25)))
+        assert all("no temperature" in a.error for a in answers)
+        assert (await client.answer(make_task(98))).ok
