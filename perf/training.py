@@ -4,6 +4,7 @@
     python perf/training.py --only ours,plain        # leave contenders out (trl-padded: its one best setting on a GPU)
     python perf/training.py --only ours,ray          # what Ray, DeepSpeed, checkpoints and trackers add to a step
     python perf/training.py --only ray-bare,ray      # the same without what a process of Ray's is slower by
+    python perf/training.py --only ray-in-turn       # the same with both in one process, in turn: the most exact
     python perf/training.py --only ours --profile    # and where the time of a step goes
     python perf/training.py --only bits              # a base of 8 and 4 bits (bitsandbytes) beside one of 16
     python perf/training.py --write-data FILE        # tokenise only; then elsewhere: --data FILE
@@ -32,8 +33,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from _figures import figure
+from _figures import at_most, figure
 
 HERE = Path(__file__).parent
 TRL_PINS = ["trl==1.16.0", "transformers==5.23.0", "peft==0.21.2", "torch==2.13.0"]
@@ -54,6 +56,8 @@ FIELD_PLAIN_H100 = 59_000
 
 REAL = "train_modifier's own worker"
 """Ray Train, DeepSpeed, checkpoints, ledger, trackers and all."""
+IN_TURN = "it, in turn with the bare loop"
+"""Which takes the same steps in the same process: a step's time differs from process to process."""
 
 
 def main() -> None:
@@ -206,6 +210,8 @@ def list_contenders(options: argparse.Namespace, job: dict[str, Any]) -> dict[st
         found[REAL] = (in_ray, {})
     if "ray-bare" in wanted and available("ray"):
         found["ours, in a process of Ray's"] = (in_ray, {"way": "ray-bare"})
+    if "ray-in-turn" in wanted and available("ray") and available("deepspeed"):
+        found[IN_TURN] = (in_ray, {"way": "ray-in-turn"})
     return found
 
 
@@ -317,6 +323,9 @@ def figures(
         found["of_it_between_steps"] = figure(beside)
         paused = statistics.median(sum(r["checkpoint_seconds"]) / r["seconds"] for r in full)
         found["of_it_checkpoints"] = figure(paused)
+    if turns := [turn for r in results.get(IN_TURN, []) for turn in r["turns"]]:
+        extra, low, high = more_in_turn(turns)
+        found["ray_deepspeed_overhead_in_turn"] = at_most(extra, 0.03, interval=[low, high], n=len(turns))
     return found
 
 
@@ -328,6 +337,15 @@ def step_seconds(found: list[dict[str, Any]], beside: list[dict[str, Any]]) -> f
     """Mean seconds of a step, checkpoints included, over the steps that both took; the median of the rounds."""
     shortest = min(len(r["steps"]) for r in [*found, *beside])
     return statistics.median(statistics.mean(s for s, _ in r["steps"][:shortest]) for r in found)
+
+
+def more_in_turn(turns: list[list[float]]) -> tuple[float, float, float]:
+    """What the first of each pair of seconds is more than the second, over all; 95 % interval (bootstrap of pairs)."""
+    pairs = np.array(turns)
+    drawn = pairs[np.random.default_rng(0).integers(len(pairs), size=(10_000, len(pairs)))].sum(axis=1)
+    low, high = np.quantile(drawn[:, 0] / drawn[:, 1] - 1, [0.025, 0.975])
+    worker, bare = pairs.sum(axis=0)
+    return float(worker / bare - 1), float(low), float(high)
 
 
 def middle_step(found: list[dict[str, Any]]) -> float:

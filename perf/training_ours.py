@@ -5,7 +5,9 @@ Run by perf/training.py; needs DeepSpeed only for that way.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from cascade.models.base import load_base
 from cascade.training.examples import EncodedExample
 from cascade.training.loop import TargetLoss, TorchEngine, run_steps
 from cascade.training.lora import add_lora
+from cascade.training.measures import StepReport
 from cascade.training.memory import settle_objects
 from cascade.training.packing import Step, plan_steps
 
@@ -26,8 +29,22 @@ def make_plan(job: dict[str, Any], train: list[dict[str, Any]], settings: Lora) 
     return plan_steps(encoded, settings, seed=0, row_tokens=job["row_tokens"])
 
 
-def run(job: dict[str, Any], train: list[dict[str, Any]], validation: list[dict[str, Any]]) -> Stopwatch:
-    """Train for as many steps as the job asks, at a constant learning rate as its opponents do."""
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """What `cascade.training.loop.run_steps` takes, and the model in it."""
+
+    model: Any
+    module: TargetLoss
+    engine: Any
+    plan: list[Step]
+    settings: Lora
+
+    def steps(self) -> Iterator[StepReport]:
+        return run_steps(self.engine, self.plan, self.settings)
+
+
+def make_loop(job: dict[str, Any], train: list[dict[str, Any]]) -> Loop:
+    """At a constant learning rate, as its opponents have it."""
     settings = Lora(
         rank=job["rank"],
         learning_rate=job["learning_rate"],
@@ -42,19 +59,24 @@ def run(job: dict[str, Any], train: list[dict[str, Any]], validation: list[dict[
     module = TargetLoss(model)
     if job["compile"]:
         module.compile_parts()
-    plan = make_plan(job, train, settings)
-    engine = make_engine(job, module, settings, device)
+    return Loop(model, module, make_engine(job, module, settings, device), make_plan(job, train, settings), settings)
+
+
+def run(job: dict[str, Any], train: list[dict[str, Any]], validation: list[dict[str, Any]]) -> Stopwatch:
+    """Train for as many steps as the job asks."""
+    loop = make_loop(job, train)
     watch = Stopwatch(job)
     by_id = {e["id"]: e for e in train}
-    for report in run_steps(engine, plan, settings):
+    for report in loop.steps():
         if not report.step:
             settle_objects()  # as `train_modifier` does: what it takes longer shall be Ray's and DeepSpeed's alone
-        examples = [by_id[e.sample_id] for row in plan[report.step].rows for e in row.examples]
-        computed = functools.partial(tokens_computed, module, plan[report.step])
-        if not watch.step(examples, lambda: validation_loss(model, validation, job["device"]), computed):
+        step = loop.plan[report.step]
+        examples = [by_id[e.sample_id] for row in step.rows for e in row.examples]
+        computed = functools.partial(tokens_computed, loop.module, step)
+        if not watch.step(examples, lambda: validation_loss(loop.model, validation, job["device"]), computed):
             break
     if job["profile"]:
-        watch.profile = profile_steps(run_steps(engine, plan, settings), job["device"])
+        watch.profile = profile_steps(loop.steps(), job["device"])
     return watch
 
 

@@ -2,6 +2,9 @@
 
 Its checkpoints, notes, trackers and questions for a notice all count: a step's time is that from the end of the one
 before to its own. Given are the tokens of all contenders in place of what it would encode, and their number of steps.
+
+How long a step takes differs from process to process by more than what is looked for. So there is a way "ray-in-turn"
+too, in which the bare loop takes the same steps in the same process, in turn with the worker.
 """
 
 from __future__ import annotations
@@ -18,13 +21,15 @@ from typing import Any
 import ray
 from ray.train import CheckpointConfig, FailureConfig, RunConfig
 from ray.train.torch import TorchTrainer
+from training_ours import make_loop
 from training_ours import run as run_bare
-from training_plain import counters, read_job
+from training_plain import counters, read_job, wait_for
 
 from cascade.artifacts import Store, open_run
 from cascade.config import Config, PromptStyle, check_config, load_config
 from cascade.training.examples import EncodedExample, EncodedSet
 from cascade.training.measures import StepReport
+from cascade.training.memory import settle_objects
 from cascade.training.trackers import Trackers
 from ray_jobs import _train_worker
 from ray_jobs._train import scaling
@@ -65,15 +70,53 @@ def make_config(job: dict[str, Any], storage: str) -> Config:
     return check_config(raw)
 
 
+class Turns:
+    """The bare loop, which takes the steps that the worker has just taken: those between two halves of intervals of
+    checkpoints, so that each turn of the worker's has a checkpoint in its middle and what goes on beside the steps
+    behind it is its own.
+    """
+
+    def __init__(self, job: dict[str, Any], train: list[dict[str, Any]]) -> None:
+        self.device = job["device"]
+        self.steps = make_loop(job, train).steps()
+        self.turns: list[tuple[float, float]] = []
+        """Seconds of the worker and of the bare loop for the same steps; the first have the warm-up of both in them."""
+        self.away = self.cpu_away = 0.0
+        self.began = time.perf_counter()
+
+    def step(self, done: int) -> None:
+        """The worker has done so many steps."""
+        if done % CHECKPOINT_STEPS != CHECKPOINT_STEPS // 2:
+            return
+        wait_for(self.device)
+        began, cpu_began = time.perf_counter(), time.process_time()
+        for report in self.steps:
+            if report.step + 1 == done:
+                break
+        wait_for(self.device)
+        ended = time.perf_counter()
+        self.turns.append((began - self.began, ended - began))
+        if len(self.turns) == 1:
+            settle_objects()
+        self.began = time.perf_counter()
+        self.away += self.began - began
+        self.cpu_away += time.process_time() - cpu_began
+
+
 class Watched(Trackers):
     """Notes when each step ended."""
 
     ends: list[tuple[float, float, StepReport, dict[str, int]]]
     device: str
+    beside: Turns | None
 
     def step(self, report: StepReport) -> None:
-        self.ends.append((time.perf_counter(), time.process_time(), report, counters(self.device)))
+        away, cpu_away = (self.beside.away, self.beside.cpu_away) if self.beside else (0.0, 0.0)
+        now, cpu = time.perf_counter() - away, time.process_time() - cpu_away
+        self.ends.append((now, cpu, report, counters(self.device)))
         super().step(report)
+        if self.beside:
+            self.beside.step(report.step + 1)
 
 
 def worker(settings: dict[str, Any]) -> None:
@@ -82,20 +125,29 @@ def worker(settings: dict[str, Any]) -> None:
     train = json.loads(Path(job["data"]).read_text())["train"]
     given = [EncodedExample(e["id"], tuple(e["ids"]), tuple(e["mask"])) for e in train]
     inner: Any = _train_worker
-    plan_steps, checkpoint = inner.plan_steps, inner._Session._checkpoint
+    plan_steps, checkpoint, write_state = inner.plan_steps, inner._Session._checkpoint, inner.write_state
     took: list[float] = []
+    written: list[float] = []
 
     def timed(session: Any, done: int, at_once: bool) -> None:
         began = time.perf_counter()
         checkpoint(session, done, at_once)
         took.append(time.perf_counter() - began)
 
+    def timed_beside(*state: Any) -> None:
+        began = time.perf_counter()
+        write_state(*state)
+        written.append(time.perf_counter() - began)
+
     inner._encode = lambda assigned, loaded: EncodedSet(tuple(given), (), ())
     inner.plan_steps = lambda *a, **more: plan_steps(*a, **more)[: job["steps"] + job["warmup_steps"]]
-    inner._Session._checkpoint = timed
+    inner._Session._checkpoint, inner.write_state = timed, timed_beside
     inner.Trackers, Watched.ends, Watched.device = Watched, [], job["device"]
+    Watched.beside = Turns(job, train) if job["way"] == "ray-in-turn" else None
     inner.train_worker({"assigned": settings["assigned"]})
-    Path(settings["out"]).write_text(json.dumps(figures(job, Watched.ends, took)))
+    turns = Watched.beside.turns[1:] if Watched.beside else []
+    more = {"turns": turns, "written_seconds": [round(s, 3) for s in written]}
+    Path(settings["out"]).write_text(json.dumps(figures(job, Watched.ends, took) | more))
 
 
 def bare(settings: dict[str, Any]) -> None:
