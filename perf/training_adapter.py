@@ -28,11 +28,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from cascade.compression.adapter import load_peft_folder
 from cascade.config import Lora, Training
 from cascade.models.base import LoadedBase
-from cascade.training.deepspeed_engine import DeepSpeedEngine, write_state
+from cascade.training.deepspeed_engine import DeepSpeedEngine
 from cascade.training.examples import EncodedExample
 from cascade.training.loop import TargetLoss, run_steps
 from cascade.training.lora import add_lora, save_adapter
 from cascade.training.packing import plan_steps
+from cascade.training.state_file import write_state
 
 TARGET_BYTES = 260e6
 

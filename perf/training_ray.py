@@ -15,6 +15,9 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +73,25 @@ def make_config(job: dict[str, Any], storage: str) -> Config:
     return check_config(raw)
 
 
+@dataclass
+class Clock:
+    """Seconds, and those of the CPU, without what is done while it is stopped."""
+
+    away: float = 0.0
+    cpu_away: float = 0.0
+
+    def now(self) -> tuple[float, float]:
+        return time.perf_counter() - self.away, time.process_time() - self.cpu_away
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        began, cpu_began = self.now()
+        yield
+        ended, cpu_ended = self.now()
+        self.away += ended - began
+        self.cpu_away += cpu_ended - cpu_began
+
+
 class Turns:
     """The bare loop, which takes the steps that the worker has just taken: those between two halves of intervals of
     checkpoints, so that each turn of the worker's has a checkpoint in its middle and what goes on beside the steps
@@ -81,26 +103,24 @@ class Turns:
         self.steps = make_loop(job, train).steps()
         self.turns: list[tuple[float, float]] = []
         """Seconds of the worker and of the bare loop for the same steps; the first have the warm-up of both in them."""
-        self.away = self.cpu_away = 0.0
-        self.began = time.perf_counter()
+        self.began = 0.0
 
-    def step(self, done: int) -> None:
+    def step(self, done: int, clock: Clock) -> None:
         """The worker has done so many steps."""
         if done % CHECKPOINT_STEPS != CHECKPOINT_STEPS // 2:
             return
         wait_for(self.device)
-        began, cpu_began = time.perf_counter(), time.process_time()
-        for report in self.steps:
-            if report.step + 1 == done:
-                break
-        wait_for(self.device)
-        ended = time.perf_counter()
-        self.turns.append((began - self.began, ended - began))
-        if len(self.turns) == 1:
-            settle_objects()
-        self.began = time.perf_counter()
-        self.away += self.began - began
-        self.cpu_away += time.process_time() - cpu_began
+        worker, _ = clock.now()
+        with clock.stopped():
+            began = time.perf_counter()
+            for report in self.steps:
+                if report.step + 1 == done:
+                    break
+            wait_for(self.device)
+            self.turns.append((worker - self.began, time.perf_counter() - began))
+            if len(self.turns) == 1:
+                settle_objects()
+        self.began = worker
 
 
 class Watched(Trackers):
@@ -109,14 +129,15 @@ class Watched(Trackers):
     ends: list[tuple[float, float, StepReport, dict[str, int]]]
     device: str
     beside: Turns | None
+    clock = Clock()
 
     def step(self, report: StepReport) -> None:
-        away, cpu_away = (self.beside.away, self.beside.cpu_away) if self.beside else (0.0, 0.0)
-        now, cpu = time.perf_counter() - away, time.process_time() - cpu_away
-        self.ends.append((now, cpu, report, counters(self.device)))
+        now, cpu = self.clock.now()
+        with self.clock.stopped():
+            self.ends.append((now, cpu, report, counters(self.device)))
         super().step(report)
         if self.beside:
-            self.beside.step(report.step + 1)
+            self.beside.step(report.step + 1, self.clock)
 
 
 def worker(settings: dict[str, Any]) -> None:
@@ -143,6 +164,7 @@ def worker(settings: dict[str, Any]) -> None:
     inner.plan_steps = lambda *a, **more: plan_steps(*a, **more)[: job["steps"] + job["warmup_steps"]]
     inner._Session._checkpoint, inner.write_state = timed, timed_beside
     inner.Trackers, Watched.ends, Watched.device = Watched, [], job["device"]
+    Watched.clock = Clock()
     Watched.beside = Turns(job, train) if job["way"] == "ray-in-turn" else None
     inner.train_worker({"assigned": settings["assigned"]})
     turns = Watched.beside.turns[1:] if Watched.beside else []

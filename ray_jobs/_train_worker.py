@@ -29,7 +29,7 @@ from cascade.errors import DataError
 from cascade.models.base import LoadedBase, end_token_ids, load_base, named_when_full
 from cascade.models.student import Student
 from cascade.tasks import Example, Task
-from cascade.training.deepspeed_engine import DeepSpeedEngine, write_state
+from cascade.training.deepspeed_engine import DeepSpeedEngine
 from cascade.training.examples import EncodedSet, encode_conversations, encode_examples
 from cascade.training.layout import most_tokens
 from cascade.training.looks import Look, best_of, is_better, is_enough, look_steps, needs_loss
@@ -38,6 +38,7 @@ from cascade.training.lora import add_lora, save_adapter
 from cascade.training.memory import settle_objects
 from cascade.training.packing import Step, pack, plan_steps
 from cascade.training.recompute import recompute_activations
+from cascade.training.state_file import write_state
 from cascade.training.trackers import Trackers
 from ray_jobs._results import ADAPTER, LOOKS
 from ray_jobs._share import limit_process
@@ -247,9 +248,11 @@ class _Session:
         self._flush()
 
         def store(checkpoint: Checkpoint, name: str) -> Checkpoint:
+            nonlocal state
             assert state is not None, "the first worker alone has a checkpoint"
             with outbox as folder:
                 write_state(state, folder)
+                state = None  # its copies take a GPU's memory
                 stored: Checkpoint = storage.persist_current_checkpoint(checkpoint, name)
             return stored
 

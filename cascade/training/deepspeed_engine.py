@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import os
-import zipfile
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +13,10 @@ from cascade.errors import DataError
 from cascade.training.loop import TargetLoss, adamw, clip_or_drop, set_rate
 from cascade.training.packing import Row
 from cascade.training.pissa import START
+from cascade.training.state_file import State, apart, joined, pinned, read_state
 
-STATE = "state.pt"
-"""The file of a checkpoint."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """What AdamW keeps of each parameter beside the number of its steps."""
-_STAGED = 8 * 2**20
-"""Numbers of a checkpoint that are fetched from a GPU at once."""
 
 
 def deepspeed_config(training: Training, dtype: torch.dtype) -> dict[str, Any]:
@@ -81,7 +75,7 @@ class DeepSpeedEngine:
                 # on a CPU as pages of its file, which all processes of a machine share until one is written to.
                 setattr(parameter, "ds_optim_param", True)  # noqa: B010 (a name that mypy does not know)
         if device.type == "cuda":
-            _pinned()  # now, for the checkpoints: to pin memory holds up all work on the GPU
+            pinned()  # now, for the checkpoints: to pin memory holds up all work on the GPU
         deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=module,
@@ -112,7 +106,7 @@ class DeepSpeedEngine:
         """Clip gradients that were just averaged over the workers, before the optimiser takes its step."""
         self.norm = clip_or_drop(list(self.trainable.values()), most)
 
-    def state(self, step: int) -> dict[str, Any] | None:
+    def state(self, step: int) -> State | None:
         """A checkpoint for `write_state`, fit for any stage and number of workers: copies of weights and moments, as
         they are now, the next step, and PiSSA's start.
 
@@ -127,14 +121,14 @@ class DeepSpeedEngine:
         moments = {key: [self._moment(p, key) for p in trainable.values()] for key in MOMENTS} if updates else {}
         if not first:
             return None
-        return {
-            "next_step": step,
-            "updates": updates,
-            "shapes": {name: tuple(weight.shape) for name, weight in zip(trainable, weights, strict=True)},
-            "weights": _joined(weights),
-            "moments": {key: _joined(tensors) for key, tensors in moments.items()},
-            "start": {name: self.frozen[name].bfloat16() for name in self.start},  # whose numbers they are
-        }
+        return State(
+            next_step=step,
+            updates=updates,
+            shapes={name: tuple(weight.shape) for name, weight in zip(trainable, weights, strict=True)},
+            weights=joined(weights),
+            moments={key: joined(tensors) for key, tensors in moments.items()},
+            start={name: self.frozen[name].bfloat16() for name in self.start},  # whose numbers they are
+        )
 
     def load(self, folder: str | Path) -> int:
         """Continue from a checkpoint; returns the next step.
@@ -143,19 +137,19 @@ class DeepSpeedEngine:
             DataError: it is none, or one of another adapter.
         """
         state = read_state(folder)
-        if set(self.trainable) != set(state["shapes"]):
+        if set(self.trainable) != set(state.shapes):
             raise DataError(f"{folder} is a checkpoint of another adapter or base than this one")
-        if state["updates"]:
-            self._make_moments(state["updates"])
-        for name, weight in _apart(state["weights"], state["shapes"]):
+        if state.updates:
+            self._make_moments(state.updates)
+        for name, weight in apart(state.weights, state.shapes):
             self._set_weight(self.trainable[name], weight)
-        for key, joined in state["moments"].items():
-            for name, moment in _apart(joined, state["shapes"]):
+        for key, moments in state.moments.items():
+            for name, moment in apart(moments, state.shapes):
                 self._set(self.trainable[name], moment, key)
-        for name, start in state.get("start", {}).items():  # which another machine may not have computed alike
+        for name, start in state.start.items():  # which another machine may not have computed alike
             self.frozen[name].copy_(start)
             self.start[name].data.copy_(start)
-        return int(state["next_step"])
+        return state.next_step
 
     def weights(self) -> dict[str, torch.Tensor]:
         """All parameters of the adapter by name in the model, the frozen ones too, whole and in float32, on the CPU.
@@ -194,8 +188,9 @@ class DeepSpeedEngine:
 
     def _updates(self) -> int:
         """Steps that AdamW has taken; those that were skipped are none."""
-        found = [self._inner.state.get(tensor, {}).get("step") for tensor in self._stepped()]
-        return max((int(step) for step in found if step is not None), default=0)
+        states = [self._inner.state.get(tensor, {}) for tensor in self._stepped()]
+        found = [torch.as_tensor(state["step"]) for state in states if "step" in state]
+        return int(torch.stack(found).max()) if found else 0  # read at once: each reading waits for a GPU
 
     def _make_moments(self, updates: int) -> None:
         """AdamW's state as it is after so many steps, with moments of zero."""
@@ -237,77 +232,3 @@ class DeepSpeedEngine:
 def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
     """A copy in float32 on the CPU."""
     return tensor.detach().to("cpu", torch.float32, copy=True)
-
-
-def _joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """A copy of them all in float32, end to end: what they are now, whatever the next step makes of them.
-
-    On their own device if that has room. One large tensor is written in a fraction of the time of many, nearly all of
-    it without Python, which the training's own thread goes on with.
-    """
-    try:
-        return torch.cat([tensor.detach().float().flatten() for tensor in tensors])
-    except torch.OutOfMemoryError:
-        return torch.cat([tensor.detach().cpu().float().flatten() for tensor in tensors])
-
-
-def _apart(joined: torch.Tensor, shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and tensor of each that was joined."""
-    parts = joined.split([math.prod(shape) for shape in shapes.values()])
-    for (name, shape), part in zip(shapes.items(), parts, strict=True):
-        yield name, part.view(shape)
-
-
-def write_state(state: dict[str, Any], folder: str | Path) -> None:
-    """As one file of a checkpoint, which `DeepSpeedEngine.load` reads. Another thread may go on training.
-
-    Copies that are on a GPU are taken from there, and left on the CPU in `state`.
-    """
-    state["weights"] = _fetched(state["weights"])
-    for key, moments in state["moments"].items():
-        state["moments"][key] = _fetched(moments)
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    torch.save(state, Path(folder) / STATE)
-
-
-def _fetched(tensor: torch.Tensor) -> torch.Tensor:
-    """On the CPU; from a GPU on a stream beside the one that the training computes on.
-
-    By way of a little pinned memory: while the driver copies to memory that may be paged out, no other thread's work
-    reaches the GPU.
-    """
-    if not tensor.is_cuda:
-        return tensor
-    fetched = torch.empty(tensor.shape, dtype=tensor.dtype)
-    staged = _pinned(tensor.dtype)
-    stream = torch.cuda.Stream(tensor.device)
-    stream.wait_stream(torch.cuda.default_stream(tensor.device))  # it made the tensor
-    for start in range(0, tensor.numel(), _STAGED):
-        part = fetched[start : start + _STAGED]
-        with torch.cuda.stream(stream):
-            staged[: len(part)].copy_(tensor[start : start + _STAGED], non_blocking=True)
-        stream.synchronize()
-        part.copy_(staged[: len(part)])
-    return fetched
-
-
-def _pinned(dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Pinned memory for `_STAGED` numbers; torch keeps it for the next time when it is no longer in use."""
-    return torch.empty(_STAGED, dtype=dtype, pin_memory=True)
-
-
-def read_state(folder: str | Path) -> dict[str, Any]:
-    """What `write_state` wrote; its tensors are pages of the file.
-
-    Raises:
-        DataError: it is not there, not whole, or of another version.
-    """
-    path = Path(folder) / STATE
-    if not path.exists():
-        raise DataError(f"{folder} holds no {STATE}: it is no checkpoint of this version")
-    if not zipfile.is_zipfile(path):  # torch's files are; what ends one is written last
-        raise DataError(f"{path} is not whole")
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    if "shapes" not in state:
-        raise DataError(f"{path} is no checkpoint of this version")
-    return state

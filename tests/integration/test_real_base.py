@@ -47,7 +47,7 @@ def test_killed_twice_a_modifier_beats_its_base_and_nothing_is_paid_twice(tmp_pa
     bought = answered(runs)
 
     trained = Path(runs.store.path(runs.train_modifier.folder)) / "train"
-    kill_when(config, lambda: bool(list(trained.rglob("checkpoint*/state.pt"))))
+    kill_when(config, lambda: bool(list(trained.rglob("checkpoint*/state.safetensors"))))
     assert not runs.train_modifier.done
 
     finished = run_cascade(config)

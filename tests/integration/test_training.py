@@ -204,7 +204,7 @@ def test_what_cannot_be_gone_on_from_says_how_to_begin_again(tmp_path: Path, bro
     folder = shutil.copytree(broken, tmp_path / "copy")
     runs = Runs(load_config(write_config(folder, execution={"train_workers": 1}, **LONG)))
     begun = Path(runs.store.path(runs.train_modifier.folder)) / RAY_FOLDER
-    states = list(begun.rglob("state.pt"))
+    states = list(begun.rglob("state.safetensors"))
     assert states
     for file in states:
         file.unlink()

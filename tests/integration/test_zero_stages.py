@@ -19,11 +19,12 @@ from stand_in import free_port, save_tiny_base
 from cascade.config import Base, Lora, Training
 from cascade.models.base import load_base
 from cascade.training import deepspeed_engine
-from cascade.training.deepspeed_engine import DeepSpeedEngine, write_state
+from cascade.training.deepspeed_engine import DeepSpeedEngine
 from cascade.training.examples import EncodedExample
 from cascade.training.loop import TargetLoss, TorchEngine, run_steps
 from cascade.training.lora import add_lora
 from cascade.training.packing import Step, plan_steps
+from cascade.training.state_file import write_state
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 SETTINGS = Lora(rank=3, learning_rate=5e-3, epochs=2, tokens_per_step=90, max_length=48, gradient_clip=0.7)

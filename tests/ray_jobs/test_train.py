@@ -157,7 +157,7 @@ def test_what_a_training_needs_is_deleted_behind_its_end_and_not_before(
 ) -> None:
     assert {RAY_FOLDER, PROGRESS, LOCK} == set(SCRATCH)
     runs: Any = SimpleNamespace(config={}, run=lambda name: run)
-    checkpoint = f"{run.folder}/{RAY_FOLDER}/checkpoint/state.pt"
+    checkpoint = f"{run.folder}/{RAY_FOLDER}/checkpoint/state.safetensors"
 
     def work(job: Job) -> dict[str, Any]:
         run.store.write_bytes(checkpoint, b"weights")

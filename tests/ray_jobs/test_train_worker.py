@@ -3,7 +3,6 @@ sound, and a notice that the node will be taken is heard."""
 
 from __future__ import annotations
 
-import copy
 import errno
 import gc
 import itertools
@@ -27,10 +26,11 @@ from cascade.config import Config, PromptStyle, check_config
 from cascade.errors import ConfigError, DataError
 from cascade.models.student import Student
 from cascade.tasks import Example, Message, Task
-from cascade.training.deepspeed_engine import STATE
+from cascade.training.deepspeed_engine import MOMENTS
 from cascade.training.looks import Look
 from cascade.training.loop import TorchEngine
 from cascade.training.measures import StepReport
+from cascade.training.state_file import STATE, State, apart, joined, read_state
 from ray_jobs import _train_worker
 from ray_jobs._results import ADAPTER
 from ray_jobs._train_controller import Assigned
@@ -50,19 +50,21 @@ class AloneEngine(TorchEngine):
         named = self.module.model.named_parameters()
         return {n: p.detach().clone() for n, p in named if p.requires_grad}
 
-    def state(self, step: int) -> dict[str, Any]:
-        weights = self.weights()
-        joined = torch.cat([w.flatten() for w in weights.values()])  # as `write_state` takes them
-        adam = copy.deepcopy(self.optimizer.state_dict())
-        return {"step": step, "weights": joined, "moments": {}, "by_name": weights, "adam": adam}
+    def state(self, step: int) -> State:
+        weights, adam = self.weights(), [self.optimizer.state[p] for p in self.parameters]
+        shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+        moments = {key: joined([each[key] for each in adam]) for key in MOMENTS}
+        return State(step, int(adam[0]["step"]), shapes, joined(list(weights.values())), moments)
 
     def load(self, folder: str | Path) -> int:
-        if not Path(folder, STATE).exists():
-            raise DataError("it is no checkpoint of this version")
-        state = torch.load(Path(folder) / STATE)
-        self.module.model.load_state_dict(state["by_name"], strict=False)
-        self.optimizer.load_state_dict(state["adam"])
-        return int(state["step"])
+        state = read_state(folder)
+        self.module.model.load_state_dict(dict(apart(state.weights, state.shapes)), strict=False)
+        for parameter in self.parameters:
+            self.optimizer.state[parameter] = {"step": torch.tensor(float(state.updates))}
+        for key, moments in state.moments.items():
+            for parameter, (_, moment) in zip(self.parameters, apart(moments, state.shapes), strict=True):
+                self.optimizer.state[parameter][key] = moment.clone()
+        return state.next_step
 
 
 @dataclass
@@ -363,8 +365,7 @@ def test_a_training_that_has_broken_down_ends_and_leaves_the_sound_checkpoint(
         train(assigned)
     assert fake.reports == [{"step": 3}]
     assert fake.checkpoint is not None
-    state = torch.load(Path(fake.checkpoint.path) / STATE)
-    assert bool(state["weights"].isfinite().all())
+    assert bool(read_state(fake.checkpoint.path).weights.isfinite().all())
 
 
 @pytest.mark.parametrize(("tokens_per_step", "epochs"), [(120, 4), (999, 3), (999, 1)])
