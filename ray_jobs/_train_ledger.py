@@ -91,11 +91,16 @@ class Recorder:
                 logging.getLogger(__name__).warning("progress cannot be noted (%s); training goes on", error)
             self.warned = True
 
-    def flush(self) -> None:
+    def take(self) -> list[StepReport]:
+        """What was added and not taken yet, for `write`."""
+        taken, self.pending = self.pending, []
+        return taken
+
+    def write(self, reports: list[StepReport]) -> None:
+        """Store them, by the first worker. Another thread may go on adding."""
         if self.first:
             self.note.result()
-            self.run.write_part(CURVE, self.pending)
-        self.pending = []
+            self.run.write_part(CURVE, reports)
 
 
 def _noted_step(run: Run) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import os
 import shutil
 import tempfile
 import time
@@ -35,6 +36,7 @@ from cascade.training.layout import most_tokens
 from cascade.training.looks import Look, best_of, is_better, is_enough, look_steps, needs_loss
 from cascade.training.loop import TargetLoss, run_steps, summed_loss
 from cascade.training.lora import add_lora, save_adapter
+from cascade.training.measures import StepReport
 from cascade.training.memory import settle_objects
 from cascade.training.packing import Step, pack, plan_steps
 from cascade.training.recompute import recompute_activations
@@ -244,8 +246,8 @@ class _Session:
         if self.first:
             self._write_position(Path(outbox.name), {})
             if self.best.exists():
-                shutil.copytree(self.best, Path(outbox.name) / BEST)
-        self._flush()
+                shutil.copytree(self.best, Path(outbox.name) / BEST, copy_function=_link_or_copy)
+        curve, looks = self.recorder.take(), list(self.looks)
 
         def store(checkpoint: Checkpoint, name: str) -> Checkpoint:
             nonlocal state
@@ -253,6 +255,7 @@ class _Session:
             with outbox as folder:
                 write_state(state, folder)
                 state = None  # its copies take a GPU's memory
+                self._write_down(curve, looks)  # first: what is behind a checkpoint is not trained again
                 stored: Checkpoint = storage.persist_current_checkpoint(checkpoint, name)
             return stored
 
@@ -280,7 +283,7 @@ class _Session:
                 self._save_adapter(Path(folder) / ADAPTER)
             elif self.first:
                 shutil.copytree(self.best, Path(folder) / ADAPTER)
-            self._flush()
+            self._write_down(self.recorder.take(), self.looks)
             metrics = self._metrics()
             if self.first:
                 self._write_position(Path(folder), metrics)
@@ -290,10 +293,11 @@ class _Session:
         looks = [dataclasses.asdict(look) for look in self.looks]
         (folder / POSITION).write_text(json.dumps({"looks": looks, "metrics": metrics}))
 
-    def _flush(self) -> None:
-        self.recorder.flush()
+    def _write_down(self, curve: list[StepReport], looks: list[Look]) -> None:
+        """Store what was measured until now. One thread at a time does: a checkpoint waits until the last is one."""
+        self.recorder.write(curve)
         if self.first:
-            self.assigned.run.write_table(LOOKS, Look, self.looks)  # without what an earlier start found further on
+            self.assigned.run.write_table(LOOKS, Look, looks)  # without what an earlier start found further on
             self.trackers.flush()
 
     def _restore(self, checkpoint: Checkpoint | None) -> int:
@@ -340,6 +344,14 @@ class _Session:
             found |= {"validation_loss": shown.loss} if self.held_out else {}
             found |= {"validation_passed": shown.passed} if shown.answered else {}
         return found
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    """A second name of the file, whose first is soon another file's; a copy where there are no second names."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def _encode(assigned: Assigned, loaded: LoadedBase) -> EncodedSet:

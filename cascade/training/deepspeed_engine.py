@@ -159,18 +159,18 @@ class DeepSpeedEngine:
         return self.frozen | {name: _on_cpu(self._whole(p)) for name, p in self.trainable.items()}
 
     def _whole(self, parameter: torch.nn.Parameter) -> torch.Tensor:
-        from deepspeed.utils import safe_get_full_fp32_param
-
         if not self.stage:
             return parameter
+        from deepspeed.utils import safe_get_full_fp32_param
+
         whole: torch.Tensor = safe_get_full_fp32_param(parameter)
         return whole.reshape(getattr(parameter, "ds_shape", parameter.shape))
 
     def _moment(self, parameter: torch.nn.Parameter, key: str) -> torch.Tensor:
-        from deepspeed.utils import safe_get_full_optimizer_state
-
         if not self.stage:
             return self.optimizer.state[parameter][key]
+        from deepspeed.utils import safe_get_full_optimizer_state
+
         return safe_get_full_optimizer_state(parameter, key)
 
     @property

@@ -12,6 +12,7 @@ import math
 import os
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -137,8 +138,9 @@ class _Guarded:
 class TensorBoard:
     """An event file, written in the run's folder or, where that is no local one, copied there at each flush.
 
-    It is written to once a second at most, and at each flush. What cannot be written, as on a full disk, is kept and
-    written with what comes later. (TensorBoard's own writer has a thread, which the first error ends for good.)
+    It is written to once a second at most, and at each flush, for which another thread may ask. What cannot be written,
+    as on a full disk, is kept and written with what comes later. (TensorBoard's own writer has a thread, which the
+    first error ends for good.)
     """
 
     def __init__(self, run: Run, start: int = 0) -> None:
@@ -152,19 +154,23 @@ class TensorBoard:
         # TensorBoard reads a folder's files in the order of their names.
         self.file = self.folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
         self.good_bytes, self.written = 0, 0.0
+        self.lock = threading.Lock()
         # TensorBoard drops what it has of later steps when it reads that a session starts.
         begin = Event(step=start + 1, session_log=SessionLog(status=SessionLog.START))
         self.waiting = [Event(wall_time=time.time(), file_version="brain.Event:2"), begin]
 
     def log(self, step: int, figures: dict[str, float]) -> None:
         values = [self.summary.Value(tag=name, simple_value=value) for name, value in figures.items()]
-        self.waiting.append(self.event(wall_time=time.time(), step=step, summary=self.summary(value=values)))
-        if time.monotonic() - self.written >= WRITE_S:
-            self._write()
+        event = self.event(wall_time=time.time(), step=step, summary=self.summary(value=values))
+        with self.lock:
+            self.waiting.append(event)
+            if time.monotonic() - self.written >= WRITE_S:
+                self._write()
 
     def flush(self) -> None:
-        self._write()
-        if self.remote:
+        with self.lock:
+            self._write()
+        if self.remote:  # of what is added meanwhile, the next flush sends the rest
             self.run.store.upload_folder(self.folder, f"{self.run.folder}/{TENSORBOARD}")
 
     def close(self) -> None:

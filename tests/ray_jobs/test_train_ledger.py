@@ -45,7 +45,7 @@ def train(run: Run, points: list[StepReport], *, start: int = 0, workers: int = 
     recorder.start(start, workers, ENCODED)
     for point in points:
         recorder.add(point)
-    recorder.flush()
+    recorder.write(recorder.take())
 
 
 @pytest.mark.parametrize(("epochs", "bounds"), [(3.0, (3, 3)), (2.5, (2, 3)), (0.5, (0, 1))])
@@ -115,12 +115,12 @@ def test_progress_that_cannot_be_noted_is_warned_of_once(
         patch.setattr(Store, "write_json", refuse)
         for point in curve(1.0):
             recorder.add(point)
-            recorder.flush()
+            recorder.write(recorder.take())
     assert len(run.read(CURVE, StepReport)) == 3
     assert [r.message for r in caplog.records] == ["progress cannot be noted (503 SlowDown); training goes on"]
 
 
-def test_no_step_waits_for_a_note_and_none_is_under_way_after_a_flush(
+def test_no_step_waits_for_a_note_and_none_is_under_way_behind_what_is_written(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_train_ledger, "NOTE_S", -1.0)
@@ -137,7 +137,7 @@ def test_no_step_waits_for_a_note_and_none_is_under_way_after_a_flush(
         recorder.add(point)
     assert taken == []
     answered.set()
-    recorder.flush()
+    recorder.write(recorder.take())
     assert taken == [1], "those that came meanwhile were put off, not put in a queue"
     assert run.store.read_json(f"{run.folder}/{PROGRESS}") == {"step": 1, "steps": 99, "loss": 1.0}
     assert len(run.read(CURVE, StepReport)) == len(points)
@@ -153,6 +153,6 @@ def test_only_the_first_worker_writes(run: Run) -> None:
     recorder = Recorder(run, 9, first=False)
     recorder.start(0, 2, ENCODED)
     recorder.add(curve(1.0)[0])
-    recorder.flush()
+    recorder.write(recorder.take())
     assert run.tables() == ["examples"]
     assert json.dumps(run.store.list(run.folder)) == '["examples.parquet"]'

@@ -8,6 +8,7 @@ import gc
 import itertools
 import json
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +36,7 @@ from ray_jobs import _train_worker
 from ray_jobs._results import ADAPTER
 from ray_jobs._train_controller import Assigned
 from ray_jobs._train_ledger import CURVE, check_ledger
-from ray_jobs._train_worker import POSITION, train_worker
+from ray_jobs._train_worker import BEST, POSITION, train_worker
 
 WORDS = ("apple", "banana", "cherry", "melon", "papaya", "orange", "lemon", "grape")
 
@@ -283,14 +284,16 @@ def test_looks_that_fall_otherwise_after_a_loss_leave_a_sound_ledger(
 ) -> None:
     assigned = assign(base, tmp_path, {"tasks": 2, "keep": "best_loss", "patience": 1})
 
-    def report(*given: Any, **named: Any) -> None:
+    ordinary = fake.persist_current_checkpoint
+
+    def persist(*given: Any) -> Checkpoint:
         if len(assigned.run.read("looks", Look)) == 3:
             raise OSError("the store is full")
-        fake.report(*given, **named)
+        return ordinary(*given)
 
     with monkeypatch.context() as patch:
         scripted(patch, [3.0, 2.999, 2.9])
-        patch.setattr(ray.train, "report", report)
+        patch.setattr(fake, "persist_current_checkpoint", persist)
         with pytest.raises(OSError, match="full"):
             train(assigned)
     scripted(monkeypatch, [3.001])  # of the second look, on another machine: training ends there
@@ -298,6 +301,64 @@ def test_looks_that_fall_otherwise_after_a_loss_leave_a_sound_ledger(
     metrics = fake.reports[-1]
     check_ledger(assigned.run, metrics["steps"], metrics["planned_steps"], assigned.config.training.lora.epochs)
     assert [look.loss for look in assigned.run.read("looks", Look)] == [3.0, 3.001]
+
+
+def test_what_is_behind_a_checkpoint_is_written_down_before_it_is_one(
+    base: str, fake: FakeRay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a training that is killed in between would go on behind steps that the ledger does not have."""
+    ordinary, seen = fake.persist_current_checkpoint, []
+
+    def persist(checkpoint: Checkpoint, name: str) -> Checkpoint:
+        with checkpoint.as_directory() as folder:
+            if (Path(folder) / STATE).exists():
+                seen.append((read_state(folder).next_step, len(assigned.run.read(CURVE, StepReport))))
+        return ordinary(checkpoint, name)
+
+    monkeypatch.setattr(fake, "persist_current_checkpoint", persist)
+    assigned = assign(base, tmp_path, {"tasks": 0})
+    train(assigned)
+    assert len(seen) > 1
+    assert all(step == steps for step, steps in seen)
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_checkpoint_keeps_the_best_adapter_of_its_time(
+    base: str, fake: FakeRay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    """It is stored while training goes on, which may find a better one meanwhile."""
+
+    def none(*_: Any) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr(os, "link", none)
+    scripted(monkeypatch, [4.0, 3.0, 2.0, 1.0])
+    seen, later = adapters_by_look(monkeypatch), []
+    ordinary = fake.report
+
+    def report(metrics: dict[str, Any], checkpoint: Checkpoint | None = None, **how: Any) -> None:
+        while later:  # what was under way is stored only now
+            later.pop()()
+        if "checkpoint_upload_fn" not in how:
+            return ordinary(metrics, checkpoint, **how)
+        looks = len(seen)
+
+        def store() -> None:
+            ordinary(metrics, checkpoint, **how)
+            assert fake.checkpoint is not None
+            if looks:
+                found = load_file(Path(fake.checkpoint.path) / BEST / "adapter_model.safetensors")
+                assert all(torch.equal(found[name], seen[looks - 1][name]) for name in found)
+                checked.append(len(seen) > looks)
+
+        return later.append(store)
+
+    checked: list[bool] = []
+    monkeypatch.setattr(ray.train, "report", report)
+    train(assign(base, tmp_path, {"tasks": 2, "keep": "best_loss"}))
+    assert any(checked), "another look fell between one and its storing"
+    check_kept(fake, seen[3])
 
 
 @pytest.mark.parametrize("validation", [{"tasks": 0, "answered": 1}, {"tasks": 2}])

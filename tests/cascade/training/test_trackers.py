@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import shutil
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -81,6 +84,35 @@ def test_the_event_file_is_opened_once_a_second_and_holds_all_after_a_flush(run,
     events = EventAccumulator(run.store.path(f"{run.folder}/{TENSORBOARD}"))
     events.Reload()
     assert [e.step for e in events.Scalars("train/loss")] == list(range(1, 13))
+
+
+def test_another_thread_may_ask_for_a_flush(run, monkeypatch):
+    """As a checkpoint does that is stored while training goes on."""
+
+    @contextmanager
+    def slow(*given):
+        with open(*given) as file:
+            time.sleep(0.002)
+            yield file
+
+    monkeypatch.setattr(trackers_module, "open", slow, raising=False)
+    monkeypatch.setattr(trackers_module, "WRITE_S", 0.0)
+    trackers, done = Trackers.open(config(), run), threading.Event()
+
+    def flush():
+        while not done.is_set():
+            trackers.flush()
+
+    with ThreadPoolExecutor() as threads:
+        flushes = [threads.submit(flush) for _ in range(2)]
+        for step in range(100):
+            trackers.step(replace(REPORT, step=step))
+        done.set()
+    assert [flush.result() for flush in flushes] == [None, None]
+    trackers.close()
+    events = EventAccumulator(run.store.path(f"{run.folder}/{TENSORBOARD}"), size_guidance={"scalars": 0})
+    events.Reload()
+    assert [e.step for e in events.Scalars("train/loss")] == list(range(1, 101))
 
 
 class FakeTracker(SimpleNamespace):
