@@ -57,7 +57,9 @@ FIELD_PLAIN_H100 = 59_000
 REAL = "train_modifier's own worker"
 """Ray Train, DeepSpeed, checkpoints, ledger, trackers and all."""
 IN_TURN = "it, in turn with the bare loop"
-"""Which takes the same steps in the same process: a step's time differs from process to process."""
+"""Which takes each step after it in the same process: how long one takes differs from process to process."""
+CHECKPOINT_STEPS = 20
+"""Steps from one checkpoint to the next, the least that a shipped config has."""
 
 
 def main() -> None:
@@ -78,7 +80,7 @@ def main() -> None:
             outcome = run(command, job | changes, folder, options.limit)
             if outcome is not None:
                 results[name].append(outcome)
-                shown = {k: v for k, v in outcome.items() if k not in ("steps", "counters")}
+                shown = {k: v for k, v in outcome.items() if k not in ("steps", "counters", "pairs")}
                 shown |= {"slowest_steps": slowest_steps(outcome)}
                 print(f"  {json.dumps(shown)}", file=sys.stderr, flush=True)
     report(job, {name: found for name, found in results.items() if found}, options)
@@ -173,6 +175,7 @@ def make_job(options: argparse.Namespace, data: Path) -> dict[str, Any]:
         "validate_every": 10 if gpu else 8,
         "threads": options.threads or max(1, len(os.sched_getaffinity(0))),
         "zero_stage": 0,
+        "checkpoint_steps": CHECKPOINT_STEPS,
         "way": "torch",
         "base_bits": 16,
         "profile": options.profile,
@@ -323,9 +326,11 @@ def figures(
         found["of_it_between_steps"] = figure(beside)
         paused = statistics.median(sum(r["checkpoint_seconds"]) / r["seconds"] for r in full)
         found["of_it_checkpoints"] = figure(paused)
-    if turns := [turn for r in results.get(IN_TURN, []) for turn in r["turns"]]:
-        extra, low, high = more_in_turn(turns)
-        found["ray_deepspeed_overhead_in_turn"] = at_most(extra, 0.03, interval=[low, high], n=len(turns))
+    if in_turn := results.get(IN_TURN):
+        extra, low, high, parts = more_in_turn(in_turn)
+        pairs = sum(len(r["pairs"]) for r in in_turn)
+        found["ray_deepspeed_overhead_in_turn"] = at_most(extra, 0.03, interval=[low, high], n=pairs)
+        found |= {f"in_turn_{name}": figure(value) for name, value in parts.items()}
     return found
 
 
@@ -339,13 +344,36 @@ def step_seconds(found: list[dict[str, Any]], beside: list[dict[str, Any]]) -> f
     return statistics.median(statistics.mean(s for s, _ in r["steps"][:shortest]) for r in found)
 
 
-def more_in_turn(turns: list[list[float]]) -> tuple[float, float, float]:
-    """What the first of each pair of seconds is more than the second, over all; 95 % interval (bootstrap of pairs)."""
-    pairs = np.array(turns)
-    drawn = pairs[np.random.default_rng(0).integers(len(pairs), size=(10_000, len(pairs)))].sum(axis=1)
-    low, high = np.quantile(drawn[:, 0] / drawn[:, 1] - 1, [0.025, 0.975])
-    worker, bare = pairs.sum(axis=0)
-    return float(worker / bare - 1), float(low), float(high)
+def more_in_turn(found: list[dict[str, Any]]) -> tuple[float, float, float, dict[str, float]]:
+    """How much longer a step of the worker takes, from steps that the bare loop took in turn with it.
+
+    The steps between two checkpoints are drawn as one for the interval (95 %, bootstrap). The first of them are left
+    out: they compile.
+
+    Returns:
+        Value, low, high, and what it is made of, as shares of a bare step: the steps themselves with their waiting for
+        checkpoints, and what is slower while a checkpoint is stored beside them.
+    """
+    blocks = []
+    for result in found:
+        pairs = np.array(result["pairs"])  # (steps, 3): seconds of the worker, of the bare loop, those beside storing
+        blocks += [pairs[i : i + CHECKPOINT_STEPS] for i in range(CHECKPOINT_STEPS, len(pairs), CHECKPOINT_STEPS)]
+    to_store = statistics.mean(seconds for result in found for seconds in result["seconds_to_store"])
+
+    def shares(drawn: list[Any]) -> tuple[float, float]:
+        worker, bare, beside = np.concatenate(drawn).T
+        steps, storing = worker.sum() / bare.sum() - 1, 0.0
+        if 0 < (beside > 0).sum() < len(beside):
+            slower = bare[beside > 0].sum() - (beside > 0).sum() * bare[beside == 0].mean()  # seconds
+            storing = slower / beside.sum() * to_store / (CHECKPOINT_STEPS * bare.mean())
+        return steps, storing
+
+    rng = np.random.default_rng(0)
+    draws = [sum(shares([blocks[i] for i in rng.integers(len(blocks), size=len(blocks))])) for _ in range(2000)]
+    low, high = np.quantile(draws, [0.025, 0.975])
+    steps, storing = shares(blocks)
+    parts = {"steps": float(steps), "storing": float(storing), "seconds_to_store": to_store}
+    return float(steps + storing), float(low), float(high), parts
 
 
 def middle_step(found: list[dict[str, Any]]) -> float:

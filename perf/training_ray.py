@@ -3,8 +3,8 @@
 Its checkpoints, notes, trackers and questions for a notice all count: a step's time is that from the end of the one
 before to its own. Given are the tokens of all contenders in place of what it would encode, and their number of steps.
 
-How long a step takes differs from process to process by more than what is looked for. So there is a way "ray-in-turn"
-too, in which the bare loop takes the same steps in the same process, in turn with the worker.
+How long a step takes differs from process to process, and from second to second, by more than what is looked for. So
+there is a way "ray-in-turn" too, in which the bare loop takes each step after the worker, in the same process.
 """
 
 from __future__ import annotations
@@ -39,7 +39,6 @@ from ray_jobs._train import scaling
 from ray_jobs._train_controller import Assigned
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
-CHECKPOINT_STEPS = 20
 
 
 def make_config(job: dict[str, Any], storage: str) -> Config:
@@ -59,7 +58,7 @@ def make_config(job: dict[str, Any], storage: str) -> Config:
                 "warmup_share": 0.0,
             },
             "zero_stage": job["zero_stage"],
-            "checkpoint_steps": CHECKPOINT_STEPS,
+            "checkpoint_steps": job["checkpoint_steps"],
             "validation": {"tasks": 0},
         },
         "execution": {
@@ -93,34 +92,50 @@ class Clock:
 
 
 class Turns:
-    """The bare loop, which takes the steps that the worker has just taken: those between two halves of intervals of
-    checkpoints, so that each turn of the worker's has a checkpoint in its middle and what goes on beside the steps
-    behind it is its own.
+    """The bare loop, which takes each step that the worker has just taken.
+
+    Behind a checkpoint, until it is stored beside the steps, both may be slower. So it is noted when that is.
     """
 
     def __init__(self, job: dict[str, Any], train: list[dict[str, Any]]) -> None:
         self.device = job["device"]
         self.steps = make_loop(job, train).steps()
-        self.turns: list[tuple[float, float]] = []
-        """Seconds of the worker and of the bare loop for the same steps; the first have the warm-up of both in them."""
-        self.began = 0.0
+        self.worker: list[float] = []
+        """Seconds of its steps."""
+        self.bare: list[tuple[float, float]] = []
+        """When the bare loop's began and ended."""
+        self.stored: list[tuple[float, float]] = []
+        """When a checkpoint began to be written, and was stored."""
+        self.began = self.writing = 0.0
 
-    def step(self, done: int, clock: Clock) -> None:
-        """The worker has done so many steps."""
-        if done % CHECKPOINT_STEPS != CHECKPOINT_STEPS // 2:
-            return
+    def step(self, clock: Clock) -> None:
+        """The worker has done another step."""
         wait_for(self.device)
-        worker, _ = clock.now()
+        now, _ = clock.now()
+        self.worker.append(now - self.began)
         with clock.stopped():
             began = time.perf_counter()
-            for report in self.steps:
-                if report.step + 1 == done:
-                    break
+            next(self.steps)
             wait_for(self.device)
-            self.turns.append((worker - self.began, time.perf_counter() - began))
-            if len(self.turns) == 1:
+            self.bare.append((began, time.perf_counter()))
+            if len(self.bare) == 1:
                 settle_objects()
-        self.began = worker
+        self.began = now
+
+    def writes(self) -> None:
+        """A checkpoint begins to be written; from another thread, as the next."""
+        self.writing = time.perf_counter()
+
+    def has_stored(self) -> None:
+        if self.writing:
+            self.stored.append((self.writing, time.perf_counter()))
+        self.writing = 0.0
+
+    def figures(self) -> dict[str, Any]:
+        """Of each step the worker's seconds, the bare loop's, and how many of those were beside a checkpoint."""
+        beside = [sum(max(0.0, min(e, end) - max(b, begin)) for begin, end in self.stored) for b, e in self.bare]
+        pairs = [(w, e - b, o) for w, (b, e), o in zip(self.worker, self.bare, beside, strict=True)]
+        return {"pairs": pairs, "seconds_to_store": [end - begin for begin, end in self.stored]}
 
 
 class Watched(Trackers):
@@ -137,7 +152,7 @@ class Watched(Trackers):
             self.ends.append((now, cpu, report, counters(self.device)))
         super().step(report)
         if self.beside:
-            self.beside.step(report.step + 1, self.clock)
+            self.beside.step(self.clock)
 
 
 def worker(settings: dict[str, Any]) -> None:
@@ -147,29 +162,37 @@ def worker(settings: dict[str, Any]) -> None:
     given = [EncodedExample(e["id"], tuple(e["ids"]), tuple(e["mask"])) for e in train]
     inner: Any = _train_worker
     plan_steps, checkpoint, write_state = inner.plan_steps, inner._Session._checkpoint, inner.write_state
+    storage: Any = type(ray.train.get_context().get_storage())
+    persist = storage.persist_current_checkpoint
     took: list[float] = []
-    written: list[float] = []
 
     def timed(session: Any, done: int, at_once: bool) -> None:
         began = time.perf_counter()
         checkpoint(session, done, at_once)
         took.append(time.perf_counter() - began)
 
-    def timed_beside(*state: Any) -> None:
-        began = time.perf_counter()
+    def written(*state: Any) -> None:
+        if Watched.beside:
+            Watched.beside.writes()
         write_state(*state)
-        written.append(time.perf_counter() - began)
+
+    def stored(*given: Any) -> Any:
+        checkpoint = persist(*given)
+        if Watched.beside:
+            Watched.beside.has_stored()
+        return checkpoint
 
     inner._encode = lambda assigned, loaded: EncodedSet(tuple(given), (), ())
     inner.plan_steps = lambda *a, **more: plan_steps(*a, **more)[: job["steps"] + job["warmup_steps"]]
-    inner._Session._checkpoint, inner.write_state = timed, timed_beside
+    inner._Session._checkpoint, inner.write_state, storage.persist_current_checkpoint = timed, written, stored
     inner.Trackers, Watched.ends, Watched.device = Watched, [], job["device"]
     Watched.clock = Clock()
     Watched.beside = Turns(job, train) if job["way"] == "ray-in-turn" else None
     inner.train_worker({"assigned": settings["assigned"]})
-    turns = Watched.beside.turns[1:] if Watched.beside else []
-    more = {"turns": turns, "written_seconds": [round(s, 3) for s in written]}
-    Path(settings["out"]).write_text(json.dumps(figures(job, Watched.ends, took) | more))
+    found = figures(job, Watched.ends, took)
+    if Watched.beside:
+        found |= Watched.beside.figures()
+    Path(settings["out"]).write_text(json.dumps(found))
 
 
 def bare(settings: dict[str, Any]) -> None:
