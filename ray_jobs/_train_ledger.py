@@ -77,8 +77,10 @@ class Recorder:
         self.run.write_table(REFUSED, Refused, refused)
 
     def add(self, report: StepReport) -> None:
+        if not self.first:
+            return
         self.pending.append(report)
-        if self.first and self.note.done() and time.monotonic() - self.noted > self.between:
+        if self.note.done() and time.monotonic() - self.noted > self.between:
             self.noted = time.monotonic()
             self.note = self.notes.submit(self._note, report)
 
@@ -91,16 +93,14 @@ class Recorder:
                 logging.getLogger(__name__).warning("progress cannot be noted (%s); training goes on", error)
             self.warned = True
 
-    def take(self) -> list[StepReport]:
-        """What was added and not taken yet, for `write`."""
-        taken, self.pending = self.pending, []
-        return taken
-
-    def write(self, reports: list[StepReport]) -> None:
-        """Store them, by the first worker. Another thread may go on adding."""
-        if self.first:
-            self.note.result()
-            self.run.write_part(CURVE, reports)
+    def write(self, done: int) -> None:
+        """Store what was added of the steps before `done`. Another thread may go on adding."""
+        if not self.first:
+            return
+        self.note.result()
+        reports = [report for report in self.pending if report.step < done]
+        self.run.write_part(CURVE, reports)
+        del self.pending[: len(reports)]
 
 
 def _noted_step(run: Run) -> int:

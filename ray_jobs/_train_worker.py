@@ -36,7 +36,6 @@ from cascade.training.layout import most_tokens
 from cascade.training.looks import Look, best_of, is_better, is_enough, look_steps, needs_loss
 from cascade.training.loop import TargetLoss, run_steps, summed_loss
 from cascade.training.lora import add_lora, save_adapter
-from cascade.training.measures import StepReport
 from cascade.training.memory import settle_objects
 from cascade.training.packing import Step, pack, plan_steps
 from cascade.training.recompute import recompute_activations
@@ -247,7 +246,7 @@ class _Session:
             self._write_position(Path(outbox.name), {})
             if self.best.exists():
                 shutil.copytree(self.best, Path(outbox.name) / BEST, copy_function=_link_or_copy)
-        curve, looks = self.recorder.take(), list(self.looks)
+        looks = list(self.looks)
 
         def store(checkpoint: Checkpoint, name: str) -> Checkpoint:
             nonlocal state
@@ -255,7 +254,7 @@ class _Session:
             with outbox as folder:
                 write_state(state, folder)
                 state = None  # its copies take a GPU's memory
-                self._write_down(curve, looks)  # first: what is behind a checkpoint is not trained again
+                self._write_down(done, looks)  # first: what is behind a checkpoint is not trained again
                 stored: Checkpoint = storage.persist_current_checkpoint(checkpoint, name)
             return stored
 
@@ -283,7 +282,7 @@ class _Session:
                 self._save_adapter(Path(folder) / ADAPTER)
             elif self.first:
                 shutil.copytree(self.best, Path(folder) / ADAPTER)
-            self._write_down(self.recorder.take(), self.looks)
+            self._write_down(len(self.plan), self.looks)
             metrics = self._metrics()
             if self.first:
                 self._write_position(Path(folder), metrics)
@@ -293,9 +292,9 @@ class _Session:
         looks = [dataclasses.asdict(look) for look in self.looks]
         (folder / POSITION).write_text(json.dumps({"looks": looks, "metrics": metrics}))
 
-    def _write_down(self, curve: list[StepReport], looks: list[Look]) -> None:
-        """Store what was measured until now. One thread at a time does: a checkpoint waits until the last is one."""
-        self.recorder.write(curve)
+    def _write_down(self, done: int, looks: list[Look]) -> None:
+        """Store what the steps until then measured. One thread at a time does: a checkpoint waits for the last."""
+        self.recorder.write(done)
         if self.first:
             self.assigned.run.write_table(LOOKS, Look, looks)  # without what an earlier start found further on
             self.trackers.flush()

@@ -45,7 +45,7 @@ def train(run: Run, points: list[StepReport], *, start: int = 0, workers: int = 
     recorder.start(start, workers, ENCODED)
     for point in points:
         recorder.add(point)
-    recorder.write(recorder.take())
+    recorder.write(99)
 
 
 @pytest.mark.parametrize(("epochs", "bounds"), [(3.0, (3, 3)), (2.5, (2, 3)), (0.5, (0, 1))])
@@ -115,7 +115,7 @@ def test_progress_that_cannot_be_noted_is_warned_of_once(
         patch.setattr(Store, "write_json", refuse)
         for point in curve(1.0):
             recorder.add(point)
-            recorder.write(recorder.take())
+            recorder.write(99)
     assert len(run.read(CURVE, StepReport)) == 3
     assert [r.message for r in caplog.records] == ["progress cannot be noted (503 SlowDown); training goes on"]
 
@@ -137,10 +137,46 @@ def test_no_step_waits_for_a_note_and_none_is_under_way_behind_what_is_written(
         recorder.add(point)
     assert taken == []
     answered.set()
-    recorder.write(recorder.take())
+    recorder.write(99)
     assert taken == [1], "those that came meanwhile were put off, not put in a queue"
     assert run.store.read_json(f"{run.folder}/{PROGRESS}") == {"step": 1, "steps": 99, "loss": 1.0}
     assert len(run.read(CURVE, StepReport)) == len(points)
+
+
+def test_steps_that_are_taken_while_it_writes_are_written_with_the_next(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder, points, ordinary = Recorder(run, 99, first=True), curve(2.0), Run.write_part
+
+    def slow(self: Run, table: str, rows: Any) -> None:
+        ordinary(self, table, rows)
+        if len(recorder.pending) == 3:
+            for point in points[3:]:
+                recorder.add(point)
+
+    monkeypatch.setattr(Run, "write_part", slow)
+    for point in points[:3]:
+        recorder.add(point)
+    recorder.write(2)
+    assert [p.step for p in run.read(CURVE, StepReport)] == [0, 1]
+    recorder.write(99)
+    assert [p.step for p in run.read(CURVE, StepReport)] == [p.step for p in points]
+
+
+def test_what_could_not_be_written_is_written_with_the_next(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder, points = Recorder(run, 99, first=True), curve(1.0)
+
+    def full(self: Run, table: str, rows: Any) -> None:
+        raise OSError("503 SlowDown")
+
+    for point in points:
+        recorder.add(point)
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "write_part", full)
+        with pytest.raises(OSError, match="503"):
+            recorder.write(99)
+    recorder.write(99)
+    assert [p.step for p in run.read(CURVE, StepReport)] == [p.step for p in points]
 
 
 def test_an_object_store_is_written_to_less_often(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,6 +189,6 @@ def test_only_the_first_worker_writes(run: Run) -> None:
     recorder = Recorder(run, 9, first=False)
     recorder.start(0, 2, ENCODED)
     recorder.add(curve(1.0)[0])
-    recorder.write(recorder.take())
+    recorder.write(99)
     assert run.tables() == ["examples"]
     assert json.dumps(run.store.list(run.folder)) == '["examples.parquet"]'
