@@ -15,8 +15,9 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from cascade.artifacts import Run
 from cascade.config import Config
@@ -28,6 +29,10 @@ TENSORBOARD = "tensorboard"
 """Folder of the event files, in the run: `tensorboard --logdir` on it shows the curves."""
 WRITE_S = 1.0
 """Seconds between two writes to their file, apart from those that a flush asks for."""
+SEND_S = 5.0
+"""Seconds between two requests to MLflow, apart from those that a flush asks for."""
+MLFLOW_BATCH = 1000
+"""Figures that it takes at once."""
 QUIET_S = 300.0
 """Seconds for which a server that failed is left alone: one that cannot be reached may take long to say so."""
 _TAG = "cascade.fingerprint"
@@ -109,7 +114,8 @@ class _Guarded:
         self._try(lambda tracker: tracker.log(step, figures))
 
     def flush(self) -> None:
-        self._try(lambda tracker: tracker.flush())
+        if self.tracker is not None:  # another thread may ask for it: one alone opens a tracker
+            self._try(lambda tracker: tracker.flush())
 
     def close(self) -> None:
         if self.tracker is not None:
@@ -193,10 +199,14 @@ class TensorBoard:
 
 
 class _Mlflow:
-    """A run on the server of MLFLOW_TRACKING_URI, named after ours; a resumed training goes on in it."""
+    """A run on the server of MLFLOW_TRACKING_URI, named after ours; a resumed training goes on in it.
+
+    A thread sends the figures, those of some seconds at once: no step waits for the server, which may be far away. What
+    it did not take is sent with what comes later.
+    """
 
     def __init__(self, config: Config, run: Run) -> None:
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # training waits for it, minutes by default
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # a checkpoint waits for it, minutes by default
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         self.mlflow = importlib.import_module("mlflow")
         experiment = self.mlflow.set_experiment(f"cascade-{config.domain}")
@@ -207,19 +217,37 @@ class _Mlflow:
             output_format="list",
         )
         if found:
-            self.mlflow.start_run(run_id=found[0].info.run_id)
+            theirs = self.mlflow.start_run(run_id=found[0].info.run_id)
         else:
-            self.mlflow.start_run(run_name=run.name, tags={_TAG: run.fingerprint})
+            theirs = self.mlflow.start_run(run_name=run.name, tags={_TAG: run.fingerprint})
             self.mlflow.log_params(config.training.lora.model_dump())
+        self.run_id, self.client = theirs.info.run_id, self.mlflow.MlflowClient()
+        self.waiting: list[Any] = []
+        self.sender, self.sending, self.sent = ThreadPoolExecutor(1, "mlflow"), Future[None](), -math.inf
+        self.sending.set_result(None)
 
     def log(self, step: int, figures: dict[str, float]) -> None:
-        self.mlflow.log_metrics(figures, step=step)
+        now = int(time.time() * 1000)
+        self.waiting += [self.mlflow.entities.Metric(name, value, now, step) for name, value in figures.items()]
+        if self.sending.done() and time.monotonic() - self.sent >= SEND_S:
+            last, self.sending = self.sending, self.sender.submit(self._send)
+            self.sent = time.monotonic()
+            last.result()
 
     def flush(self) -> None:
-        pass
+        self.sender.submit(self._send).result()
 
     def close(self) -> None:
-        self.mlflow.end_run()
+        try:
+            self.flush()
+        finally:
+            self.sender.shutdown()
+            self.mlflow.end_run()
+
+    def _send(self) -> None:
+        while batch := self.waiting[:MLFLOW_BATCH]:
+            self.client.log_batch(self.run_id, metrics=batch)
+            del self.waiting[: len(batch)]
 
 
 class _Wandb:

@@ -129,9 +129,23 @@ class FakeTracker(SimpleNamespace):
         return note
 
 
+class FakeMlflow(FakeTracker):
+    """The module, its client and a run in one."""
+
+    def __init__(self):
+        super().__init__()
+        self.search_runs = lambda **named: []
+        self.info = SimpleNamespace(run_id="abc")
+        self.entities = SimpleNamespace(Metric=lambda name, value, milliseconds, step: (name, value, step))
+
+    def metrics(self):
+        """Of each batch its metrics."""
+        assert all(args == ("abc",) for name, args, _ in self.calls if name == "log_batch")
+        return [named["metrics"] for name, _, named in self.calls if name == "log_batch"]
+
+
 def test_named_trackers_get_the_same_figures(run, monkeypatch):
-    mlflow, wandb = FakeTracker(), FakeTracker()
-    mlflow.search_runs = lambda **named: []
+    mlflow, wandb = FakeMlflow(), FakeTracker()
     monkeypatch.setitem(sys.modules, "mlflow", mlflow)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     trackers = Trackers.open(config("mlflow", "wandb"), run)
@@ -143,7 +157,7 @@ def test_named_trackers_get_the_same_figures(run, monkeypatch):
         "train/tokens_per_second": 300.0,
         "train/memory_bytes": 2e9,
     }
-    assert ("log_metrics", (figures,), {"step": 5}) in mlflow.calls
+    assert mlflow.metrics() == [[(name, value, 5) for name, value in figures.items()]]
     assert ("log", (figures,), {"step": 5}) in wandb.calls
     assert mlflow.calls[-1][0] == "end_run"
     assert wandb.calls[-1][0] == "finish"
@@ -152,7 +166,7 @@ def test_named_trackers_get_the_same_figures(run, monkeypatch):
 
 def test_a_resumed_training_goes_on_in_its_mlflow_run(run, monkeypatch):
     known = SimpleNamespace(info=SimpleNamespace(run_id="abc"))
-    mlflow = FakeTracker()
+    mlflow = FakeMlflow()
     mlflow.search_runs = lambda **named: mlflow.calls.append(("search_runs", (), named)) or found
     monkeypatch.setitem(sys.modules, "mlflow", mlflow)
     for found, expected in (([], {"run_name": run.name, "tags": {"cascade.fingerprint": "0f0f"}}), ([known], "abc")):
@@ -162,6 +176,52 @@ def test_a_resumed_training_goes_on_in_its_mlflow_run(run, monkeypatch):
         assert started == (expected if found == [] else {"run_id": expected})
         assert any(name == "log_params" for name, _, _ in mlflow.calls) == (found == [])
     assert mlflow.calls[1][2]["filter_string"] == "tags.`cascade.fingerprint` = '0f0f'"
+
+
+def test_no_step_waits_for_mlflow_which_gets_the_figures_of_some_seconds_at_once(run, monkeypatch):
+    now, answers, mlflow = [100.0], threading.Event(), FakeMlflow()
+
+    def log_batch(run_id, metrics):
+        assert answers.wait(60)
+        mlflow.calls.append(("log_batch", (run_id,), {"metrics": list(metrics)}))
+
+    mlflow.log_batch = log_batch
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
+    monkeypatch.setattr(trackers_module.time, "monotonic", lambda: now[0])
+    trackers = Trackers.open(config("mlflow"), run)
+    for step in range(600):
+        trackers.step(replace(REPORT, step=step))
+        now[0] += 1.0
+    assert mlflow.metrics() == []
+    answers.set()
+    trackers.flush()
+    assert len(mlflow.metrics()) <= 5, "a batch for what was there first, then of a thousand figures each"
+    assert [step for batch in mlflow.metrics() for name, _, step in batch if name == "train/loss"] == list(
+        range(1, 601)
+    )
+    trackers.close()
+    assert mlflow.calls[-1][0] == "end_run"
+
+
+def test_what_mlflow_did_not_take_is_sent_with_what_comes_later(run, monkeypatch, caplog):
+    mlflow, away = FakeMlflow(), [True]
+
+    def log_batch(run_id, metrics):
+        if away[0]:
+            raise ConnectionError("nobody there")
+        mlflow.calls.append(("log_batch", (run_id,), {"metrics": list(metrics)}))
+
+    mlflow.log_batch = log_batch
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
+    monkeypatch.setattr(trackers_module, "QUIET_S", 0.0)
+    trackers = Trackers.open(config("mlflow"), run)
+    for step in range(3):
+        trackers.step(replace(REPORT, step=step))
+        trackers.flush()
+    away[0] = False
+    trackers.close()
+    assert [step for batch in mlflow.metrics() for name, _, step in batch if name == "train/loss"] == [1, 2, 3]
+    assert len([r for r in caplog.records if "mlflow takes no figures (ConnectionError" in r.message]) == 1
 
 
 class Unreachable:
