@@ -19,6 +19,7 @@ class Record:
         remote: its id at the endpoint, "" as long as nobody knows whether it was created.
         file: the endpoint's id of the uploaded requests, "" as long as nobody knows it.
         requests: key -> identity of the ledger row.
+        prompt_tokens: key -> about how many its prompt has, for where the endpoint does not say.
     """
 
     id: str
@@ -30,6 +31,7 @@ class Record:
     file: str = ""
     done: bool = False
     created: float = field(default_factory=time.time)
+    prompt_tokens: dict[str, int] = field(default_factory=dict)
 
 
 class Records:

@@ -68,7 +68,8 @@ def outcome_of(teacher: Teacher, record: Record, key: str, row: Row | None, miss
     failure = missing if row is None else failure_of(row)
     if row is not None and failure is None:
         try:
-            result = read_response(row["response"].get("body"), (), time.time() - record.created)
+            tokens = record.prompt_tokens.get(key, 0)  # none in records of before they were kept
+            result = read_response(row["response"].get("body"), tokens, time.time() - record.created)
         except ValueError as error:
             failure = Failure("broken", f"nonsense in a batch: {error}"[:300])
         else:

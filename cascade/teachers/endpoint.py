@@ -117,7 +117,7 @@ class EndpointClient:
                 raw = await self.api.post(
                     "/chat/completions", body=body, options={"headers": self._headers()}, cast_to=object
                 )
-            result: Response | Failure = read_response(raw, messages, time.monotonic() - began)
+            result: Response | Failure = read_response(raw, estimate_prompt_tokens(messages), time.monotonic() - began)
         except openai.APIStatusError as error:
             result = self.status(error)
         except openai.APIConnectionError as error:  # a timeout is one too
@@ -201,10 +201,13 @@ class EndpointClient:
             self._failures, self._failed_at = self._failures + 1, time.monotonic()
 
 
-def read_response(raw: Any, messages: Sequence[Message], seconds: float) -> Response:
+def read_response(raw: Any, prompt_tokens: int, seconds: float) -> Response:
     """What a chat completion, as parsed JSON, says and costs. Tokens that the endpoint does not report are estimated.
 
     Reasoning that comes apart from the content is put before it, in <think>. Some count its tokens in the total alone.
+
+    Args:
+        prompt_tokens: the estimate of those of the request.
 
     Raises:
         ValueError: it is no whole chat completion, e.g. an error in a response with status 200.
@@ -220,7 +223,7 @@ def read_response(raw: Any, messages: Sequence[Message], seconds: float) -> Resp
     usage = _mapping(raw.get("usage"))
     cached = _mapping(usage.get("prompt_tokens_details")).get("cached_tokens")
     cached = usage.get("prompt_cache_hit_tokens") if cached is None else cached  # DeepSeek's word for it
-    prompt_tokens = _count(usage.get("prompt_tokens"), estimate_prompt_tokens(messages))
+    prompt_tokens = _count(usage.get("prompt_tokens"), prompt_tokens)
     completion_tokens = _count(usage.get("completion_tokens"), estimate_tokens(reasoning + content))
     outcome: RequestOutcome = "answered"
     if reason in _CUT:

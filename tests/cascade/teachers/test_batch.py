@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from batch_clients import opened
@@ -17,6 +18,7 @@ from cascade.errors import TeacherError
 from cascade.tasks import Message
 from cascade.teachers import batch
 from cascade.teachers.batch_record import Record, Records
+from cascade.teachers.budget import price_usd
 from cascade.teachers.ledger import Ledger
 
 Handler = Callable[[Request], Awaitable[Response]]
@@ -130,6 +132,23 @@ async def test_what_fails_within_a_batch_goes_into_the_next(server, teacher, mak
     assert server.counts.batches > 1
     assert max(server.counts.answered.values()) == 1
     assert Ledger(Store(str(tmp_path))).spent_at_most() == pytest.approx(server.counts.charged_usd)
+
+
+async def test_tokens_that_a_batch_does_not_report_are_estimated(
+    server, teacher, make_task, tmp_path, monkeypatch
+) -> None:
+    charge = server.charge
+
+    def silent(body: Any, completion: Any, share: float) -> None:
+        charge(body, completion, share)
+        completion["usage"] = None
+
+    monkeypatch.setattr(server, "charge", silent)
+    async with opened(tmp_path, teacher) as client:
+        assert (await client.answer(make_task(1))).ok
+    (row,) = Ledger(Store(str(tmp_path))).entries()
+    assert row.prompt_tokens == server.counts.prompt_tokens > 0
+    assert row.price_usd == pytest.approx(price_usd(teacher, row.prompt_tokens, row.completion_tokens)) > 0
 
 
 def _answering(fault: Callable[[], Response | None], handler: Handler) -> Handler:
