@@ -28,7 +28,6 @@ from cascade.teachers import batch_limits
 from cascade.teachers.batch_limits import BatchRequest, cut, error_of, found_no_room, stated_limit, tokens_of
 from cascade.teachers.batch_record import Record, Records
 from cascade.teachers.batch_results import Outcome, Row, outcome_of, read_rows, refusal_of
-from cascade.teachers.conversation import estimate_prompt_tokens
 from cascade.teachers.endpoint import EndpointClient, Failure
 from cascade.teachers.ledger import Ledger, Sent
 
@@ -160,8 +159,7 @@ class BatchQueue:
 
     async def _open(self, requests: list[BatchRequest]) -> Record:
         """Record that a batch is about to be submitted."""
-        identities = {r.key: dict(r.identity) for r in requests}
-        tokens = {r.key: estimate_prompt_tokens(r.messages) for r in requests}
+        identities, tokens = {r.key: dict(r.identity) for r in requests}, {r.key: r.prompt_tokens for r in requests}
         record = Record(uuid.uuid4().hex, self._tier, *self._whose, identities, prompt_tokens=tokens)
         await asyncio.to_thread(self._records.keep, record)
         sent = [Sent(r.key, self._domain, self._tier, r.worst_usd, record.id) for r in requests]

@@ -42,6 +42,11 @@ class BatchRequest:
     identity: Mapping[str, Any]
     worst_usd: float
 
+    @property
+    def prompt_tokens(self) -> int:
+        """About how many tokens its prompt has."""
+        return estimate_prompt_tokens(self.messages)
+
     def line(self, model: str) -> bytes:
         """Its line of the file that is uploaded."""
         body = {"model": model, "messages": [m.as_dict() for m in self.messages], **self.parameters}
@@ -51,7 +56,7 @@ class BatchRequest:
 
 def tokens_of(requests: Iterable[BatchRequest]) -> int:
     """About how many tokens the requests take in the queue: their prompts."""
-    return sum(estimate_prompt_tokens(r.messages) for r in requests)
+    return sum(r.prompt_tokens for r in requests)
 
 
 def cut(requests: Iterable[BatchRequest], model: str, most_tokens: float) -> Iterator[list[BatchRequest]]:
