@@ -23,6 +23,7 @@ from safetensors.numpy import save_file
 
 from cascade.compression.peft_config import CONFIG_FILE, PeftConfig, read_json
 from cascade.errors import DataError
+from cascade.tensor_header import tensor_header
 from cascade.training.seeded_init import initial_lora_a
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -103,14 +104,9 @@ class AdapterWeights:
 
 def fp16_bytes(adapter: AdapterWeights) -> int:
     """What `adapter_model.safetensors` of this adapter weighs in fp16, to the byte, header included."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for key, array in sorted(_named_tensors(adapter)):
-        end = offset + 2 * array.size
-        header[key] = {"dtype": "F16", "shape": list(array.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    return 8 + math.ceil(len(text) / 8) * 8 + offset
+    named = sorted(_named_tensors(adapter))
+    tensors = [(key, "F16", array.shape, 2 * array.size) for key, array in named]
+    return len(tensor_header(tensors, {"format": "pt"})) + sum(size for *_, size in tensors)
 
 
 def save_peft_folder(adapter: AdapterWeights, path: str | os.PathLike[str], *, dtype: str = "float32") -> Path:

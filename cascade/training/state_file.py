@@ -3,19 +3,15 @@
 It is written as it is fetched from a GPU, piece by piece through a little pinned memory: neither is there a second copy
 on the CPU, nor does the training, which goes on meanwhile, have to share its memory and its time with much. What is
 read are pages of the file.
-
-Source: the format, https://github.com/huggingface/safetensors#format.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +19,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from cascade.errors import DataError
+from cascade.tensor_header import tensor_header
 
 STATE = "state.safetensors"
 """The file of a checkpoint."""
@@ -76,17 +73,12 @@ def apart(tensor: torch.Tensor, shapes: dict[str, tuple[int, ...]]) -> Iterator[
 def write_state(state: State, folder: str | Path) -> None:
     """As the file of a checkpoint, which `read_state` reads. Another thread may go on training."""
     tensors = state.tensors()
-    ends = list(itertools.accumulate((t.nbytes for t in tensors.values()), initial=0))
-    header: dict[str, Any] = {
-        name: {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": list(offsets)}
-        for (name, tensor), offsets in zip(tensors.items(), itertools.pairwise(ends), strict=True)
-    }
-    counts = {"next_step": str(state.next_step), "updates": str(state.updates)}
-    text = json.dumps(header | {"__metadata__": counts | {"shapes": json.dumps(state.shapes)}}).encode()
-    text += b" " * (-len(text) % 8)
+    described = [(name, _DTYPES[t.dtype], t.shape, t.nbytes) for name, t in tensors.items()]
+    numbers = {"next_step": state.next_step, "updates": state.updates, "shapes": state.shapes}
+    header = tensor_header(described, {name: json.dumps(value) for name, value in numbers.items()})
     Path(folder).mkdir(parents=True, exist_ok=True)
     with open(Path(folder) / STATE, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(header)
         for tensor in tensors.values():
             for piece in _pieces(tensor):
                 file.write(piece.data)
