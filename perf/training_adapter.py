@@ -88,9 +88,9 @@ def main() -> None:
     table.measure("one optimiser step of 64 tokens", lambda: next(steps))
     state = table.measure("checkpoint: copy, for which steps wait", lambda: engine.state(1))
     assert state is not None, "the only worker is the first"
+    same = {"weights": state.weights, "moments": state.moments}
     for _ in range(3):
         table.measure("checkpoint: write, beside the steps", partial(write_state, state, folder / "checkpoint"))
-        same = {"weights": state.weights, "moments": state.moments}
         table.measure("checkpoint: torch.save of the same", partial(torch.save, same, folder / "rival.pt"))
     del state, same
     table.measure("checkpoint: load, to resume", lambda: engine.load(folder / "checkpoint"))
