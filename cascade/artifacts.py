@@ -167,8 +167,10 @@ class Store:
         whole = self.filesystem.get_file_info(self.path(relative))
         is_folder = whole.type == pafs.FileType.Directory
         parts = self.filesystem.get_file_info(pafs.FileSelector(whole.path, recursive=True)) if is_folder else [whole]
-        # By size and time too: what was deleted and done anew has the same name.
-        target = Path(cache) / fingerprint(files=sorted((part.path, part.size, part.mtime_ns) for part in parts))
+        # By size and time too: what was deleted and done anew has the same name. By the path asked for: a folder of one
+        # file holds the same as that file.
+        files = sorted((part.path, part.size, part.mtime_ns) for part in parts)
+        target = Path(cache) / fingerprint(path=whole.path, files=files)
         if not target.exists():
             partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}.tmp")
             (partial if is_folder else partial.parent).mkdir(parents=True, exist_ok=True)

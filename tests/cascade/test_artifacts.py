@@ -332,8 +332,13 @@ def bucket(monkeypatch):
     monkeypatch.setattr(memory, "pseudo_dirs", [""])
     remote = pafs.PyFileSystem(pafs.FSSpecHandler(memory))
     ordinary = pafs.FSSpecHandler._create_file_info
-    timed = staticmethod(lambda path, info: ordinary(path, info | {"mtime": info.get("created")}))
-    monkeypatch.setattr(pafs.FSSpecHandler, "_create_file_info", timed)
+
+    def timed(path, info):
+        # Of the file itself: a listing has its time as a float, which is off by nanoseconds.
+        file = memory.store.get(path)
+        return ordinary(path, info | {"mtime": file and file.created})
+
+    monkeypatch.setattr(pafs.FSSpecHandler, "_create_file_info", staticmethod(timed))
     monkeypatch.setattr(artifacts, "_resolve", lambda uri: (remote, uri.removeprefix("s3:/")))
     return Store("s3://bucket/models")
 
