@@ -167,8 +167,7 @@ class Store:
         whole = self.filesystem.get_file_info(self.path(relative))
         is_folder = whole.type == pafs.FileType.Directory
         parts = self.filesystem.get_file_info(pafs.FileSelector(whole.path, recursive=True)) if is_folder else [whole]
-        # By size and time too: what was deleted and done anew has the same name. By the path asked for: a folder of one
-        # file holds the same as that file.
+        # By size and time: what was deleted and done anew has the same name. By path: one file may be all of a folder.
         files = sorted((part.path, part.size, part.mtime_ns) for part in parts)
         target = Path(cache) / fingerprint(path=whole.path, files=files)
         if not target.exists():

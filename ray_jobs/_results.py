@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 from cascade.artifacts import Store
+from cascade.benchmarks.sources import cache_dir
 from cascade.compression.adapter import AdapterWeights, load_peft_folder
 from cascade.compression.compressed import CompressedAdapter
 from cascade.compression.format import load_modifier
@@ -49,7 +50,12 @@ def by_id(tasks: Sequence[Task]) -> dict[str, Task]:
     return {t.id: t for t in tasks}
 
 
+def local_copy(store: Store, path: str) -> Path:
+    """See `Store.local_copy`: in a folder of this user's, whose content no one else can put there."""
+    return store.local_copy(path, cache_dir() / "results")
+
+
 def read_adapter(store: Store, path: str) -> AdapterWeights | CompressedAdapter:
     """An adapter from the store: a PEFT folder, or a compressed modifier file."""
-    local = store.local_copy(path, tempfile.gettempdir())
+    local = local_copy(store, path)
     return load_peft_folder(local) if local.is_dir() else load_modifier(local)

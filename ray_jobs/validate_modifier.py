@@ -8,8 +8,6 @@ be asked: what differs is what it forgot (or learned by the way).
 
 from __future__ import annotations
 
-import tempfile
-
 from cascade import modifiers
 from cascade.compression.format import load_modifier
 from cascade.reports.summary import MODELS
@@ -17,7 +15,7 @@ from cascade.scoring.statistics import Score, mcnemar_exact
 from cascade.tasks import Example, Task, Verdict
 from ray_jobs._context import Job, Metrics, main
 from ray_jobs._evaluate import Assignment, evaluate
-from ray_jobs._results import ADAPTER, base_style, training_style
+from ray_jobs._results import ADAPTER, base_style, local_copy, training_style
 from ray_jobs._train import write_card
 from ray_jobs.compress_modifier import FILE
 
@@ -60,7 +58,7 @@ def work(job: Job) -> Metrics:
 
 def _publish(job: Job, file: str, verdicts: dict[str, list[Verdict]]) -> str:
     """Add the compressed modifier with its scores to the registry and make it the current one."""
-    local = job.run.store.local_copy(file, tempfile.gettempdir())
+    local = local_copy(job.run.store, file)
     trained = job.runs.train_modifier
     teachers = tuple(sorted({e.teacher for e in trained.read("examples", Example) if e.tier > 0}))
     scores = {name: Score.of(v) for name, v in verdicts.items()}
