@@ -46,6 +46,8 @@ _INVISIBLE = dict.fromkeys(map(ord, "\u00ad\u200b\u200c\u200d\u2060\ufeff"))
 
 
 Kind = Literal["exact", "question", "ngram"]
+Run = tuple[str, ...]
+"""Of words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,6 +284,9 @@ def deduplicate(
 ) -> list[Example]:
     """The examples without near-duplicates: of two that are alike, the earlier stays.
 
+    Alike are two whose questions are, and all that users and assistants say. System messages, with their instructions
+    and tools, tell nothing, nor does what many questions share (as `SHARED_BY` has it).
+
     Args:
         examples: in order of preference.
         threshold: Jaccard similarity of the sets of word runs from which on two are alike. Two filled-in templates
@@ -290,21 +295,44 @@ def deduplicate(
         shingle: length of the runs in words.
     """
     index = MinHashLSH(threshold=max(0.1, threshold - 0.15), num_perm=permutations)
-    sets: dict[str, set[tuple[str, ...]]] = {}
-    kept = []
-    for position, example in enumerate(examples):
-        own = set(ngrams("\n".join(_example_texts(example)), shingle))
+    asks = _without_boilerplate(examples, [set(ngrams(_asked_in(e), shingle)) for e in examples])
+    said = [set(ngrams("\n".join(m.content for m in e.messages if m.role != "system"), shingle)) for e in examples]
+    kept: list[int] = []
+    for number, example in enumerate(examples):
         sketch = MinHash(num_perm=permutations, seed=1)
-        sketch.update_batch([" ".join(run).encode() for run in sorted(own)])
+        sketch.update_batch([" ".join(run).encode() for run in sorted(asks[number])])
         limit = 1.0 if example.benchmark in TEMPLATED else threshold
-        if any(_jaccard(own, sets[name]) >= limit for name in index.query(sketch)):
+        others = index.query(sketch)
+        if any(min(_jaccard(of[number], of[other]) for of in (asks, said)) >= limit for other in others):
             continue
-        name = str(position)
-        index.insert(name, sketch)
-        sets[name] = own
-        kept.append(example)
-    return kept
+        index.insert(number, sketch)
+        kept.append(number)
+    return [examples[number] for number in kept]
 
 
-def _jaccard(a: set[tuple[str, ...]], b: set[tuple[str, ...]]) -> float:
+def _asked_in(example: Example) -> str:
+    """What users say in an example, without what the benchmark puts around it."""
+    return "\n".join(unwrapped(example.benchmark, m.content) for m in example.messages if m.role == "user")
+
+
+def _without_boilerplate(examples: Sequence[Example], asks: Sequence[set[Run]]) -> list[set[Run]]:
+    """The runs of questions less those that many of a benchmark, or of a category, share.
+
+    All of them where nothing else is left.
+    """
+    groups: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    for number, example in enumerate(examples):
+        for group in ((example.benchmark,), (example.benchmark, example.category)):
+            groups[group].append(number)
+    own = [set(runs) for runs in asks]
+    for members in groups.values():
+        counts = Counter(run for number in members for run in asks[number])
+        limit = max(SHARED_BY, SHARED_SHARE * len(members))
+        shared = {run for run, count in counts.items() if count > limit}
+        for number in members:
+            own[number] -= shared
+    return [left or runs for left, runs in zip(own, asks, strict=True)]
+
+
+def _jaccard(a: set[Run], b: set[Run]) -> float:
     return len(a & b) / len(a | b) if a or b else 1.0

@@ -26,6 +26,10 @@ def example(prompt: str, answer: str = "the answer") -> Example:
     return Example("b/x", "b", "d", "c", 1, (Message("user", prompt), Message("assistant", answer)), "t", 1)
 
 
+def conversation(*messages: Message) -> Example:
+    return Example("jsonl/x", "jsonl", "d", "c", 1, messages, "t", 1)
+
+
 def disguise(text: str) -> str:
     """Other case, spacing and punctuation, which must not hide a leak."""
     return "  ".join(w.upper() if RNG.random() < 0.3 else w + "," for w in text.split())
@@ -137,6 +141,38 @@ def test_near_duplicates_go_and_the_first_stays() -> None:
     assert deduplicate(originals + copies) == originals
     assert deduplicate([*originals, originals[3]]) == originals
     assert deduplicate([]) == []
+
+
+INSTRUCTION = "Classify the message of a customer as billing, network or contract, and answer with the category alone. "
+
+
+def test_what_examples_share_around_their_questions_makes_them_no_duplicates() -> None:
+    asks = [
+        f"My {thing} {trouble} since {day}"
+        for thing in ("phone", "bill", "line")
+        for trouble in ("is wrong", "is gone")
+        for day in ("Monday", "May")
+    ]
+    tools = prose(300)
+    under_one_system = [
+        conversation(Message("system", tools), Message("user", ask), Message("assistant", "billing")) for ask in asks
+    ]
+    assert deduplicate(under_one_system) == under_one_system
+    assert deduplicate([*under_one_system, conversation(*under_one_system[0].messages)]) == under_one_system
+    in_one_message = [
+        conversation(Message("user", 3 * INSTRUCTION + ask), Message("assistant", "billing")) for ask in asks
+    ]
+    assert deduplicate(in_one_message) == in_one_message
+    assert deduplicate([*in_one_message, conversation(*in_one_message[0].messages)]) == in_one_message
+
+
+def test_one_question_with_other_options_is_another() -> None:
+    question = "Which of these is true of it?"
+    made = [
+        conversation(Message("user", f"{question}\n(A) {prose(9)}\n(B) {prose(9)}"), Message("assistant", "A"))
+        for _ in range(3)
+    ]
+    assert deduplicate(made) == made
 
 
 def test_what_a_few_of_many_tasks_share_is_content_and_templates_lend_words_to_no_leak() -> None:
