@@ -6,16 +6,19 @@ import json
 import re
 from pathlib import Path
 
-from cascade.artifacts import sha256_of_file
 from cascade.config import Config, load_config
 from cascade.errors import DataError
+from cascade.fingerprints import sha256_of_file
 
 BUNDLE_MANIFEST = "bundle.json"
 BUNDLE_CONFIG = "serve.yaml"
 _WRITTEN_BY_SERVING = re.compile(
     r"storage/(keys\.json(\.lock)?|feedback/(open|tasks)/[^/]+\.jsonl?|modifiers/[a-z0-9_-]+/CANARY)"
+    r"(\.[0-9a-f]{32}\.tmp)?"
 )
-"""Files that keys, log and canaries leave in a bundle that is served: nothing that is computed with."""
+"""Files that keys, log and canaries leave in a bundle that is served: nothing that is computed with.
+
+What ends in .tmp is of a process that was killed as it wrote."""
 
 
 def open_bundle(folder: Path) -> Config:

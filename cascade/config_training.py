@@ -114,8 +114,8 @@ class Training(Section):
 
     near_duplicates: Fraction = Field(
         0.8,
-        description="Jaccard similarity of word 5-grams, of questions and of all that is said, from which on an example "
-        "repeats an earlier one and goes",
+        description="Jaccard similarity of word 5-grams, of questions and of all that is said, from which on an "
+        "example repeats an earlier one and goes",
     )
 
     @model_validator(mode="after")

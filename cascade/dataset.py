@@ -23,8 +23,8 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from cascade import benchmarks
-from cascade.artifacts import Store
 from cascade.errors import DataError
+from cascade.store import Store
 from cascade.tasks import Completion, Example, Form, Json, Message, Task, from_table, to_table
 
 PARQUET = "data/train-00000-of-00001.parquet"

@@ -19,7 +19,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from cascade.artifacts import MANIFEST, Store
+from cascade.artifacts import MANIFEST
 from cascade.compression.adapter import AdapterWeights, fp16_bytes
 from cascade.compression.compressed import CompressedAdapter
 from cascade.compression.format import decode_modifier, encode_modifier
@@ -27,6 +27,7 @@ from cascade.compression.methods import Recipe
 from cascade.compression.packed import resident_bytes
 from cascade.errors import DataError, FormatError
 from cascade.scoring.statistics import Score
+from cascade.store import Store
 
 FOLDER = "modifiers"
 CURRENT = "CURRENT"

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cascade.artifacts import Store
 from cascade.errors import ConfigError
+from cascade.store import Store
 
 _UPLOADED = "working_dir_files"
 """Ray unpacks the folders of submitted jobs below this one, each under a name that is a hash of its content."""

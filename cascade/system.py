@@ -17,15 +17,16 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cascade import modifiers
-from cascade.artifacts import Store, sha256_of_file
 from cascade.bundles import BUNDLE_CONFIG, BUNDLE_MANIFEST
 from cascade.compression.flat import layout_of
 from cascade.config import Config
 from cascade.errors import ConfigError, DataError
+from cascade.fingerprints import sha256_of_file
 from cascade.models.base import check_weights, default_device, resolve_dtype
 from cascade.models.files import base_folder, base_sha256
 from cascade.models.int8 import hold_in_int8
 from cascade.routing.model import load_current, local_folder
+from cascade.store import Store
 
 
 @dataclass(frozen=True)

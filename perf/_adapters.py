@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from cascade import benchmarks
-from cascade.artifacts import fingerprint
 from cascade.benchmarks.mixture import load_tasks
 from cascade.config import Config
+from cascade.fingerprints import fingerprint
 from cascade.models.base import LoadedBase, end_token_ids
 from cascade.tasks import Message, Task
 from cascade.training.examples import EncodedExample, encode_example

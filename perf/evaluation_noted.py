@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from cascade.artifacts import Store
+from cascade.store import Store
 from ray_jobs import _evaluate
 from ray_jobs._context import main
 from ray_jobs.test_domain import work

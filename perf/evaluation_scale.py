@@ -28,8 +28,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
 from evaluation_noted import NotingStudent, largest_mib, noted
 from own_ray import local_ray
 
-from cascade.artifacts import Store, open_run
+from cascade.artifacts import open_run
 from cascade.config import PromptStyle, load_config
+from cascade.store import Store
 from cascade.tasks import Message, Task
 from ray_jobs import _evaluate
 from ray_jobs._context import Job

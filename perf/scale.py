@@ -32,7 +32,7 @@ from own_ray import local_ray
 from ray.data import ActorPoolStrategy
 from scale_nodes import LATENCY_S, PLACES, Crowd, SleepingStudent, config_for, question
 
-from cascade.artifacts import Store
+from cascade.store import Store
 from cascade.tasks import Task, Verdict, to_table
 from cascade.teachers.ledger import Ledger, LedgerEntry, Sent
 from ray_jobs._desk import open_desk
@@ -63,7 +63,7 @@ def teachers(nodes: int, seconds: float) -> Load:
     """Run so many virtual nodes against one desk, with the driver's display."""
     with tempfile.TemporaryDirectory(prefix="scale-", ignore_cleanup_errors=True) as folder:
         config = config_for(folder, nodes)
-        desk = open_desk(config, 1)
+        desk = open_desk(config, Store(folder), 1)
         remote: Any = ray.remote(Crowd).options(num_cpus=0, max_concurrency=8)
         first = min(PROCESSES, nodes)
         crowds = [remote.remote(config, desk, range(n, nodes, first)) for n in range(first)]

@@ -13,8 +13,8 @@ from typing import Any
 import pyarrow as pa
 
 from cascade import benchmarks
-from cascade.artifacts import Store
 from cascade.config import Config, Teacher, check_config
+from cascade.store import Store
 from cascade.tasks import Message, Task, Verdict, from_table, to_table
 from cascade.teachers import pool
 from cascade.teachers.client import TeacherClient

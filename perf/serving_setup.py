@@ -16,13 +16,13 @@ import yaml
 from torch import nn
 
 from cascade import modifiers
-from cascade.artifacts import Store
 from cascade.compression.adapter import AdapterWeights, BaseRef, LoraPair, save_peft_folder
 from cascade.compression.methods import Recipe
 from cascade.compression.packed import compress
 from cascade.config import Base, load_config
 from cascade.models.base import load_base
 from cascade.models.files import base_folder
+from cascade.store import Store
 
 DOMAINS = ("code", "reasoning", "automation")
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -21,13 +21,13 @@ from typing import Any
 import torch
 
 from cascade import benchmarks, modifiers
-from cascade.artifacts import Store
 from cascade.benchmarks.mixture import load_tasks
 from cascade.compression.apply import Adapter, LoraSlot
 from cascade.config import Base, PromptStyle, load_config
 from cascade.models.base import load_base
 from cascade.models.student import Student
 from cascade.scoring.statistics import Score, mcnemar_exact, paired_bootstrap
+from cascade.store import Store
 from cascade.tasks import Completion, Task, Verdict
 
 PUBLISHED = {"arc_challenge": ("arc", {}), "mmlu_cloze": ("mmlu", {"form": "cloze"})}

@@ -12,9 +12,9 @@ from collections import Counter
 
 from teachers_tasks import questions
 
-from cascade.artifacts import Store
 from cascade.config import Config, load_config
 from cascade.errors import BudgetExceeded
+from cascade.store import Store
 from cascade.teachers.budget import LocalBudget
 from cascade.teachers.client import TeacherClient
 from cascade.teachers.ledger import Ledger

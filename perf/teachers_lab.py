@@ -14,8 +14,8 @@ sys.path.append(str(Path(__file__).parents[1] / "tests" / "helpers"))
 
 from mock_server import Server, mock_server
 
-from cascade.artifacts import Store
 from cascade.config import Config
+from cascade.store import Store
 from cascade.tasks import Task
 from ray_jobs._context import Job
 from ray_jobs._results import UNSOLVED

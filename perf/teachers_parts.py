@@ -18,7 +18,7 @@ from teachers_lab import ROOT, Figures, Lab, Server, mean_in_flight, rate, stora
 from teachers_rivals import PACKAGES
 from teachers_tasks import config_for, questions
 
-from cascade.artifacts import Store
+from cascade.store import Store
 from cascade.teachers.ledger import Ledger
 from ray_jobs._generate import generate_answers
 

@@ -21,9 +21,9 @@ from teachers_lab import Figures, Server, storage
 from teachers_tasks import config_for, questions
 
 from cascade import benchmarks
-from cascade.artifacts import Store
 from cascade.config import Config, check_config
 from cascade.scoring.statistics import wilson
+from cascade.store import Store
 from cascade.tasks import Message, Task
 from cascade.teachers import MOST_CALLS
 from cascade.teachers.budget import LocalBudget, price_usd

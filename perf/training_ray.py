@@ -28,8 +28,9 @@ from training_ours import make_loop
 from training_ours import run as run_bare
 from training_plain import counters, read_job, wait_for
 
-from cascade.artifacts import Store, open_run
+from cascade.artifacts import open_run
 from cascade.config import Config, PromptStyle, check_config, load_config
+from cascade.store import Store
 from cascade.training.examples import EncodedExample, EncodedSet
 from cascade.training.measures import StepReport
 from cascade.training.memory import settle_objects

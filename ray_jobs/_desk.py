@@ -22,9 +22,9 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cascade.artifacts import Store
 from cascade.config import Config, Endpoint
 from cascade.errors import CascadeError
+from cascade.store import Store
 from cascade.teachers.budget import LocalBudget, budget_state
 from cascade.teachers.ledger import Ledger
 from cascade.teachers.limits import Division, Gate, LimiterState, Permit, Places, Signal, limiter_key
@@ -103,9 +103,13 @@ class Share(NamedTuple):
 class Desk:
     """The actor itself. `holder` is the name of a teacher actor."""
 
-    def __init__(self, config: Config, tier: int) -> None:
+    def __init__(self, config: Config, store: Store, tier: int) -> None:
+        """
+        Args:
+            store: of the run. The config's may be a relative path, which is another folder in the desk's process.
+        """
         self.tier = tier
-        self.budget = LocalBudget(budget_state(config, Ledger(Store(config.storage), config.domain)))
+        self.budget = LocalBudget(budget_state(config, Ledger(store, config.domain)))
         self.gates = {key: Gate(state) for key, state in limiter_states(config, tier).items()}
         self.divisions = {key: Division() for key in self.gates}
         self.metrics = TierMetrics(config, tier)
@@ -195,11 +199,11 @@ def limiter_states(config: Config, tier: int) -> dict[str, LimiterState]:
     return {key: LimiterState.of(*endpoints) for key, endpoints in same.items()}
 
 
-def open_desk(config: Config, tier: int) -> Any:
+def open_desk(config: Config, store: Store, tier: int) -> Any:
     """A desk on this node: it must live as long as the job does, not as long as some worker's machine."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     remote: Any = ray.remote(Desk)
-    return remote.options(num_cpus=0, max_concurrency=10_000, scheduling_strategy=here).remote(config, tier)
+    return remote.options(num_cpus=0, max_concurrency=10_000, scheduling_strategy=here).remote(config, store, tier)
 
 
 class DeskClient:

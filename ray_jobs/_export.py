@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cascade.artifacts import Store
 from cascade.dataset import Provenance, dataset_rows, write_dataset
 from cascade.reports.summary import teacher_statement
+from cascade.store import Store
 from cascade.tasks import Example, Task
 from ray_jobs import JOBS
 from ray_jobs._failures import failure_kinds

@@ -80,7 +80,7 @@ def _ask_all(job: Job, tables: Tables, *, leave_out: frozenset[str], never_asked
     before, blocks = elsewhere(so_far, tables), send_blocks(tables, leave_out)
     if not blocks:
         return
-    desk = open_desk(job.config, tables.tier)
+    desk = open_desk(job.config, job.run.store, tables.tier)
     try:
         meter = _meter(tables, before, before.tasks - never_asked, ray.get(desk.left_usd.remote()))
         with _answer_key(job, tables) as resolve, _shown(job, meter, desk):

@@ -18,8 +18,8 @@ from typing import Any, Protocol
 
 import psutil
 
-from cascade.artifacts import Store
 from cascade.errors import CascadeError
+from cascade.store import Store
 from cascade.teachers.ledger import FOLDER
 
 LEASE = "driver.lease"

@@ -70,7 +70,7 @@ def polling(look: Callable[[], None], every_s: float = 1.0) -> Iterator[None]:
             try:
                 look()
                 failing = False
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 if not failing:
                     logging.getLogger(__name__).warning("progress cannot be read (%s); it is tried again", error)
                 failing = True

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from cascade.artifacts import Store
 from cascade.benchmarks.sources import cache_dir
 from cascade.compression.adapter import AdapterWeights, load_peft_folder
 from cascade.compression.compressed import CompressedAdapter
 from cascade.compression.format import load_modifier
 from cascade.config import PromptStyle
+from cascade.store import Store
 from cascade.tasks import Example, Task
 from ray_jobs._runs import Runs
 

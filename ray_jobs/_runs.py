@@ -10,10 +10,12 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 
 from cascade import modifiers
-from cascade.artifacts import Run, Store, fingerprint, open_run
+from cascade.artifacts import Run, open_run
 from cascade.benchmarks.mixture import load_tasks
 from cascade.config import Config, Judge, Part, Teacher
+from cascade.fingerprints import fingerprint
 from cascade.models.files import base_sha256
+from cascade.store import Store
 from cascade.tasks import Task, message_hash
 
 RESULT_VERSION = 2

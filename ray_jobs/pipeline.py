@@ -31,7 +31,7 @@ from ray_jobs import (
     train_router,
     validate_modifier,
 )
-from ray_jobs._context import Work, connect_ray, parse_config, run_job
+from ray_jobs._context import Work, clear_scratch, connect_ray, parse_config, run_job
 from ray_jobs._exit import exit_with_code
 from ray_jobs._generate import check_keys
 from ray_jobs._live_page import showing
@@ -80,6 +80,7 @@ def run_pipeline(config: Config, config_path: str) -> Summary:
                     run_job(name, WORK[name], runs, progress)
                     account.note()
                 else:
+                    clear_scratch(runs.run(name))
                     progress.reused(name)
             summary = _write_report(runs, config_path, account)
             current, made = _versions(runs)

@@ -12,8 +12,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 
 from cascade import modifiers
-from cascade.artifacts import Run, Store, fingerprint
+from cascade.artifacts import Run
 from cascade.config import PromptStyle
+from cascade.fingerprints import fingerprint
+from cascade.store import Store
 from cascade.tasks import Task
 from ray_jobs._context import Job, Metrics, main
 from ray_jobs._evaluate import Assignment, evaluate

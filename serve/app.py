@@ -14,8 +14,8 @@ from typing import Any
 
 from ray.serve import Application
 
-from cascade.artifacts import Store
 from cascade.config import Base, Config
+from cascade.store import Store
 from serve.arguments import Arguments, checked, servable
 from serve.ingress import EngineReplica, Ingress, Served
 from serve.limits import Limits

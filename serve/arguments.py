@@ -10,10 +10,10 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cascade import modifiers
-from cascade.artifacts import Store
 from cascade.bundles import open_bundle
 from cascade.config import Config, load_config
 from cascade.errors import CascadeError, ConfigError
+from cascade.store import Store
 from serve.limits import Limits
 
 CONFIG_VARIABLE = "CASCADE_CONFIG"

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 
-from cascade.artifacts import Store
 from cascade.compression.adapter import BaseRef
 from cascade.compression.apply import LoraSlot
 from cascade.errors import CascadeError
@@ -30,6 +29,7 @@ from cascade.models.generation import Batch
 from cascade.models.prompts import Prompts
 from cascade.models.rows import Request, Row
 from cascade.routing.model import BASE
+from cascade.store import Store
 from serve.encoder import Encoder
 from serve.events import Event, Failed, Finished, Started, Work
 from serve.forms import Forms

@@ -15,7 +15,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cascade.artifacts import Store
+from cascade.store import Store
 from cascade.tasks import Message, Route
 
 FOLDER = "feedback"

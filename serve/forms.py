@@ -10,12 +10,12 @@ import torch
 from filelock import FileLock
 
 from cascade import modifiers
-from cascade.artifacts import Store
 from cascade.compression.compressed import CompressedAdapter
 from cascade.compression.flat import FlatAdapter, open_flat, save_flat
 from cascade.errors import FormatError
 from cascade.models.threads import alone
 from cascade.modifiers import Modifier
+from cascade.store import Store
 
 _KEPT_S = 30 * 86_400
 """Forms that nobody opened for so long are removed from the cache."""

@@ -24,10 +24,10 @@ from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from cascade import modifiers
-from cascade.artifacts import Store
 from cascade.benchmarks.sources import cache_dir
 from cascade.config import Base, Weights
 from cascade.models.base import keep_to_share, load_base
+from cascade.store import Store
 from serve.engine import Engine
 from serve.events import Event, Failed, Started, Work
 from serve.feedback import FeedbackLog

@@ -30,8 +30,8 @@ from starlette._utils import get_route_path
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from cascade.artifacts import Store
 from cascade.errors import CascadeError, DataError, FormatError
+from cascade.store import Store
 from serve.errors import ApiError
 from serve.watched import Watched
 

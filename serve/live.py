@@ -16,12 +16,12 @@ from functools import partial
 from pathlib import Path
 
 from cascade import modifiers
-from cascade.artifacts import Store
 from cascade.compression.flat import FlatAdapter
 from cascade.errors import CascadeError
 from cascade.modifiers import Canary, Modifier
 from cascade.routing import model as routers
 from cascade.routing.model import BASE, Mode, RouterModel
+from cascade.store import Store
 from cascade.tasks import Message, Route
 from serve.events import Variant
 from serve.watched import Watched

@@ -24,7 +24,6 @@ import httpx
 from filelock import FileLock
 
 from cascade import modifiers
-from cascade.artifacts import Store
 from cascade.compression.adapter import save_peft_folder
 from cascade.compression.packed import expand
 from cascade.config import Base
@@ -33,6 +32,7 @@ from cascade.models.base import load_tokenizer
 from cascade.models.files import base_folder, base_sha256
 from cascade.modifiers import Modifier
 from cascade.routing.model import BASE
+from cascade.store import Store
 from serve.encoder import Encoder
 from serve.events import Delta, Event, Failed, Finished, Started, TokenLogprob, Work
 from serve.limits import Limits

@@ -28,8 +28,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock
 
-from cascade.artifacts import sha256_of_file
 from cascade.errors import DataError
+from cascade.fingerprints import sha256_of_file
 
 ALTERNATIVES = "Offline, download its files elsewhere and name them with the option 'path' (a file or folder)."
 HUB_TIMEOUT_S = 10.0

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
-from cascade.artifacts import sha256_of_file
 from cascade.benchmarks.sources import cache_dir, wheel_file
 from cascade.config import Base, Config
 from cascade.errors import ConfigError, DataError
+from cascade.fingerprints import sha256_of_file
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

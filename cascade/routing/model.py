@@ -25,13 +25,14 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from cascade.artifacts import Store, sha256_of_file
 from cascade.benchmarks.bfcl import describes_functions
 from cascade.errors import DataError, FormatError
+from cascade.fingerprints import sha256_of_file
 from cascade.routing.calibration import Calibrator
 from cascade.routing.features import featurize
 from cascade.routing.network import RouterNetwork
 from cascade.routing.offers import fit, functions_of
+from cascade.store import Store
 from cascade.tasks import Message, Route, Task
 
 BASE = "base"

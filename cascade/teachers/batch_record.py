@@ -6,7 +6,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from cascade.artifacts import Store
+from cascade.store import Store
 
 FOLDER = "batches"
 

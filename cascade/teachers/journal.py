@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
-from cascade.artifacts import Store
 from cascade.errors import DataError
+from cascade.store import Store
 
 APPENDED, WHOLE = ".jsonl", ".json"
 """Suffixes of a file that may still grow, and of an object that never changes."""

@@ -20,11 +20,12 @@ from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from typing import Any, Literal
 
 import pyarrow as pa
 
-from cascade.artifacts import Store
+from cascade.store import Store
 from cascade.tasks import from_table, to_table
 from cascade.teachers import journal
 from cascade.teachers.journal import Journal, Place
@@ -129,6 +130,7 @@ class Ledger:
         self._closed: set[tuple[str, str]] = set()  # of batches, whose two lines can be two writers'
         self._read: dict[str, int] = {}  # file or object -> bytes taken in
         self._lock = threading.RLock()
+        self._refreshing = threading.Lock()
         self._journals: dict[str, Journal] = {}
         self.refresh()
 
@@ -140,22 +142,28 @@ class Ledger:
         return f"{FOLDER}/{self.domain}" if self.domain else FOLDER
 
     def refresh(self) -> None:
-        """Read what other writers have added since."""
-        while not self._refresh():
-            pass  # an object was compacted away after it had been listed: look again
+        """Read what other writers have added since. Whoever asks or adds meanwhile does not wait for that."""
+        with self._refreshing:
+            while not self._refresh():
+                pass  # an object was compacted away after it had been listed: look again
 
     def _refresh(self) -> bool:
         names = journal.list_names(self.store, self._folder)
         with self._lock:
             fresh = [n for n in names if not self._is_own(n) and not (n.endswith(journal.WHOLE) and n in self._read)]
-            with ThreadPoolExecutor(1 if self.store.is_local else 16) as pool:
-                found = list(pool.map(self._read_new, fresh))
-            for name, data in zip(fresh, found, strict=True):
-                self._take_in(name, data or b"")
-            return all(data is not None for data in found)
-
-    def _read_new(self, name: str) -> bytes | None:
-        return journal.read_if_there(self.store, name, self._read.get(name, 0))
+            starts = [self._read.get(name, 0) for name in fresh]
+        with ThreadPoolExecutor(1 if self.store.is_local else 16) as pool:
+            found = list(pool.map(partial(journal.read_if_there, self.store), fresh, starts))
+        complete = True
+        with self._lock:
+            for name, start, data in zip(fresh, starts, found, strict=True):
+                # Rows of what is gone are still to be counted, where they are now; those of a file that was this
+                # process's own until now may have been counted meanwhile.
+                if data is None or self._read.get(name, 0) != start:
+                    complete = False
+                else:
+                    self._take_in(name, data)
+        return complete
 
     def _is_own(self, name: str) -> bool:
         return any(name.startswith(j.name) for j in self._journals.values())

@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.table import Table
 
 from cascade import modifiers
-from cascade.artifacts import Store
 from cascade.config import Config
 from cascade.errors import ConfigError
+from cascade.store import Store
 
 
 def canary(config: Config, version: str | None, weight: float | None, promote: bool) -> None:

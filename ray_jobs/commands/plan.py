@@ -60,9 +60,10 @@ def _buy_sample(runs: Runs, tasks: list[Task], calls: int) -> str:
     from cascade.teachers.sample import buy_sample
     from ray_jobs._context import sole_driver
 
-    config, ledger = runs.config, Ledger(runs.store, runs.config.domain)
+    config = runs.config
     with ExitStack() as stack:
         stack.enter_context(sole_driver(Purchases(runs.store, config.domain)))
+        ledger = Ledger(runs.store, config.domain)  # now: with all that who asked before has paid
         resolve: dict[str, str] = {}
         if any(t.is_answer_key for t in config.tiers):
             server = answer_key_server(runs.train_tasks, config.tiers, config.seed)

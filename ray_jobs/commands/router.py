@@ -5,11 +5,11 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from cascade.artifacts import Store
 from cascade.benchmarks.sources import cache_dir
 from cascade.config import Config
 from cascade.errors import ConfigError
 from cascade.routing.model import current_report, set_threshold
+from cascade.store import Store
 
 
 def tune_router(config: Config, path: str, threshold: float | None) -> None:

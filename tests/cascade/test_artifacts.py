@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import multiprocessing
 import os
-import pickle
-import re
 import signal
 import time
 
-import pyarrow.fs as pafs
 import pytest
-from fsspec.implementations.memory import MemoryFileSystem
 
-from cascade import artifacts
-from cascade.artifacts import Run, StorageError, Store, fingerprint, open_run, sha256_of_file
+from cascade.artifacts import Run, open_run
 from cascade.config import Student
-from cascade.errors import ConfigError, DataError
+from cascade.errors import DataError
+from cascade.fingerprints import fingerprint
+from cascade.store import Store
 from cascade.tasks import Completion, Verdict
 
 
@@ -266,146 +262,6 @@ def test_what_is_damaged_is_named_with_how_to_go_on(run):
         run.store.write_bytes(f"{run.folder}/{file}", whole[:-9])
         with pytest.raises(DataError, match=rf"{run.name}/{file} is damaged .*: delete .*{run.name}, and the step"):
             read(run)
-
-
-def test_files_are_replaced_whole(tmp_path):
-    store = Store(str(tmp_path))
-    store.write_bytes("a/b.txt", b"old")
-    store.write_bytes("a/b.txt", b"new")
-    assert store.read_bytes("a/b.txt") == b"new"
-    assert store.list("a") == ["b.txt"]
-    assert store.list("nowhere") == []
-    assert store.list(recursive=True) == ["a", "a/b.txt"]
-    with pytest.raises(FileNotFoundError):
-        store.read_bytes("a/c.txt")
-    store.delete("a/b.txt")
-    store.delete("a")
-    store.delete("a")
-    assert store.list() == []
-
-
-def test_a_place_that_takes_no_file_is_named_and_nothing_half_written_stays(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match=r"file/store/a/b\.txt cannot be written: Not a directory"):
-        Store(str(tmp_path / "file/store")).write_bytes("a/b.txt", b"x")
-
-    def full(_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", full)
-    store = Store(str(tmp_path / "full"))
-    with pytest.raises(StorageError, match="No space left on device"):
-        store.write_bytes("b.txt", b"x")
-    assert store.list() == []
-
-
-@pytest.mark.parametrize(
-    ("uri", "said"), [("foo://bar", "Unrecognized filesystem type"), ("s3://?region=x", "it names no bucket")]
-)
-def test_what_is_no_storage_is_refused_in_words(uri, said):
-    with pytest.raises(ConfigError, match=rf"{re.escape(uri)} is no storage: .*{said}.* Give .*s3://bucket/prefix"):
-        Store(uri).exists("x")
-
-
-def test_a_relative_store_does_not_move_with_the_working_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    store = Store("out/code")
-    store.write_json("x.json", {"a": "ä"})
-    monkeypatch.chdir("/")
-    assert store.read_json("x.json") == {"a": "ä"}
-    assert (tmp_path / "out/code/x.json").exists()
-    assert store.child("deeper").path("y") == str(tmp_path / "out/code/deeper/y")
-    assert store.is_local
-    assert pickle.loads(pickle.dumps(store)) == store
-
-
-def test_sha256_of_file(tmp_path):
-    (tmp_path / "x").write_bytes(b"abc")
-    assert sha256_of_file(tmp_path / "x").startswith("ba7816bf8f01cfea")
-
-
-@pytest.fixture
-def bucket(monkeypatch):
-    """A store in memory that behaves as object stores do: times, no folders to make, no rename, no local path."""
-    memory = MemoryFileSystem()
-    monkeypatch.setattr(memory, "store", {})
-    monkeypatch.setattr(memory, "pseudo_dirs", [""])
-    remote = pafs.PyFileSystem(pafs.FSSpecHandler(memory))
-    ordinary = pafs.FSSpecHandler._create_file_info
-
-    def timed(path, info):
-        # Of the file itself: a listing has its time as a float, which is off by nanoseconds.
-        file = memory.store.get(path)
-        return ordinary(path, info | {"mtime": file and file.created})
-
-    monkeypatch.setattr(pafs.FSSpecHandler, "_create_file_info", staticmethod(timed))
-    monkeypatch.setattr(artifacts, "_resolve", lambda uri: (remote, uri.removeprefix("s3:/")))
-    return Store("s3://bucket/models")
-
-
-def test_a_store_that_is_not_local(bucket):
-    assert not bucket.is_local
-    assert bucket.path("a/b") == "/bucket/models/a/b"
-    run = Run(bucket, "code", "job", "1")
-    run.start({})
-    run.write_part("verdicts", verdicts(2))
-    run.write_part("verdicts", verdicts(1))
-    run.finish({"n": 2})
-    assert ids(run) == ["t001", "t002"]
-    assert run.done
-    assert bucket.list("code/job@1") == ["manifest.json", "verdicts.parquet"]
-
-
-def test_folders_go_up_to_and_come_down_from_a_store_that_is_not_local(bucket, tmp_path):
-    (tmp_path / "local").mkdir()
-    (tmp_path / "local/adapter.bin").write_bytes(b"weights")
-    bucket.upload_folder(tmp_path / "local", "adapter")
-    copy = bucket.local_copy("adapter", tmp_path / "cache")
-    assert (copy / "adapter.bin").read_bytes() == b"weights"
-    assert bucket.local_copy("adapter", tmp_path / "cache") == copy
-    single = bucket.local_copy("adapter/adapter.bin", tmp_path / "cache")
-    assert single.read_bytes() == b"weights"
-    assert not [p for p in (tmp_path / "cache").iterdir() if p.name.endswith(".tmp")]
-    with pytest.raises(FileNotFoundError):
-        bucket.local_copy("nothing", tmp_path / "cache")
-
-
-@pytest.mark.parametrize("path", ["adapter", "adapter/x.bin"])
-@pytest.mark.parametrize("anew", [b"new weights", b"more of the new weights"])
-def test_what_was_deleted_and_made_anew_is_copied_anew(bucket, tmp_path, path, anew):
-    def copied():
-        copy = bucket.local_copy(path, tmp_path / "cache")
-        return (copy if copy.is_file() else copy / "x.bin").read_bytes()
-
-    bucket.write_bytes("adapter/x.bin", b"old weights")
-    assert copied() == b"old weights"
-    bucket.delete("adapter")
-    bucket.write_bytes("adapter/x.bin", anew)
-    assert copied() == anew
-
-
-def test_a_folder_goes_into_a_local_store(tmp_path):
-    (tmp_path / "adapter/sub").mkdir(parents=True)
-    (tmp_path / "adapter/sub/x").write_bytes(b"1")
-    store = Store(str(tmp_path / "store"))
-    store.upload_folder(tmp_path / "adapter", "deep/copy")
-    assert store.list("deep/copy", recursive=True) == ["sub", "sub/x"]
-
-
-def test_two_processes_may_make_the_same_local_copy(tmp_path):
-    for name in ("mine", "theirs"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "file").write_text(name)
-    artifacts._move(tmp_path / "mine", tmp_path / "theirs")
-    assert (tmp_path / "theirs/file").read_text() == "theirs"
-    assert not (tmp_path / "mine").exists()
-
-
-def test_a_local_copy_of_a_local_store_is_the_file_itself(tmp_path):
-    store = Store(str(tmp_path))
-    store.write_bytes("x", b"1")
-    assert store.local_copy("x", tmp_path / "cache") == tmp_path / "x"
-    assert not (tmp_path / "cache").exists()
 
 
 def test_tables_carry_what_they_are_of(run):

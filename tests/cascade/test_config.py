@@ -8,9 +8,9 @@ import re
 import pytest
 import yaml
 
-from cascade.artifacts import fingerprint
 from cascade.config import Config, Execution, check_config, load_config
 from cascade.errors import ConfigError
+from cascade.fingerprints import fingerprint
 from cascade.tasks import Message, Task
 from ray_jobs import JOBS, _runs
 

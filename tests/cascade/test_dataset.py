@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import DatasetCard
 
-from cascade.artifacts import Store
 from cascade.dataset import CARD, PARQUET, DatasetRow, Provenance, check_dataset, dataset_rows, write_dataset
 from cascade.errors import DataError
+from cascade.store import Store
 from cascade.tasks import Example, Message, Task, Verdict
 
 ABOUT = Provenance(

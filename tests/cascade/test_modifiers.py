@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from cascade import modifiers
-from cascade.artifacts import Store
 from cascade.compression.adapter import AdapterWeights, BaseRef, LoraPair, fp16_bytes
 from cascade.compression.methods import Prune, Recipe
 from cascade.compression.packed import compress, expand
 from cascade.errors import DataError, FormatError
 from cascade.scoring.statistics import Score
+from cascade.store import Store
 
 SCORES = {"compressed": Score(n=200, passed=80, unparsed=2, accuracy=0.4, low=0.33, high=0.47)}
 

@@ -12,13 +12,13 @@ from stand_in import StandIn, build_stand_in, compressed_adapter
 from typer.testing import CliRunner
 
 from cascade import modifiers
-from cascade.artifacts import Store
 from cascade.bundles import open_bundle
 from cascade.config import Serving
 from cascade.errors import ConfigError, DataError, FormatError
 from cascade.models.base import load_base
 from cascade.models.files import base_sha256
 from cascade.routing.model import RouterModel, current_report, load_current
+from cascade.store import Store
 from cascade.system import bill, bundle
 from ray_jobs.cli import app
 
@@ -112,6 +112,7 @@ def test_a_bundle_is_served_again_with_what_serving_wrote(stand_in: StandIn, tmp
     folder = bundle(stand_in.config, tmp_path / "packed", tmp_path)
     store = Store(open_bundle(folder).storage)
     for name in ("keys.json", "keys.json.lock", "feedback/open/me~r1.json", "feedback/tasks/train-r2.jsonl"):
+        store.write_bytes(f"{name}.{'1f' * 16}.tmp", b"[")  # of a process that was killed
         store.write_bytes(name, b"[]")
     modifiers.set_canary(store, "letters", modifiers.current(store, "letters").version, 0.5)
     open_bundle(folder)

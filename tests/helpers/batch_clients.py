@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-from cascade.artifacts import Store
 from cascade.config import Teacher
+from cascade.store import Store
 from cascade.teachers.budget import BudgetState, LocalBudget
 from cascade.teachers.client import TeacherClient
 from cascade.teachers.ledger import Ledger

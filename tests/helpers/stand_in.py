@@ -18,7 +18,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from cascade import modifiers
-from cascade.artifacts import Store
 from cascade.compression.adapter import AdapterWeights, BaseRef, LoraPair
 from cascade.compression.compressed import CompressedAdapter
 from cascade.compression.methods import Recipe
@@ -27,6 +26,7 @@ from cascade.config import Base, Config, Router, load_config
 from cascade.models.files import base_sha256
 from cascade.routing.model import RouterModel, publish
 from cascade.routing.train import RouterReport, train_router
+from cascade.store import Store
 
 CONTEXT = 512
 DOMAINS = ("letters", "sums")

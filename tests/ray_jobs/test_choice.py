@@ -7,9 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from cascade.artifacts import Run, Store
+from cascade.artifacts import Run
 from cascade.config import Compression, Execution, Lora
 from cascade.errors import CascadeError, DataError
+from cascade.store import Store
 from cascade.tasks import Message, Task, Verdict
 from ray_jobs import _evaluate, _finish, _winner, compress_modifier
 from ray_jobs._progress import Progress

@@ -15,9 +15,10 @@ import pytest
 import ray
 from ray.data import DataContext
 
-from cascade.artifacts import Run, Store, open_run
+from cascade.artifacts import Run, open_run
 from cascade.config import Config, load_config
 from cascade.errors import CascadeError, ConfigError
+from cascade.store import Store
 from cascade.teachers.ledger import Ledger
 from ray_jobs import _context
 from ray_jobs._context import connect_ray, run_job, sole_driver
@@ -171,7 +172,8 @@ def test_two_drivers_never_do_one_run_and_a_killed_one_holds_nobody_up(tmp_path:
     run = open_run(Store(str(tmp_path)), "reasoning", "generate_tier1", seed=1)
     code = f"""
 import time
-from cascade.artifacts import Run, Store, open_run
+from cascade.artifacts import Run, open_run
+from cascade.store import Store
 from ray_jobs._context import sole_driver
 with sole_driver(open_run(Store({str(tmp_path)!r}), "reasoning", "generate_tier1", seed=1)):
     print("at work", flush=True)

@@ -6,16 +6,19 @@ import asyncio
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from ray.exceptions import RayError
 from virtual_time import in_virtual_time
 
-from cascade.config import Endpoint, check_config
+from cascade.config import Endpoint, check_config, load_config
+from cascade.store import Store
+from cascade.teachers.ledger import Ledger, LedgerEntry
 from cascade.teachers.limits import Division, Gate, LimiterState, limiter_key
 from ray_jobs import _desk
-from ray_jobs._desk import DeskClient, Ended, Share, Unused, limiter_states
+from ray_jobs._desk import Desk, DeskClient, Ended, Share, Unused, limiter_states
 
 ENDPOINT = Endpoint(base_url="http://somewhere/v1", max_concurrency=4)
 KEY = limiter_key(ENDPOINT)
@@ -196,3 +199,12 @@ def test_what_needs_no_model_does_not_load_torch(module: str) -> None:
     code = f"import sys, ray_jobs.{module}; print([m for m in ('torch', 'transformers') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_desk_knows_what_was_spent_wherever_its_process_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(str(tmp_path / "here/out"))
+    Ledger(store).record(LedgerEntry("a", "code", 1, "t", 0, "m", "u", price_usd=50.0))
+    config = load_config(Path(__file__).parents[2] / "configs/code.yaml").model_copy(update={"storage": "out"})
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert asyncio.run(Desk(config, store, 3).left_usd()) == config.budget_usd - 50.0

@@ -23,9 +23,10 @@ import pytest
 import torch
 from stand_in import build_stand_in
 
-from cascade.artifacts import Run, Store, open_run
+from cascade.artifacts import Run, open_run
 from cascade.config import PromptStyle
 from cascade.models.worked_examples import WorkedExamples
+from cascade.store import Store
 from cascade.tasks import Message, Task, Verdict
 from ray_jobs import _evaluate
 from ray_jobs._context import Job

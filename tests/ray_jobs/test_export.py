@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from cascade.artifacts import Store
+from cascade.store import Store
 from ray_jobs import _export
 
 OPTIONS = "?endpoint_override=127.0.0.1%3A9&scheme=http&region=us-east-1"

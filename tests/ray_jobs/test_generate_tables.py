@@ -10,8 +10,9 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from cascade.artifacts import Run, Store, open_run
+from cascade.artifacts import Run, open_run
 from cascade.config import Config, check_config
+from cascade.store import Store
 from cascade.tasks import Completion, Message, Task, Verdict, from_table, to_table
 from cascade.teachers.client import Answer
 from cascade.teachers.judge import Judgement

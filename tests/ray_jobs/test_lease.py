@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 
-from cascade.artifacts import Run, Store, open_run
+from cascade.artifacts import Run, open_run
 from cascade.errors import CascadeError
+from cascade.store import Store
 from ray_jobs._context import run_job, sole_driver
 from ray_jobs._lease import BEAT_S, LEASE, SETTLE_S, TERM_S, Holder, Lease
 

@@ -9,12 +9,12 @@ import pyarrow.fs as pafs
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from cascade import artifacts
-from cascade.artifacts import Store
+from cascade import store
 from cascade.compression.adapter import AdapterWeights, BaseRef, LoraPair, save_peft_folder
 from cascade.compression.format import save_modifier
 from cascade.compression.methods import Recipe
 from cascade.compression.packed import compress
+from cascade.store import Store
 from ray_jobs._results import read_adapter
 
 
@@ -22,7 +22,7 @@ def test_adapters_of_an_object_store_are_copied_into_the_cache_of_this_user(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     memory = pafs.PyFileSystem(pafs.FSSpecHandler(MemoryFileSystem()))
-    monkeypatch.setattr(artifacts, "_resolve", lambda uri: (memory, f"{tmp_path}/bucket"))
+    monkeypatch.setattr(store, "_resolve", lambda uri: (memory, f"{tmp_path}/bucket"))
     monkeypatch.setenv("CASCADE_CACHE", str(tmp_path / "cache"))
     rng = np.random.default_rng(0)
     pair = LoraPair(rng.normal(size=(4, 24)).astype(np.float32), rng.normal(size=(24, 4)).astype(np.float32))
@@ -30,10 +30,10 @@ def test_adapters_of_an_object_store_are_copied_into_the_cache_of_this_user(
     made = tmp_path / "made"
     save_peft_folder(adapter, made / "adapter")
     save_modifier(made / "modifier.safetensors", compress(adapter, Recipe()))
-    store = Store("s3://bucket")
-    store.upload_folder(made, "run")
-    found = read_adapter(store, "run/adapter")
+    bucket = Store("s3://bucket")
+    bucket.upload_folder(made, "run")
+    found = read_adapter(bucket, "run/adapter")
     assert isinstance(found, AdapterWeights)
     assert np.array_equal(found.layers["model.layers.0.q_proj"].a, pair.a)
-    assert not isinstance(read_adapter(store, "run/modifier.safetensors"), AdapterWeights)
+    assert not isinstance(read_adapter(bucket, "run/modifier.safetensors"), AdapterWeights)
     assert len(list((tmp_path / "cache/results").iterdir())) == 2

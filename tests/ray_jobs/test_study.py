@@ -15,10 +15,11 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from cascade.artifacts import Run, Store
+from cascade.artifacts import Run
 from cascade.compression.recipe import Limits, matters, recipe_from, search_space
 from cascade.config import Compression
 from cascade.errors import DataError
+from cascade.store import Store
 from cascade.training.examples import EncodedSet
 from ray_jobs import _bench, _trial
 from ray_jobs._study import STUDY, FrontSampler, StudyFile, TrialSearch, distributions

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from cascade.artifacts import Store, open_run
+from cascade.artifacts import open_run
 from cascade.config import PromptStyle
+from cascade.store import Store
 from cascade.tasks import Completion, Message, Task, Verdict
 from ray_jobs import _test
 from ray_jobs._context import Job

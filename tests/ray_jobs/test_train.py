@@ -16,10 +16,11 @@ from ray.train.v2._internal.exceptions import CheckpointManagerInitializationErr
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from stand_in import save_tiny_base
 
-from cascade.artifacts import Run, Store
+from cascade.artifacts import Run
 from cascade.config import Probe, PromptStyle, Training
 from cascade.errors import ConfigError, DataError
 from cascade.models import bits
+from cascade.store import Store
 from cascade.tasks import Example, Message, Task
 from ray_jobs import _train
 from ray_jobs._context import LOCK, SCRATCH, Job, run_job

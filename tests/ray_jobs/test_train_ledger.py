@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from cascade.artifacts import Run, Store
+from cascade.artifacts import Run
 from cascade.config import Lora
 from cascade.errors import DataError
+from cascade.store import Store
 from cascade.tasks import Example, Message
 from cascade.training.examples import EncodedExample, EncodedSet
 from cascade.training.measures import StepReport

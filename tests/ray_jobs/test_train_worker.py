@@ -22,10 +22,11 @@ from ray.train import Checkpoint
 from safetensors.torch import load_file
 from stand_in import save_tiny_base
 
-from cascade.artifacts import Run, Store
+from cascade.artifacts import Run
 from cascade.config import Config, PromptStyle, check_config
 from cascade.errors import ConfigError, DataError
 from cascade.models.student import Student
+from cascade.store import Store
 from cascade.tasks import Example, Message, Task
 from cascade.training.deepspeed_engine import MOMENTS
 from cascade.training.looks import Look

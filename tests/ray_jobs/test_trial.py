@@ -12,12 +12,13 @@ import pytest
 import torch
 from forged import tiny
 
-from cascade.artifacts import Run, Store
+from cascade.artifacts import Run
 from cascade.compression.format import disk_bytes
 from cascade.compression.methods import Recipe, Truncate
 from cascade.compression.packed import compress, resident_bytes
 from cascade.compression.recipe import Limits
 from cascade.config import Compression
+from cascade.store import Store
 from cascade.training.measures import mean
 from ray_jobs import _bench
 from ray_jobs._bench import Bench, _loss, run_trial

@@ -8,8 +8,8 @@ import pytest
 from stand_in import StandIn
 
 from cascade import modifiers
-from cascade.artifacts import Store
 from cascade.errors import ConfigError, FormatError
+from cascade.store import Store
 from serve.__main__ import command_line
 from serve.app import application
 from serve.arguments import checked, servable

@@ -17,9 +17,9 @@ import pytest
 from stand_in import StandIn, build_stand_in, compressed_adapter
 
 from cascade import modifiers
-from cascade.artifacts import Store
 from cascade.errors import DataError
 from cascade.models.base import LoadedBase
+from cascade.store import Store
 from serve import gateway as gateway_module
 from serve import grammars
 from serve.engine import Engine

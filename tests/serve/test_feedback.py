@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from cascade.artifacts import Store
 from cascade.benchmarks import get
+from cascade.store import Store
 from cascade.tasks import Message, Route
 from serve import feedback
 from serve.errors import ApiError

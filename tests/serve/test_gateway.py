@@ -20,12 +20,12 @@ import pytest
 from stand_in import DOMAINS, LETTERS_QUESTION, SUMS_QUESTION, SYSTEM, compressed_adapter
 
 from cascade import modifiers
-from cascade.artifacts import Store
 from cascade.benchmarks import get
 from cascade.errors import DataError
 from cascade.models.chat import prompt_text
 from cascade.models.generation import generate
 from cascade.models.rows import Request
+from cascade.store import Store
 from cascade.tasks import Message
 from serve.engine import Engine
 from serve.events import Delta, Failed, Finished, Started, TokenLogprob, Work

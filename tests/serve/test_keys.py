@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from cascade.artifacts import Store
 from cascade.errors import DataError
+from cascade.store import Store
 from serve.errors import ApiError
 from serve.keys import FILE, KeyRing, add_key, read_keys, revoke_key
 

@@ -13,9 +13,9 @@ import pytest
 from stand_in import SUMS_QUESTION, StandIn, compressed_adapter
 
 from cascade import modifiers
-from cascade.artifacts import Store
 from cascade.errors import FormatError
 from cascade.modifiers import Modifier
+from cascade.store import Store
 from cascade.tasks import Message
 from serve import live
 from serve.live import LiveModifiers, LiveRouter

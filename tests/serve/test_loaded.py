@@ -13,13 +13,13 @@ from engine_events import CHOICES, collect, text_of
 from stand_in import compressed_adapter, random_adapter
 
 from cascade import modifiers
-from cascade.artifacts import Store
 from cascade.compression.apply import LoraSlot
 from cascade.compression.methods import Recipe
 from cascade.compression.packed import compress
 from cascade.models import prompts
 from cascade.models.generation import Batch
 from cascade.models.graphs import StepGraphs
+from cascade.store import Store
 from serve import engine as engines
 from serve.engine import Engine
 from serve.limits import Limits

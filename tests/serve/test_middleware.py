@@ -16,7 +16,7 @@ from served import served
 from stand_in import SUMS_QUESTION, StandIn
 
 from cascade import modifiers
-from cascade.artifacts import Store
+from cascade.store import Store
 from serve.events import Delta, Event, Failed, Finished, Started, Work
 from serve.gateway import Gateway
 from serve.http import build_api

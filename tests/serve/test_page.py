@@ -11,7 +11,7 @@ import uvicorn
 from browser import CHROMIUM, Browser
 from stand_in import StandIn
 
-from cascade.artifacts import Store
+from cascade.store import Store
 from serve.events import Delta, Failed, Finished, Started, Work
 from serve.gateway import Gateway
 from serve.http import build_api

@@ -12,7 +12,6 @@ import torch
 from pydantic import ValidationError
 from stand_in import LETTERS_QUESTION, SUMS_QUESTION, router_data
 
-from cascade.artifacts import Store
 from cascade.benchmarks.bfcl import SYSTEM_PROMPT
 from cascade.config import ROUTER_BYTES, Config, Router
 from cascade.errors import ConfigError, DataError, FormatError
@@ -28,6 +27,7 @@ from cascade.routing.model import (
 )
 from cascade.routing.network import RouterNetwork, joined, train_network
 from cascade.routing.train import RouterReport, follow_ups, general_chat, train_router
+from cascade.store import Store
 from cascade.tasks import Message
 
 SETTINGS = Router(features=1024, hidden=16, epochs=20)

@@ -12,9 +12,9 @@ from mock_openai import MockOpenAI, Settings, error
 from starlette.requests import Request
 from starlette.responses import Response
 
-from cascade.artifacts import Store
 from cascade.config import Teacher
 from cascade.errors import TeacherError
+from cascade.store import Store
 from cascade.tasks import Message
 from cascade.teachers import batch
 from cascade.teachers.batch_record import Record, Records

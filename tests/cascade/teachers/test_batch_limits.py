@@ -19,9 +19,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as ASGIMessage
 
-from cascade.artifacts import Store
 from cascade.config import Teacher
 from cascade.errors import TeacherError
+from cascade.store import Store
 from cascade.tasks import Message, Task
 from cascade.teachers import batch, batch_limits
 from cascade.teachers.batch_limits import stated_limit

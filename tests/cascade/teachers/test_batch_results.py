@@ -15,8 +15,8 @@ from mock_openai import MockOpenAI, Settings, error
 from starlette.requests import Request
 from starlette.responses import Response
 
-from cascade.artifacts import Store
 from cascade.errors import BudgetExceeded, TeacherError
+from cascade.store import Store
 from cascade.teachers.batch_results import failure_of, read_rows
 from cascade.teachers.budget import BudgetState, LocalBudget
 from cascade.teachers.client import TeacherClient

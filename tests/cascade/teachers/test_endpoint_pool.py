@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from cascade.artifacts import Store
 from cascade.config import Teacher
 from cascade.errors import TeacherError
+from cascade.store import Store
 from cascade.teachers.budget import BudgetState, LocalBudget
 from cascade.teachers.client import TeacherClient
 from cascade.teachers.endpoint import EndpointClient

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from cascade import benchmarks
-from cascade.artifacts import Store
 from cascade.benchmarks import needs_judge, require_judge
 from cascade.config import Judge, check_config
 from cascade.errors import ConfigError, DataError
+from cascade.store import Store
 from cascade.tasks import Completion, Message, Task
 from cascade.teachers.budget import BudgetState, LocalBudget
 from cascade.teachers.client import Answer, TeacherClient

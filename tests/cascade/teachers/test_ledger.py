@@ -9,13 +9,15 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pyarrow.fs as pafs
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cascade.artifacts import Store
+from cascade.store import Store
+from cascade.teachers import journal
 from cascade.teachers.ledger import Ledger, LedgerEntry, Sent, compact, entries_of, parse_line
 
 
@@ -266,6 +268,49 @@ def test_rows_that_are_compacted_while_they_are_read_are_read_all_the_same(
     assert sorted([first.key, *(e.key for e in reading)]) == [str(i) for i in range(6)]
 
 
+def test_what_is_compacted_between_listing_and_reading_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = ObjectStore(str(tmp_path))
+    writer, listed = Ledger(store), journal.list_names
+    for i in range(6):
+        writer.record(entry(str(i)))
+
+    def compacted_meanwhile(*where: Any) -> list[str]:
+        names = listed(*where)
+        monkeypatch.setattr(journal, "list_names", listed)
+        assert compact(store, "code", at_least=2) == 6
+        return names
+
+    monkeypatch.setattr(journal, "list_names", compacted_meanwhile)
+    found = Ledger(store)
+    assert (len(found), found.spent()) == (6, 3.0)
+
+
+def test_who_asks_does_not_wait_for_a_refresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = ObjectStore(str(tmp_path))
+    writer, asking = Ledger(store), Ledger(store)
+    asking.record(entry("mine"))
+    writer.record(entry("theirs"))
+    reads, asked = threading.Event(), threading.Event()
+    read = journal.read_if_there
+
+    def slow(*what: Any) -> bytes | None:
+        reads.set()
+        assert asked.wait(60)
+        return read(*what)
+
+    monkeypatch.setattr(journal, "read_if_there", slow)
+    refreshing = threading.Thread(target=asking.refresh)
+    refreshing.start()
+    assert reads.wait(60)
+    assert asking.get("mine") is not None
+    asking.record(entry("another"))
+    asked.set()
+    refreshing.join()
+    assert (len(asking), asking.spent()) == (3, 1.5)
+
+
 def test_fields_of_a_later_version_are_passed_over() -> None:
     line = b'{"key":"a","domain":"d","tier":1,"task_id":"t","attempt":0,"teacher":"m","endpoint":"u","judge":"x"}'
     row = parse_line(line)
@@ -276,7 +321,7 @@ def test_fields_of_a_later_version_are_passed_over() -> None:
 
 _WRITER = """
 import sys
-from cascade.artifacts import Store
+from cascade.store import Store
 from cascade.teachers.ledger import Ledger, LedgerEntry
 ledger = Ledger(Store(sys.argv[1]))
 for i in range(100_000):

@@ -8,7 +8,7 @@ import dataclasses
 import pytest
 from mock_openai import MockOpenAI, Settings
 
-from cascade.artifacts import Store
+from cascade.store import Store
 from cascade.tasks import Message, Task
 from cascade.teachers.budget import BudgetState, LocalBudget
 from cascade.teachers.client import TeacherClient

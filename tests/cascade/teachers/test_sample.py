@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from cascade.artifacts import Store
 from cascade.config import Config, check_config
 from cascade.errors import BudgetExceeded
+from cascade.store import Store
 from cascade.tasks import Message
 from cascade.teachers.ledger import Ledger
 from cascade.teachers.plan import plan

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from starlette.responses import JSONResponse, StreamingResponse
 
-from cascade.artifacts import Store
 from cascade.config import ANSWER_KEY, Teacher
 from cascade.errors import BudgetExceeded, TeacherError
+from cascade.store import Store
 from cascade.tasks import Message
 from cascade.teachers.budget import BudgetState, LocalBudget
 from cascade.teachers.client import TeacherClient, missing_keys
@@ -438,7 +438,7 @@ async def test_the_offline_teacher_is_asked_over_http(make_teacher, make_task, o
 
 _BUYER = """
 import asyncio, sys
-from cascade.artifacts import Store
+from cascade.store import Store
 from cascade.config import Teacher
 from cascade.tasks import Message, Task
 from cascade.teachers.budget import BudgetState, LocalBudget

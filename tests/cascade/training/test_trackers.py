@@ -16,8 +16,9 @@ from types import SimpleNamespace
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cascade.artifacts import Run, StorageError, Store
+from cascade.artifacts import Run
 from cascade.errors import ConfigError, DataError
+from cascade.store import StorageError, Store
 from cascade.training import trackers as trackers_module
 from cascade.training.looks import Look
 from cascade.training.measures import StepReport
