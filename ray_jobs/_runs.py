@@ -18,7 +18,7 @@ from cascade.models.files import base_sha256
 from cascade.store import Store
 from cascade.tasks import Task, message_hash
 
-RESULT_VERSION = 2
+RESULT_VERSION = 3
 """Raised when a change of the code changes results, so that runs made before are not taken for new ones."""
 
 NOT_DECISIVE = {"zero_stage", "offload", "checkpoint_steps", "gradient_checkpointing", "trackers"}

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from cascade.benchmarks.bfcl import SYSTEM_PROMPT
+from cascade.benchmarks.offered_functions import with_functions
 from cascade.scoring.calls import Call, CallSyntaxError, format_calls, parse_calls
 from cascade.tasks import Message
 from serve.call_grammar import calls_grammar
@@ -143,9 +143,7 @@ class Toolbox:
         if not self.tools:
             return messages
         functions = [self._aliases[t.function.name].described for t in self.tools]
-        described = SYSTEM_PROMPT.format(functions=_indented(functions))
-        own = [m.content for m in messages if m.role == "system"]
-        return [Message("system", "\n\n".join([described, *own])), *(m for m in messages if m.role != "system")]
+        return with_functions(messages, _indented(functions))
 
     def shown(self, calls: Sequence[ToolCall]) -> str:
         """Calls in the form in which the model writes them."""

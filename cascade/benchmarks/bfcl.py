@@ -30,6 +30,7 @@ from typing import Any, Literal
 
 from cascade.benchmarks import bfcl_multi_turn as multi_turn
 from cascade.benchmarks.function_calls import Judged, first_call, judge_calls, reference_calls
+from cascade.benchmarks.offered_functions import with_functions
 from cascade.benchmarks.options import parse_options
 from cascade.benchmarks.ordering import only_split, shuffled
 from cascade.benchmarks.sources import read_json_lines
@@ -57,32 +58,8 @@ CATEGORIES: dict[str, int] = {
 }
 """Category -> difficulty."""
 RELEVANCE = "live_relevance"
-SYSTEM_PROMPT = """You are an expert in composing functions.You are given a question and a set of possible functions. \
-Based on the question, you will need to make one or more function/tool calls to achieve the purpose. If none of the \
-functions can be used, point it out. If the given question lacks the parameters required by the function, also point \
-it out.
-
-You should only return the function calls in your response.
-
-If you decide to invoke any of the function(s), you MUST put it in the format of \
-[func_name1(params_name1=params_value1, params_name2=params_value2...), func_name2(params)].  You SHOULD NOT include \
-any other text in the response.
-
-At each turn, you should try your best to complete the tasks requested by the user within the current turn. Continue \
-to output functions to call until you have fulfilled the user's request to the best of your ability. Once you have no \
-more functions to call, the system will consider the current turn complete and proceed to the next turn or task.
-
-Here is a list of functions in json format that you can invoke.
-{functions}
-"""
-"""BFCL's own system prompt as its harness builds it, to the character (Apache-2.0)."""
 HINTS = {"java": "Java 8 SDK", "javascript": "JavaScript", "python": "Python 3"}
 """Language -> how the prompt names its syntax."""
-
-
-def describes_functions(message: Message) -> bool:
-    """Whether it is a system message that offers functions to call, as BFCL's tasks and the endpoint's `tools` do."""
-    return message.role == "system" and message.content.startswith(SYSTEM_PROMPT.partition("{functions}")[0])
 
 
 class Options(Section):
@@ -233,10 +210,8 @@ def _described(function: Mapping[str, Any], language: Literal["python", "java", 
 def _task(row: Mapping[str, Any], category: str, split: Split, domain: str, options: Options) -> Task:
     functions = [_described(f, language_of(category)) for f in row["function"]]
     turn = row["question"][0]
-    system = SYSTEM_PROMPT.format(functions=json.dumps(functions, indent=4))
-    own = [m["content"] for m in turn if m["role"] == "system"]
-    messages = [Message("system", "\n\n".join([system, *own]))]
-    messages += [Message(m["role"], m["content"]) for m in turn if m["role"] != "system"]
+    said = [Message(m["role"], m["content"]) for m in turn]
+    messages = with_functions(said, json.dumps(functions, indent=4))
     several = category == multi_turn.CATEGORY
     return Task(
         id=f"bfcl/{row['id']}",

@@ -10,10 +10,10 @@ category, difficulty (1 is easiest), max_tokens. By kind:
                      else without regard to case, blanks beside marks, quotes around it and a final full stop.
     multiple_choice  choices: list of texts; answer: index, letter or text of the right one. The choices are put under
                      the prompt as (A), (B), …
-    unit_tests       tests: Python asserts (one text or a list); optional setup (trusted code run beside the
-                     tests), solution (a right answer), defines (list of names that the answer must define; needed
-                     where the tests use more than one and there is no solution). The answer is code, in a fence or
-                     alone; it runs in a sandbox, the tests in another, and plain values (numbers, texts, lists, dicts,
+    unit_tests       tests: Python asserts, or what pytest or unittest would call (one text or a list); optional setup
+                     (trusted code run beside the tests), solution (a right answer), defines (list of names that the
+                     answer must define; needed where the tests use more than one and there is no solution). The
+                     answer is code, in a fence or alone; it runs in a sandbox, the tests in another, and plain values (numbers, texts, lists, dicts,
                      sets, tuples, exceptions) alone pass between them. So tests can not call methods of an answer's
                      objects, nor see what a function changes in place: ask for functions that return what is tested.
                      Helpers that the tests use must be imported by them or stand in setup.
@@ -48,6 +48,7 @@ from pydantic import ValidationError
 from cascade.benchmarks.function_calls import Judged, judge_calls, reference_calls
 from cascade.benchmarks.jsonl_lines import LINES, Exact, Function, MultipleChoice, Open, UnitTests
 from cascade.benchmarks.mbpp import SETUP
+from cascade.benchmarks.offered_functions import with_functions
 from cascade.benchmarks.options import parse_options
 from cascade.benchmarks.ordering import shuffled
 from cascade.benchmarks.sources import local_files, name_parts, read_rows
@@ -60,10 +61,6 @@ from cascade.scoring.python_tests import run_tests
 from cascade.scoring.sandbox import Limits
 from cascade.tasks import Completion, Message, Split, Task, Verdict
 
-CALLS_PROMPT = """You can call these functions (JSON descriptions):
-{functions}
-
-Answer with the calls alone, in the form [function(parameter=value, ...), ...]. If none fits, say so in a sentence."""
 CHEAP = frozenset({"exact", "multiple_choice", "calls"})
 """Kinds whose right answers are scored when they are loaded."""
 
@@ -180,8 +177,7 @@ def _task(line: Any, file: Path, split: Split, domain: str) -> Task:
         reference["cases"] = [case.model_dump() for case in line.cases]
     else:
         reference |= {"functions": line.functions_as_scored(), "expected": line.expected}
-        described = CALLS_PROMPT.format(functions=json.dumps(line.functions, ensure_ascii=False))
-        messages.insert(0, Message("system", described))
+        messages = with_functions(messages, json.dumps(line.functions_as_offered(), indent=4))
     return Task(
         id=f"jsonl/{file.name.split('.')[0]}/{line.id}",
         benchmark="jsonl",

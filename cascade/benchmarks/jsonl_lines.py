@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, field_validator, model_validator
 
-from cascade.benchmarks.unit_tests import names_under_test
+from cascade.benchmarks.unit_test_scripts import as_script
+from cascade.benchmarks.unit_tests import names_under_test, require_python
 from cascade.scoring.calls import PYTHON_TYPES
 from cascade.scoring.fences import read_code, read_javascript
 from cascade.tasks import Message, Split
@@ -97,7 +98,9 @@ class UnitTests(Line):
     @field_validator("tests")
     @classmethod
     def _joined(cls, tests: str | list[str]) -> str:
-        return tests if isinstance(tests, str) else "\n".join(tests)
+        source = tests if isinstance(tests, str) else "\n".join(tests)
+        require_python("tests", source)
+        return as_script(source)
 
     @model_validator(mode="after")
     def _tests_can_be_passed(self) -> UnitTests:
@@ -154,6 +157,10 @@ class Calls(Line):
                 for parameter, accepted in values.items():
                     _require_lists_in_objects(accepted, properties[name].get(parameter, {}), f"{parameter} of {name}")
         return self
+
+    def functions_as_offered(self) -> list[dict[str, Any]]:
+        """The functions as the endpoint describes a request's `tools`."""
+        return [{key: f.get(key, "") for key in ("name", "description", "parameters")} for f in self.functions]
 
     def functions_as_scored(self) -> list[dict[str, Any]]:
         """The functions with the types of their parameters as `match_calls` names them."""

@@ -13,6 +13,7 @@ import builtins
 from collections.abc import Iterator, Sequence
 
 from cascade.benchmarks.mbpp import SETUP
+from cascade.benchmarks.unit_test_scripts import names_run
 from cascade.scoring.checker_role import free_names
 
 _BUILTINS = frozenset(dir(builtins))
@@ -29,10 +30,11 @@ def names_under_test(tests: str, setup: str = "", solution: str = "", defines: S
 
     Raises:
         ValueError: a text is no Python; the tests use a name that nobody is known to define, or none of the answer's;
-            they look at an object of the answer's, or at what it changes in place.
+            they look at an object of the answer's, or at what it changes in place; or when they are run they use
+            nothing of its.
     """
     for what, source in (("tests", tests), ("setup", setup), ("solution", solution)):
-        _require_python(what, source)
+        require_python(what, source)
     given = _bound(f"{SETUP}\n{setup}")
     free = free_names(tests, set(_BUILTINS | given))
     defined = set(defines) or _defined(solution)
@@ -47,12 +49,21 @@ def names_under_test(tests: str, setup: str = "", solution: str = "", defines: S
     found = sorted(free | shadowing | set(defines))
     if not found:
         raise ValueError("the tests use nothing that an answer defines")
+    if not names_run(ast.parse(tests)) & set(found):
+        raise ValueError(
+            f"the tests never use {', '.join(found)}: what does so stands in functions that nobody calls; call them, "
+            "or name them test_…"
+        )
     _refuse_objects(ast.parse(tests), set(found), _classes(solution, found))
     _refuse_changed_arguments(ast.parse(tests), set(found))
     return found
 
 
-def _require_python(what: str, source: str) -> None:
+def require_python(what: str, source: str) -> None:
+    """
+    Raises:
+        ValueError: it is none.
+    """
     try:
         ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from cascade.benchmarks.bfcl import describes_functions
+from cascade.benchmarks.offered_functions import describes_functions
 from cascade.errors import DataError, FormatError
 from cascade.fingerprints import sha256_of_file
 from cascade.routing.calibration import Calibrator

@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from functools import lru_cache
 
-from cascade.benchmarks.bfcl import SYSTEM_PROMPT
+from cascade.benchmarks.offered_functions import SYSTEM_PROMPT
 
 _BEFORE = SYSTEM_PROMPT.partition("{functions}")[0]
 _WORD = re.compile(r"[^\W\d_]{4,}")

@@ -36,7 +36,13 @@ from cascade.scoring.signs import marked_spans as marked_spans
 _DIGITS = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?"
 NUMBER = re.compile(rf"[-+]?{_DIGITS}")
 """What is all of a text that is a number."""
-_NUMBER = re.compile(rf"(?<![\w.])(?:[-+−–]\s?(?=[\d$€£.]))?[$€£]?{_DIGITS}(?![\w]*\d)")
+_SIGNED = rf"(?:[-+−–]\s?(?=[\d$€£.]))?[$€£]?{_DIGITS}"
+_NUMBER = re.compile(rf"(?<![\w.]){_SIGNED}(?![\w]*\d)")
+_LIST_MARK = re.compile(r"^[ \t]*(?:[-*•–]|\d{1,2}[.)])[ \t]+(?=\S)", re.MULTILINE)
+_DASH = re.compile(
+    r"(?<=[^\W\d_]{2})(?<!\bis)(?<!\bare)(?<!\bbe)(?<!\bequals)(?<!\bto)[ \t]+[-–][ \t]+(?=[$€£]?\d)", re.IGNORECASE
+)
+"""Between words and a number: "Total - 42"."""
 _THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|,?\\[,;:! ]|[\u00a0\u2009\u202f])(?=\d{3}(?!\d))")
 """What TeX, and texts that will not break a line there, put between groups of digits."""
 _MINUS = re.compile(r"\b(?:minus|negative)\s+(?=[\d.$€£])", re.IGNORECASE)
@@ -47,6 +53,12 @@ _ANOTHER_NUMBER = re.compile(
     re.IGNORECASE,
 )
 """What follows a number that is one of several: "7 or maybe 8", "7 apples (or 8)", "7/8"."""
+_EQUATION = re.compile(r"\b([A-Za-z]\w*)\s*=\s*")
+_EQUATIONS = re.compile(
+    rf"(?:\b[A-Za-z]\w*\s*=\s*{_SIGNED}(?:\s*[,;]\s*|\s+)(?:(?:{OR}|and)\b[\s,]*)*)+\b[A-Za-z]\w*\s*=\s*{_SIGNED}",
+    re.IGNORECASE,
+)
+"""A variable's value and another's (or its own) next to it."""
 _CLOSING_VALUE = re.compile(
     r"(?:(?:\bis|\bare|\bequals?|\bequal\s+to|\bbe|\bhas|\bhave|:|→|->)\s+|=\s*)(?P<span>[^\s=][^=\n]*)$"
 )
@@ -64,6 +76,8 @@ def numbers(text: str) -> list[str]:
 def _number_in(span: str) -> list[str]:
     """The value a marked span names: right of its last "=", else its only number, else its leading one."""
     sentence = first_sentence(span)
+    if alternatives := _equated_alternatives(sentence):
+        return alternatives
     if "=" in sentence:
         sentence = sentence.rsplit("=", 1)[1]
     values = numbers(sentence)
@@ -74,6 +88,16 @@ def _number_in(span: str) -> list[str]:
     return values
 
 
+def _equated_alternatives(sentence: str) -> list[str]:
+    """The values of "x = 7 or x = 8", "x = 7, x = 8", "x = 7 or y = 8"; none where equations lead to one another."""
+    chain = _EQUATIONS.search(sentence)
+    if chain is None:
+        return []
+    names = {name.lower() for name in _EQUATION.findall(chain[0])}
+    either = re.search(rf"\b{OR}\b", chain[0], re.IGNORECASE) is not None
+    return [numbers(part)[-1] for part in _EQUATION.split(chain[0])[2::2]] if either or len(names) == 1 else []
+
+
 def _closing_numbers(text: str) -> list[str]:
     """Numbers that close a sentence after "is", "=" or ":", e.g. "The LCM of 4 and 6 is 12."."""
     found = []
@@ -82,7 +106,7 @@ def _closing_numbers(text: str) -> list[str]:
         values = numbers(match["span"]) if match and len(match["span"].split()) <= 4 else []
         if len(set(values)) == 1:
             found.append(values[0])
-    return found
+    return found + _equated_alternatives(sentence)  # of the last: earlier ones may be decided between later on
 
 
 def _last_equation(text: str) -> list[str]:
@@ -94,7 +118,8 @@ def _last_equation(text: str) -> list[str]:
 
 def read_number(text: str) -> Reading:
     """A number, from "5", "Mary has 5 sisters.", "The answer is **5**", "12 + 3 = 15", "$1,250.00"."""
-    text = _MINUS.sub("-", _THOUSANDS.sub(",", text[-MAX_CHARS:]))
+    text = _DASH.sub(": ", _LIST_MARK.sub("", text[-MAX_CHARS:]))  # neither is a minus
+    text = _MINUS.sub("-", _THOUSANDS.sub(",", text))
     text = without_denials(text, _NUMBER.pattern)
     resorts = [("equation", _last_equation), ("whole text", _only_number), ("closing", _closing_numbers)]
     return decide(text, _number_in, [*resorts, ("whole text", lambda t: numbers(clean(t)))])
@@ -164,6 +189,8 @@ def read_list(text: str, length: int) -> Reading:
 _MARKS = re.compile(r"\s*(\*\*|__|`|\*|\$\$?|\\\(|\\\[|[\"'])(?P<inside>.+?)(?:\1|\\\)|\\\])\s*", re.DOTALL)
 
 
+_BOLD_LINE = re.compile(r"\n[ \t]*(?P<mark>\*\*|__)(?P<span>(?:(?!(?P=mark))[^\n])+)(?P=mark)\.?\Z")
+"""All of the last of several lines."""
 _PAIRS = 4
 """Pairs of marks that are taken off one after the other; nobody writes more."""
 
@@ -173,7 +200,7 @@ def spellings(span: str) -> Iterator[str]:
     for _ in range(_PAIRS):
         span = span.strip()
         alone = span.strip("* \n").rstrip(".")
-        yield from (span, alone, alone.replace("\\", ""))
+        yield from (span, span.removesuffix("."), alone, alone.replace("\\", ""))
         peeled = _MARKS.fullmatch(span) or _MARKS.fullmatch(span.rstrip("."))
         if peeled is None:
             return
@@ -181,7 +208,8 @@ def spellings(span: str) -> Iterator[str]:
 
 
 def read_text(text: str, known: Callable[[str], bool] = lambda _: False) -> Reading:
-    """A short free answer: what a sign points at (up to the end of its line), a fenced block, or the whole text.
+    """A short free answer: what a sign points at (up to the end of its line), a fenced block, a last line all in bold,
+    or the whole text.
 
     Args:
         text: the answer.
@@ -196,6 +224,9 @@ def read_text(text: str, known: Callable[[str], bool] = lambda _: False) -> Read
                 return Reading(values[0] if len(values) == 1 else None, how, values)
     if blocks := distinct(_known(body, known) or body.strip() for _, body in fenced_blocks(text)):
         return Reading(blocks[0] if len(blocks) == 1 else None, "fenced", blocks)
+    if closing := _BOLD_LINE.search(text):
+        value = _known(closing["span"], known) or clean(closing["span"]).rstrip(".").strip("\"'")
+        return Reading(value, "bold", (value,))
     whole = _known(text, known) or clean(text).strip("\"'")
     return Reading(whole, "whole text", (whole,)) if whole else NOTHING
 

@@ -9,7 +9,7 @@ import re
 import textwrap
 from typing import Any
 
-FENCE = re.compile(r"^[ \t]*(?P<mark>```+|~~~+)[ \t]*(?P<language>[\w+#.-]*)[^\n]*$", re.MULTILINE)
+FENCE = re.compile(r"^(?P<indent>[ \t]*)(?P<mark>```+|~~~+)[ \t]*(?P<language>[\w+#.-]*)[^\n]*$", re.MULTILINE)
 ANSWER_TAG = re.compile(r"<answer>(?P<span>.*?)(?:</answer>|\Z)", re.IGNORECASE | re.DOTALL)
 
 
@@ -19,12 +19,17 @@ def fenced_blocks(text: str) -> list[tuple[str, str]]:
     for match in FENCE.finditer(text):
         if opened is None:
             opened = match
-        elif match["mark"].startswith(opened["mark"]) and not match["language"]:
+        elif match["mark"].startswith(opened["mark"]) and not match["language"] and _closes(match, opened):
             blocks.append((opened["language"].lower(), text[opened.end() + 1 : match.start()].rstrip("\n")))
             opened = None
     if opened is not None:
         blocks.append((opened["language"].lower(), text[opened.end() + 1 :].rstrip("\n")))
     return blocks
+
+
+def _closes(fence: re.Match[str], opened: re.Match[str]) -> bool:
+    """Not one that is indented as code is, in a docstring, say (CommonMark allows three blanks)."""
+    return len(fence["indent"].expandtabs()) <= len(opened["indent"].expandtabs()) + 3
 
 
 def read_code(text: str, defines: str | None = None) -> str | None:
@@ -81,7 +86,15 @@ def _only_definitions(code: str) -> bool:
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom)
-    return bool(body) and all(isinstance(node, kinds) for node in body)
+    return any(isinstance(node, kinds) for node in body) and all(isinstance(n, kinds) or _is_constant(n) for n in body)
+
+
+def _is_constant(node: ast.stmt) -> bool:
+    """A docstring, or an assignment that calls nothing."""
+    if isinstance(node, ast.Expr):
+        return isinstance(node.value, ast.Constant)
+    assigns = isinstance(node, ast.Assign | ast.AnnAssign)
+    return assigns and not any(isinstance(inner, ast.Call) for inner in ast.walk(node))
 
 
 _PROGRAM_MARKS = re.compile(r"^\[(?:BEGIN|DONE)\][ \t]*$", re.MULTILINE)

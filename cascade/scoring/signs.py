@@ -46,6 +46,9 @@ _STATED = re.compile(
     r"(?=(?P<span>\s*[^\n]*))",
     re.IGNORECASE,
 )
+_HEADING = re.compile(r"(?:^|\n)[\W_]*(?:(?:the|my|correct)\s+)*answer[\W_]*\Z", re.IGNORECASE)
+_FEW = 6
+"""Words of a line that gives an answer and nothing besides."""
 _CONCLUSION = re.compile(r"(?:^|[.!\n])\s*(?:so|therefore|thus|hence|in conclusion)\b[,:]?(?P<span>[^\n]*)", re.I)
 _BOLD = re.compile(r"\*\*(?P<span>[^*\n]{1,200})\*\*|__(?P<other>[^_\n]{1,200})__")
 _HASHES = re.compile(r"^####[ \t]+(?P<span>[^\n]+)\Z", re.MULTILINE)
@@ -91,8 +94,7 @@ def plain(how: str, span: str) -> str | None:
 
 def spans_as_written(text: str) -> Iterator[tuple[str, list[str]]]:
     """The same with their marks, what is denied among them."""
-    found = [(m, _up_to_the_next(m["span"])) for m in _STATED.finditer(text)]
-    stated = [("final answer" if m["final"] else "stated", m["marks"] + span) for m, span in found if span is not None]
+    stated = _stated(text)
     signs = (
         ("boxed", boxed(text)),
         ("answer tag", [m["span"] for m in ANSWER_TAG.finditer(text)]),
@@ -103,6 +105,29 @@ def spans_as_written(text: str) -> Iterator[tuple[str, list[str]]]:
         ("conclusion", [m["span"] for m in _CONCLUSION.finditer(text)][-1:]),
     )
     yield from ((how, spans) for how, spans in signs if spans)
+
+
+def _stated(text: str) -> list[tuple[str, str]]:
+    """(sign, what it points at) of all statements.
+
+    "Solution:", "each option:" or "to find the answer:" before a line break announces the way to an answer. So what
+    stands below counts only if nothing is stated on its own line, only the last, and only where it is the end or
+    "Answer:" is a heading with a few words below it.
+    """
+    found = [(m, m["marks"] + span) for m in _STATED.finditer(text) if (span := _up_to_the_next(m["span"])) is not None]
+    final = [("final answer", span) for m, span in found if m["final"]]
+    here = [("stated", span) for m, span in found if not m["final"] and not _is_below(span)]
+    below = [("stated", span) for m, span in found if not m["final"] and _is_below(span) and _is_last_word(m, text)]
+    return final + (here or below[-1:])
+
+
+def _is_below(span: str) -> bool:
+    return "\n" in span[: len(span) - len(span.lstrip("*_` \t\n"))]
+
+
+def _is_last_word(statement: re.Match[str], text: str) -> bool:
+    headed = _HEADING.search(text[: statement.end("marks")]) is not None
+    return not text[statement.end("span") :].strip() or (headed and len(statement["span"].split()) <= _FEW)
 
 
 def _up_to_the_next(span: str) -> str | None:

@@ -109,7 +109,7 @@ def test_a_failure_is_told_and_marked_at_its_step(page: LivePage, runs: Runs) ->
     text = shown(runs)
     assert "the budget of &lt;$0.50&gt; is reached" in text
     assert rows(text)["generate_tier2"].startswith("✗")
-    assert "http-equiv" not in text
+    assert "http-equiv" in text  # the run may be going on in another process, or again
 
 
 def test_the_page_is_written_again_and_again(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:

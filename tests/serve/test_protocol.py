@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 
 import pytest
 
+from cascade.benchmarks.jsonl import BENCHMARK as JSONL
+from cascade.benchmarks.offered_functions import describes_functions
 from cascade.scoring.calls import MAX_CHARS
 from cascade.tasks import Message
 from serve.protocol import MAX_BODY_BYTES, MAX_CHOICES, MAX_SCHEMA, ApiError, ChatRequest, CompletionRequest, parse
@@ -223,6 +226,20 @@ def test_tools_are_described_in_front_and_calls_read_back() -> None:
         assert all(json.loads(c.function.arguments) == {"city": "__import__('os')"} for c in calls)
     off = parse(ChatRequest, json.dumps(body | {"tool_choice": "none"}).encode())
     assert off.conversation[0] == Message("system", "Be kind.")
+
+
+def test_tasks_of_ones_own_offer_functions_as_requests_do(tmp_path: Path) -> None:
+    """Else a modifier is trained and tested under another prompt than it is served with."""
+    parameters = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+    function = {"name": "weather.get", "description": "Weather of a city: 20 °C.", "parameters": parameters}
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Weather in Rome?"}]
+    line = {"id": 1, "kind": "calls", "functions": [function], "expected": [{"weather.get": {"city": ["Rome"]}}]}
+    (tmp_path / "train.jsonl").write_text(json.dumps(line | {"messages": messages}))
+    (task,) = JSONL.load("train", domain="d", options={"path": str(tmp_path)}, seed=0, count=None)
+    body = {"model": "base", "messages": messages, "tools": [{"type": "function", "function": function}]}
+    request = parse(ChatRequest, json.dumps(body).encode())
+    assert list(task.messages) == request.conversation
+    assert describes_functions(task.messages[0])
 
 
 def tool(name: str, *properties: str, **more: object) -> Tool:

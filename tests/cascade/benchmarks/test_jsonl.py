@@ -216,6 +216,11 @@ STACK = "class Stack:\n    def __init__(self): self.s = []\n    def push(self, x
         ({"tests": "s = Stack()\ns.push(1)", "solution": STACK}, "s.push: objects stay"),
         ({"tests": "f(2)\nassert f.count == 1"}, "f.count: objects stay"),
         ({"tests": "x = [1, 2]\nrev(x)\nassert x == [2, 1]"}, "rev for what it does to x"),
+        ({"tests": "def check():\n    assert f(2) == 4"}, "never use f: .* call them, or name them test_"),
+        ({"tests": "def check():\n    assert f(2)\ndef main():\n    check()"}, "never use f"),
+        ({"tests": "def test_f(tmp_path):\n    assert f(2) == 4"}, "test_f takes tmp_path: fixtures"),
+        ({"tests": "class TestF:\n    def test_f(self, x):\n        assert f(x) == 4"}, "test_f takes x: fixtures"),
+        ({"tests": "async def test_f():\n    assert f(2) == 4"}, "test_f is a coroutine"),
     ],
 )  # fmt: skip
 def test_unit_tests_that_nobody_or_a_cheat_could_pass_are_refused(tmp_path, line, message) -> None:
@@ -239,6 +244,24 @@ def test_unit_tests_that_nobody_or_a_cheat_could_pass_are_refused(tmp_path, line
 )
 def test_what_an_answer_must_define_is_told_from_the_tests(tmp_path, line, names) -> None:
     assert load(tmp_path, [{**UNIT, **line}])[0].reference["defines"] == names
+
+
+@pytest.mark.skipif(bool(missing_walls()), reason="no sandbox here")
+@pytest.mark.parametrize(
+    "tests",
+    [
+        "def test_small():\n    assert f(2) == 4\n\ndef test_large(x=9):\n    assert f(x) == 18",
+        "class TestF:\n    def test_small(self):\n        assert f(2) == 4",
+        "import unittest\nclass F(unittest.TestCase):\n    def setUp(self):\n        self.x = 2\n"
+        "    def test_small(self):\n        self.assertEqual(f(self.x), 4)",
+        "def test_small():\n    assert f(2) == 4\n\ntest_small()",
+        "def check(x):\n    assert f(x) == 2 * x\n\ndef main():\n    check(2)\n\nmain()",
+    ],
+)
+def test_tests_of_pytest_and_unittest_are_run(tmp_path: Path, tests: str) -> None:
+    task = load(tmp_path, [{**UNIT, "tests": tests, "solution": "def f(x): return 2 * x"}])[0]
+    for code, outcome in (("def f(x): return 2 * x", "pass"), ("def f(x): return 'nonsense'", "fail")):
+        assert JSONL.score(task, Completion(task.id, "m", "", code)).outcome == outcome
 
 
 @pytest.mark.skipif(bool(missing_walls()), reason="no sandbox here")

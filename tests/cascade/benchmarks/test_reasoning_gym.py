@@ -112,6 +112,22 @@ def test_every_reference_answer_passes_also_after_storage(tasks: dict[str, list[
         ("word_sequence_reversal", "c, b, a", "a, b, c\nc, b, a\nb, a, c", "fail"),
         ("family_relationships", "mother-in-law", "Ann is the mother-in-law of Bob.", "pass"),
         ("family_relationships", "mother", "mother, father, sister, brother", "fail"),
+        # what the package's own scorers take for right:
+        ("coin_flip", "0.5078125", "0.5", "fail"),
+        ("coin_flip", "0.5078125", "0", "fail"),
+        ("coin_flip", "0.5078125", "0.5078", "pass"),
+        ("coin_flip", "0.5078125", "The answer is 65/128.", "pass"),
+        ("coin_flip", "0.5078125", r"So \\boxed{\\frac{65}{128}}", "pass"),
+        ("coin_flip", "0.5078125", "The answer is 64/128.", "fail"),
+        ("gsm_symbolic", "55", "-55", "fail"),
+        ("gsm_symbolic", "55", "55.0", "pass"),
+        ("game_of_life_halting", "True", "False", "fail"),
+        ("letter_jumble", "to the point", "to the point now", "fail"),
+        ("letter_jumble", "to the point", "The answer is To the point.", "pass"),
+        # sentences with marks of their own:
+        ("sentence_reordering", '"It is late," said Mr.', 'The answer is "It is late," said Mr..', "pass"),
+        ("sentence_reordering", '"It is late," said Mr.', '"It is late," said Mr.', "pass"),
+        ("emoji_mystery", "There is none.", "Let me see.\n\n**There is none.**", "pass"),
     ],
 )
 def test_lenient_but_never_several_candidates(category: str, answer: str, text: str, expected: str) -> None:

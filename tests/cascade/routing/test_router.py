@@ -12,7 +12,7 @@ import torch
 from pydantic import ValidationError
 from stand_in import LETTERS_QUESTION, SUMS_QUESTION, router_data
 
-from cascade.benchmarks.bfcl import SYSTEM_PROMPT
+from cascade.benchmarks.offered_functions import SYSTEM_PROMPT
 from cascade.config import ROUTER_BYTES, Config, Router
 from cascade.errors import ConfigError, DataError, FormatError
 from cascade.routing import offers

@@ -46,6 +46,84 @@ def test_numbers_as_they_are_typeset_and_said(text: str, value: str) -> None:
     assert read_number(text).answer == value
 
 
+HEADINGS = (
+    "**Solution:**\n\n",
+    "Solution:\n",
+    "### Solution:\n\nStep 1: ",
+    "To find the answer:\n\n",
+    "The result:\n1. ",
+)
+ENDS = (
+    "The answer is 17.",
+    "**Answer:** 17",
+    "So there are 17 apples.",
+    "**17**",
+    "Final Answer:\n17",
+    "Answer:\n\n17",
+)
+
+
+@pytest.mark.parametrize("heading", HEADINGS)
+@pytest.mark.parametrize("end", ENDS)
+def test_what_a_heading_announces_is_the_way_to_the_answer(heading: str, end: str) -> None:
+    working = "Mary has 3 boxes of 4 apples.\n3 * 4 = 12\n12 + 5 = 17\n\n"
+    assert read_number(f"{heading}{working}{end}").answer == "17"
+
+
+@pytest.mark.parametrize("end", [end.replace("17", "B") for end in ENDS if "apples" not in end])
+def test_options_that_are_gone_through_are_not_chosen(end: str) -> None:
+    options = "(A) It is 12, so it is wrong.\n(B) It is 17, so it is right.\n(C) It is 5."
+    text = f"Let us look at each option:\n\n{options}\n\n{end}"
+    assert read_choice(text, dict.fromkeys("ABC", "")).answer == "B"
+
+
+@pytest.mark.parametrize(
+    "text", ["Answer:\n17\n\nExplanation: 12 + 5.", "**The answer:**\n\n17 apples\n\nI took 12 and 5."]
+)
+def test_an_answer_may_stand_below_its_heading_and_its_reasons_behind_it(text: str) -> None:
+    assert read_number(text).answer == "17"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "- 42",
+        "Answer:\n- 42",
+        "Here it is:\n\n- 42",
+        "Total apples - 42",
+        "* 42",
+        "1. 42",
+        "The answer is:\n1. 42",
+        "• 42",
+    ],
+)
+def test_marks_of_lists_and_dashes_are_no_minus(text: str) -> None:
+    assert read_number(text).answer == "42"
+
+
+@pytest.mark.parametrize("text", ["-42", "The answer is - 42", "x = - 42", "The answer is −42.", "12 - 54 = -42"])
+def test_a_minus_is_one(text: str) -> None:
+    assert read_number(text).answer == "-42"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["The answer is x = 7 or x = 8.", "The answer is x = 7 or maybe x = 8", r"\boxed{x = 7 \text{ or } x = 8}",
+     "So x = 7 or x = 8", "The answer is n = 7, n = 8, or n = 9", "x = 7, x = 8", "It is a = 7 or b = 8."],
+)  # fmt: skip
+def test_several_equations_are_no_answer(text: str) -> None:
+    assert read_number(text).ambiguous
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["The answer is x = 4, so 2x = 8", "The answer is x = 3 + 5 = 8", "Either x = 7 or x = 8. As 7 is odd, x = 8.",
+     "So x = 8 and x = 8"],
+)  # fmt: skip
+def test_equations_that_lead_to_one_another_are_one_answer(text: str) -> None:
+    assert read_number(text).answer == "8"
+
+
 @pytest.mark.parametrize(("label", "option"), [("B", "whale"), ("C", "dog"), ("D", "cat")])
 def test_choices(label: str, option: str) -> None:
     filled = [form.replace("whale", option).replace("Whale", option.title()).format(a=label) for form in forms(CHOICES)]
@@ -275,9 +353,19 @@ def test_code_keeps_helpers_of_other_blocks_and_misses_what_is_not_there() -> No
     assert space["f"]() == 3  # type: ignore[operator]
     listed = text.replace("\n", "\n   ").replace("```python", "1. Step:\n\n   ```python")
     assert read_code(listed, "f") == read_code(text, "f")
+    with_constants = text.replace("import math", 'import math\nONE: int = 1\n"""Of all."""').replace("2\n", "1 + ONE\n")
+    exec(read_code(with_constants, "f") or "", space := {})
+    assert space["f"]() == 3  # type: ignore[operator]
+    assert read_code(text.replace("import math", "print(f())"), "f") == "def f(): return two() + math.floor(1.5)"
     assert read_code("No code here.", "add") is None
     assert read_code("```python\ndef sub(a, b): return a - b\n```", "add") is None
     assert fenced_blocks("a\n```\nb\n```\n```js\nc") == [("", "b"), ("js", "c")]
+
+
+def test_a_fence_in_a_docstring_closes_no_block() -> None:
+    code = 'def add(a, b):\n    """Adds.\n\n    ```\n    add(2, 3)\n    ```\n    """\n    return a + b'
+    assert read_code(f"```python\n{code}\n```\nDone.", "add") == code
+    assert fenced_blocks("  ```\n  a\n   ```") == [("", "  a")]
 
 
 @pytest.mark.parametrize("text", ["Here:\n\n    {}\n\nIt adds.", "\t{}", "```python3.11\n{}\n```"])
