@@ -15,9 +15,8 @@ category, difficulty (1 is easiest), max_tokens. By kind:
                      answer must define; needed where the tests use more than one and there is no solution). The
                      answer is code, in a fence or alone; it runs in a sandbox, the tests in another, and plain values
                      (numbers, texts, lists, dicts, sets, tuples, exceptions) alone pass between them. So tests can not
-                     call methods of an answer's
-                     objects, nor see what a function changes in place: ask for functions that return what is tested.
-                     Helpers that the tests use must be imported by them or stand in setup.
+                     call methods of an answer's objects, nor see what a function changes in place: ask for functions
+                     that return what is tested. Helpers that the tests use must be imported by them or stand in setup.
     function         language: python (default) or javascript (runs under node); function: its name; cases: list of
                      {"args": [values], "returns": value}, compared as JSON values; optional solution. The answer is
                      code that defines the function; it runs in the sandbox.
