@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 _ROOM = 64
 """Tokens that a cache grows by at least."""
+_versions = itertools.count()
+"""One for each place that keys and values have ever lain in, so that no two caches are taken for one another."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,8 @@ class _RowLayer(CacheLayerMixin):
 
     def __init__(self) -> None:
         super().__init__()
-        self.rows = self.used = self.version = 0
+        self.rows = self.used = 0
+        self.version = next(_versions)
         self.window: Window | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -118,7 +122,7 @@ class _RowLayer(CacheLayerMixin):
             grown.append(new)
         self.keys, self.values = grown
         self.used = kept
-        self.version += 1
+        self.version = next(_versions)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -161,7 +165,7 @@ class _RowLayer(CacheLayerMixin):
         wider = [torch.nn.functional.pad(x[: self.rows, :, : self.used], (0, 0, columns, 0)) for x in self._tensors()]
         self.keys, self.values = wider
         self.used += columns
-        self.version += 1
+        self.version = next(_versions)
 
     def move(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
         """Overwrite rows with others."""
@@ -192,7 +196,7 @@ class RowCache(Cache):
 
     @property
     def version(self) -> int:
-        """Another number whenever the memory has moved."""
+        """Another number whenever the memory has moved, and than any other cache has had."""
         return self.row_layers[0].version
 
     def reserve(self, rows: int, columns: int) -> None:

@@ -99,6 +99,21 @@ def test_forgotten_graphs_are_recorded_again(loaded, recorder):
     assert recorder.recorded == 2
 
 
+def test_an_emptied_batch_that_is_filled_again_replays_nothing_of_before(loaded, request):
+    """Its new cache has moved as often as the old one had, to other memory."""
+    requests = [[Request([start + i, 9, 7, 8], 12) for i in range(2)] for start in (10, 20, 30)]
+    expected = [generate(loaded, some) for some in requests]
+    request.getfixturevalue("recorder")
+    batch, found = generation.Batch(loaded), []
+    for some in requests:
+        batch.join([generation.Row.new(i, asked, loaded.device) for i, asked in enumerate(some)])
+        done = []
+        while batch.rows:
+            done += batch.step()
+        found.append([row.text for row in sorted(done, key=lambda row: row.index)])
+    assert found == [[answer.text for answer in some] for some in expected]
+
+
 @pytest.mark.parametrize("least", [4, 64])
 def test_buckets_hold_what_they_round_and_pad_little(least):
     for count in range(1, 5000):
