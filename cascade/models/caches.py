@@ -109,15 +109,18 @@ class _RowLayer(CacheLayerMixin):
         return self.keys, self.values
 
     def reserve(self, rows: int, tokens: int, start: int = 0) -> None:
-        """Make room; columns before `start` are given up."""
+        """Make room; columns before `start` are given up, and so is room for far more rows than there are now."""
         room_rows, _, room_tokens, _ = self._tensors()[0].shape
         if start == 0 and rows <= room_rows and tokens <= room_tokens:
             return
+        rows = max(rows, self.rows)
+        if start == 0 and room_rows <= 2 * rows:
+            rows = max(rows, room_rows)
         kept = self.used - start
         room = max(tokens - start, kept + max(_ROOM, kept // 2))
         grown = []
         for old in self._tensors():
-            new = old.new_zeros(max(rows, room_rows if start == 0 else 0), old.shape[1], room, old.shape[3])
+            new = old.new_zeros(rows, old.shape[1], room, old.shape[3])
             new[: self.rows, :, :kept] = old[: self.rows, :, start : self.used]
             grown.append(new)
         self.keys, self.values = grown
