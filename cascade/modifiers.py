@@ -294,13 +294,18 @@ def load(store: Store, modifier: Modifier, *, base_sha256: str | None = None, ve
         raise FormatError(f"modifier {modifier.name}: {error}") from None
 
 
-def check_file(store: Store, modifier: Modifier) -> None:
+def check_file(store: Store, modifier: Modifier, *, base_sha256: str | None = None) -> None:
     """See that a version's file is there and the one that its manifest describes; nothing of it is kept.
+
+    Args:
+        base_sha256: of the base that it shall be used with; None accepts any.
 
     Raises:
         DataError: it is missing.
-        FormatError: it is damaged or swapped.
+        FormatError: it is damaged or swapped, or its manifest names another base.
     """
+    if base_sha256 is not None and modifier.base_sha256 not in ("", base_sha256):
+        raise FormatError(f"{modifier.name} was made for the base {modifier.base}, not for the one in use")
     _content(store, modifier)
 
 
@@ -323,7 +328,12 @@ def load_current(
 
 
 def _content(store: Store, modifier: Modifier) -> bytes:
-    """A version's file, compared with its hash; errors as in `check_file`."""
+    """A version's file, compared with its hash.
+
+    Raises:
+        DataError: it is missing.
+        FormatError: it is damaged or swapped.
+    """
     try:
         data = _read(store, modifier.path, modifier.disk_bytes)
     except FileNotFoundError:

@@ -211,7 +211,7 @@ class Route:
         choice: "base" or a modifier's domain.
         confidence: calibrated probability that the choice answers correctly.
         reason: "router", "follow-up" (an earlier message of the conversation decided), "override", "low-confidence"
-            (fell back to base), "unavailable" (the choice is not there now) or "no-router".
+            (fell back to base), "unavailable" (the choice cannot be used now) or "no-router".
         probabilities: calibrated probability of a right answer, per candidate.
     """
 

@@ -8,6 +8,7 @@ A config names base and storage; every domain's modifier in that storage is serv
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,15 @@ from typing import Any
 from ray.serve import Application
 
 from cascade.config import Base, Config
+from cascade.errors import CascadeError
+from cascade.models.files import base_sha256
 from cascade.store import Store
 from serve.arguments import Arguments, checked, servable
 from serve.ingress import EngineReplica, Ingress, Served
 from serve.limits import Limits
 from serve.placement import placed
+
+logger = logging.getLogger(__name__)
 
 
 def build(args: Mapping[str, Any]) -> Application:
@@ -41,6 +46,7 @@ def application(args: Arguments, config: Config) -> Application:
     served = Served(
         base=_absolute(config.base),
         storage=storage.uri,
+        base_sha256=_sha256(config.base),
         temperature=config.student.temperature,
         limits=Limits(
             rows=args.rows,
@@ -65,6 +71,15 @@ def application(args: Arguments, config: Config) -> Application:
         **args.scaling,
     )
     return Ingress.options(**args.gateway_bounds).bind(served, engine.bind(served))  # type: ignore[attr-defined]
+
+
+def _sha256(base: Base) -> str | None:
+    """Of the base's weights; None where they cannot be had here: engines on other nodes may have them."""
+    try:
+        return base_sha256(base)
+    except CascadeError as error:
+        logger.warning("modifiers of another base are only found out by the engines: %s", error)
+        return None
 
 
 def _absolute(base: Base) -> Base:

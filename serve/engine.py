@@ -31,7 +31,7 @@ from cascade.models.rows import Request, Row
 from cascade.routing.model import BASE
 from cascade.store import Store
 from serve.encoder import Encoder
-from serve.events import Event, Failed, Finished, Started, Work
+from serve.events import NO_MODIFIER, Event, Failed, Finished, Started, Work
 from serve.forms import Forms
 from serve.grammars import Grammars
 from serve.jobs import BARE, Group, Job, Key, Lane, key_of
@@ -171,7 +171,7 @@ class Engine:
         """Tokens of the prompt within the model's context, and the version that shall answer."""
         live = None if work.choice == BASE else self.modifiers.get(work.choice, work.variant, work.version)
         if live is None and work.choice != BASE:
-            return Failed(503, f"there is no modifier {work.choice!r} that can be used", "modifier_unavailable")
+            return Failed(503, f"there is no modifier {work.choice!r} that can be used", NO_MODIFIER)
         encoded = self._encoder.encode(work, live)
         if isinstance(encoded, Failed):
             return encoded
@@ -242,7 +242,7 @@ class Engine:
                 self._hold(key, group)
             except CascadeError as error:
                 logger.exception("%s cannot be put into the slot", "/".join(key))
-                self._give_up(key, Failed(503, str(error), "modifier_unavailable"))
+                self._give_up(key, Failed(503, str(error), NO_MODIFIER))
                 return
             swap_ms = (time.perf_counter() - start) * 1e3
             self.swapped(swap_ms)

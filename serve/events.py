@@ -11,6 +11,9 @@ from cascade.tasks import Message
 Variant = Literal["current", "canary"]
 """Which of a domain's versions in use."""
 
+NO_MODIFIER = "modifier_unavailable"
+"""Code of a failure: no version of the modifier that was asked for can be used."""
+
 
 @dataclass(frozen=True)
 class Grammar:

@@ -23,9 +23,9 @@ from cascade.routing.model import BASE
 from cascade.tasks import Route
 from serve.answers import DONE, CompletionShape, Said, Shape, model_list, route_headers, sse, usage
 from serve.errors import ApiError
-from serve.events import Backend, Delta, Event, Failed, Finished, Started, TokenLogprob, Variant, Work
+from serve.events import NO_MODIFIER, Backend, Delta, Event, Failed, Finished, Started, TokenLogprob, Variant, Work
 from serve.feedback import FeedbackLog
-from serve.live import LiveModifiers, LiveRouter
+from serve.live import LiveModifiers, LiveRouter, stand_in
 from serve.meters import NO_METERS, Meters
 from serve.protocol import ROUTED, Body, ChatRequest, CompletionRequest, Feedback, parse
 from serve.tools import Toolbox
@@ -167,6 +167,7 @@ class Gateway:
         raise ApiError(404, message, code="model_not_found", param="model")
 
     async def _answer(self, request: AnyRequest, route: Route, shape: Shape, owner: str) -> Response:
+        """What the route's choice answers; where the router chose a modifier that no engine can use, the base."""
         variant = self.modifiers.pick(route.choice, shape.request_id)
         chosen = self.modifiers.get(route.choice, variant)
         version = chosen.modifier.version if chosen else ""
@@ -175,7 +176,8 @@ class Gateway:
         answers = [Answer(i, self.backend.stream(work)) for i, work in enumerate(works)]
         self.meters.routed(route)
         try:
-            begun = await self._begun(answers, headers)
+            begun = await _begun(answers, headers)
+            self.meters.started(begun[0])
             headers |= {
                 "x-cascade-modifier-version": begun[0].version,
                 "x-cascade-queue-ms": f"{begun[0].queue_ms:.1f}",
@@ -183,51 +185,21 @@ class Gateway:
             }
             prompt_tokens = sum(started.prompt_tokens for started in begun[:: request.n or 1])
             if not request.stream:
-                said = await _together(self._whole(a, request, headers) for a in answers)
+                said = await _together(_whole(a, request, headers) for a in answers)
                 used = usage(prompt_tokens, sum(a.count for a in answers))
                 self._done(request, route, shape, said, used, owner)
                 return JSONResponse(shape.whole(said, used), headers=headers)
-        except BaseException:
+        except BaseException as error:
             for answer in answers:
                 await answer.events.aclose()
+            if isinstance(error, ApiError):
+                if error.code == NO_MODIFIER and request.model == ROUTED and route.choice != BASE:
+                    return await self._answer(request, stand_in(route), replace(shape, model=BASE), owner)
+                self.meters.failed(error.status)
             raise
         stream = self._sse(answers, request, route, shape, prompt_tokens, owner)
         headers |= {"cache-control": "no-cache", "x-accel-buffering": "no"}
         return _ClosingStream(stream, media_type="text/event-stream", headers=headers)
-
-    async def _begun(self, answers: Sequence[Answer], headers: Mapping[str, str]) -> list[Started]:
-        """How each of the answers begins.
-
-        Raises:
-            ApiError: one of them does not.
-        """
-        firsts = await _together(anext(a.events) for a in answers)
-        for first in firsts:
-            if isinstance(first, Failed):
-                self.meters.failed(first.status)
-                raise _as_error(first, headers)
-        begun = [first for first in firsts if isinstance(first, Started)]
-        assert len(begun) == len(answers)
-        self.meters.started(begun[0])
-        return begun
-
-    async def _whole(self, answer: Answer, request: AnyRequest, headers: Mapping[str, str]) -> Said:
-        """One answer to its end.
-
-        Raises:
-            ApiError: it breaks off.
-        """
-        failed = Failed(500, "the answer broke off", "internal_error")
-        async for event in answer.events:
-            if isinstance(event, Delta):
-                _note(answer, event)
-            elif isinstance(event, Finished):
-                return _said(answer, event, request)
-            elif isinstance(event, Failed):
-                failed = event
-                break
-        self.meters.failed(failed.status)
-        raise _as_error(failed, headers)
 
     async def _sse(
         self, answers: list[Answer], request: AnyRequest, route: Route, shape: Shape, prompt_tokens: int, owner: str
@@ -298,6 +270,39 @@ def _works(request: AnyRequest, route: Route, variant: Variant, version: str, te
     )
     prompts = request.prompts if isinstance(request, CompletionRequest) else [None]
     return [replace(work, prompt=p, seed=(seed + i) % 2**63) for p in prompts for i in range(request.n or 1)]
+
+
+async def _begun(answers: Sequence[Answer], headers: Mapping[str, str]) -> list[Started]:
+    """How each of the answers begins.
+
+    Raises:
+        ApiError: one of them does not.
+    """
+    firsts = await _together(anext(a.events) for a in answers)
+    for first in firsts:
+        if isinstance(first, Failed):
+            raise _as_error(first, headers)
+    begun = [first for first in firsts if isinstance(first, Started)]
+    assert len(begun) == len(answers)
+    return begun
+
+
+async def _whole(answer: Answer, request: AnyRequest, headers: Mapping[str, str]) -> Said:
+    """One answer to its end.
+
+    Raises:
+        ApiError: it breaks off.
+    """
+    failed = Failed(500, "the answer broke off", "internal_error")
+    async for event in answer.events:
+        if isinstance(event, Delta):
+            _note(answer, event)
+        elif isinstance(event, Finished):
+            return _said(answer, event, request)
+        elif isinstance(event, Failed):
+            failed = event
+            break
+    raise _as_error(failed, headers)
 
 
 async def _together(parts: Iterable[Coroutine[Any, Any, T]]) -> list[T]:

@@ -59,6 +59,7 @@ class Served:
 
     Attributes:
         storage: URI of the store.
+        base_sha256: see `LoadedBase`; None where the base's files are not at hand, and any modifier may fit.
         temperature: for requests that name none: the one that base and modifiers were measured with.
         room: requests for answers that an engine takes; what is more than all together take is refused at the door.
         log: whether requests may be kept as new tasks; see `serve.feedback`.
@@ -70,6 +71,7 @@ class Served:
 
     base: Base
     storage: str
+    base_sha256: str | None = None
     temperature: float = 1.0
     limits: Limits = field(default_factory=Limits)
     threads: int | None = None
@@ -211,7 +213,7 @@ class Ingress:
         store = Store(served.storage)
         router = LiveRouter(store, cache_dir() / "router")
         # A version that no engine will take is not spoken of here either.
-        live = LiveModifiers(store, partial(modifiers.check_file, store))
+        live = LiveModifiers(store, partial(modifiers.check_file, store, base_sha256=served.base_sha256))
         self._keys, self._room = KeyRing(store), served.room
         for watched in (router, live, self._keys):
             watched.watch()

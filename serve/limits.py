@@ -12,7 +12,7 @@ class Limits:
     Attributes:
         rows: sequences computed together.
         tokens: most tokens (prompt and answer, padding included) that all sequences may hold in memory; room that is
-            taken for them to grow into is not counted, which is half as much again.
+            taken for them to grow into is not counted.
         waiting: jobs that may wait beyond those that join at the next step; more are refused with 429.
         patience_s: how long a group keeps the slot while another waits.
         answer_tokens: answer length where the request names none.

@@ -156,6 +156,11 @@ def _version(store: Store, domain: str, canary: Canary | None) -> Modifier | Non
     return None if canary is None else modifiers.get(store, domain, canary.version)
 
 
+def stand_in(route: Route) -> Route:
+    """The base's route, where what was chosen cannot be used now."""
+    return Route(BASE, route.probabilities.get(BASE, 0.0), "unavailable", route.probabilities)
+
+
 class LiveRouter(Watched):
     """The current router of a store, read when this is made, on `refresh`, and after `watch` every so often in a thread
     of its own: routing reads memory alone. Safe for threads.
@@ -183,7 +188,7 @@ class LiveRouter(Watched):
             return Route(BASE, 0.0, "no-router")
         route = model.route(messages, threshold, mode)
         if route.choice != BASE and route.choice not in available:
-            return Route(BASE, route.probabilities[BASE], "unavailable", route.probabilities)
+            return stand_in(route)
         return route
 
     def override(self, messages: list[Message], choice: str) -> Route:

@@ -34,7 +34,7 @@ from cascade.modifiers import Modifier
 from cascade.routing.model import BASE
 from cascade.store import Store
 from serve.encoder import Encoder
-from serve.events import Delta, Event, Failed, Finished, Started, TokenLogprob, Work
+from serve.events import NO_MODIFIER, Delta, Event, Failed, Finished, Started, TokenLogprob, Work
 from serve.limits import Limits
 from serve.live import LiveModifiers
 
@@ -81,7 +81,7 @@ class VllmBackend:
         arrived = time.perf_counter()
         live = None if work.choice == BASE else self.modifiers.get(work.choice, work.variant, work.version)
         if live is None and work.choice != BASE:
-            yield Failed(503, f"there is no modifier {work.choice!r} that can be used", "modifier_unavailable")
+            yield Failed(503, f"there is no modifier {work.choice!r} that can be used", NO_MODIFIER)
             return
         prompt = await asyncio.to_thread(self._encoder.encode, work, live)
         if isinstance(prompt, Failed):

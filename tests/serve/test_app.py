@@ -8,6 +8,7 @@ import pytest
 from stand_in import StandIn
 
 from cascade import modifiers
+from cascade.config import Base, Config
 from cascade.errors import ConfigError, FormatError
 from cascade.store import Store
 from serve.__main__ import command_line
@@ -36,6 +37,15 @@ def test_ray_serve_lets_through_what_the_arguments_allow_and_health_beside(stand
     assert gateway.max_ongoing_requests > arguments.most_room == 3 * (rows + waiting)
     assert engine.max_ongoing_requests > arguments.room == rows + waiting
     assert min(gateway.max_queued_requests, engine.max_queued_requests) >= arguments.most_room
+
+
+def test_the_gateway_knows_whose_modifiers_fit_where_the_base_is_at_hand(stand_in: StandIn) -> None:
+    def known(config: Config) -> str | None:
+        return application(checked({}), config)._bound_deployment.init_args[0].base_sha256
+
+    assert known(stand_in.config) == modifiers.list_modifiers(stand_in.store)[0].base_sha256
+    elsewhere = Base(model="/on/another/node")
+    assert known(stand_in.config.model_copy(update={"base": elsewhere})) is None
 
 
 def test_one_damaged_modifier_keeps_the_server_from_nothing(stand_in: StandIn, tmp_path, monkeypatch) -> None:

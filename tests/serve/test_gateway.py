@@ -276,6 +276,31 @@ async def test_a_route_to_a_modifier_that_is_gone_falls_back(gateway) -> None:
     assert (route.choice, route.reason) == ("base", "unavailable")
 
 
+class Bare(Scripted):
+    """A backend that has no modifier."""
+
+    async def stream(self, work: Work):
+        if work.choice != "base":
+            yield Failed(503, "there is none", "modifier_unavailable")
+            return
+        for event in (Started("", 3, 0.0, 0.0), Delta("yes"), Finished("stop", 1)):
+            yield event
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_the_base_stands_in_for_a_modifier_that_the_router_chose_and_no_engine_has(gateway, http, stream) -> None:
+    gateway.backend = Bare()
+    answer = await http.post("/v1/chat/completions", json=ask("cascade", SUMS_QUESTION, stream=stream))
+    assert answer.status_code == 200
+    assert "yes" in answer.text
+    assert '"model":"base"' in answer.text.replace(" ", "")
+    said = {name: answer.headers[f"x-cascade-{name}"] for name in ("route", "reason", "modifier-version")}
+    assert said == {"route": "base", "reason": "unavailable", "modifier-version": ""}
+    assert float(answer.headers["x-cascade-confidence"]) < 0.5
+    named = await http.post("/v1/chat/completions", json=ask("sums", SUMS_QUESTION, stream=stream))
+    assert (named.status_code, named.json()["error"]["code"]) == (503, "modifier_unavailable")
+
+
 async def test_several_answers_to_one_request(client, reference) -> None:
     body = ask("sums", "hello", temperature=1.0, seed=5)
     answer = await client.chat.completions.create(**body, n=3)

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from stand_in import SUMS_QUESTION, StandIn, compressed_adapter
+from stand_in import DOMAINS, SUMS_QUESTION, StandIn, compressed_adapter
 
 from cascade import modifiers
 from cascade.errors import FormatError
@@ -49,6 +49,13 @@ def test_what_only_looks_refuses_what_the_engine_refuses(mine: StandIn) -> None:
     publish(mine, 77, damaged=True)
     found.refresh()
     assert found.versions()["letters"] == before
+
+
+def test_modifiers_of_another_base_are_refused_by_what_only_looks(mine: StandIn) -> None:
+    [fits] = {made.base_sha256 for made in modifiers.list_modifiers(mine.store)}
+    for sha256, domains in ((fits, set(DOMAINS)), ("c" * 64, set())):
+        found = LiveModifiers(mine.store, partial(modifiers.check_file, mine.store, base_sha256=sha256))
+        assert set(found.versions()) == domains
 
 
 def test_a_new_replica_takes_the_newest_older_version_where_the_current_is_bad(mine) -> None:
