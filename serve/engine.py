@@ -51,6 +51,9 @@ _CHUNK = {"cpu": 256, "gpu": 2048}
 _LEAST = 1e-6
 """Temperatures and shares of probability below take the likeliest token: what is next to 0 is 0, or infinite, in the
 numbers that are computed with, and a row whose probabilities are none would fail all that run beside it."""
+_MOST_FAILURES = 3
+"""Turns that fail, and no token made between, before the engine says that it is ill: after some errors of a GPU a
+process can compute nothing any more."""
 _SHUTTING_DOWN = Failed(503, "the server is shutting down", "shutting_down", retry_after_s=5)
 
 
@@ -107,6 +110,7 @@ class Engine:
         self._threads = Threads(self._most if loaded.device.type == "cpu" else 1)
         self._changed = threading.Condition()
         self._closed = False
+        self._failures = 0  # turns that failed since a token was last made
         self._beat: float | None = None  # start of the step being computed, None while idle
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -141,10 +145,10 @@ class Engine:
             job.cancelled = True
 
     async def healthy(self) -> bool:
-        """Whether the thread lives and no step has been computing for longer than the limit."""
+        """Whether the thread lives, no step has been computing for longer than the limit, and not all of them fail."""
         beat = self._beat
         hung = beat is not None and time.perf_counter() - beat > self._limits.step_s
-        return self._thread.is_alive() and not hung
+        return self._thread.is_alive() and not hung and self._failures < _MOST_FAILURES
 
     @property
     def load(self) -> tuple[int, int]:
@@ -212,7 +216,8 @@ class Engine:
         give_way()
         torch.set_num_threads(self._most)
         while True:
-            self._schedule.forget_running()
+            for key, group in list(self._schedule.groups.items()):
+                self._attempt(key, group.forget_running)
             with self._changed:
                 self._schedule.forget_waiting()
                 self._schedule.forget_groups()
@@ -223,14 +228,19 @@ class Engine:
                 key = self._schedule.next()
                 group = self._schedule.groups[key]
             self._beat = time.perf_counter()
-            try:
-                self._turn(key, group)
-            except Exception:
-                logger.exception("a step failed; the work in it is given up")
-                self._give_up(key, Failed(500, "the server could not compute this answer", "internal_error"))
+            self._attempt(key, partial(self._turn, key, group))
             self._beat = None
         for key in list(self._schedule.groups):
             self._give_up(key, _SHUTTING_DOWN)
+
+    def _attempt(self, key: Key, work: Callable[[], None]) -> None:
+        """Do something for a group, whose jobs are given up where it fails."""
+        try:
+            work()
+        except Exception:
+            logger.exception("a step failed; the work in it is given up")
+            self._failures += 1
+            self._give_up(key, Failed(500, "the server could not compute this answer", "internal_error"))
 
     def _turn(self, key: Key, group: Group) -> None:
         """See that the group's modifier is in the slot, let waiting jobs in, and compute one thing: a part of a prompt
@@ -262,6 +272,7 @@ class Engine:
         """One token for each row of a lane."""
         with self._threads.computing("step", len(lane.batch.rows)):
             done = lane.batch.step(lambda index, token: group.running[index].push(token))
+        self._failures = 0
         for row in done:
             job = group.running.pop(row.index)
             job.finish(row.text)

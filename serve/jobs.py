@@ -196,6 +196,10 @@ class Group:
                 lane.leave(indices)
         return [self.running.pop(index) for index in gone]
 
+    def forget_running(self) -> None:
+        """Take the rows out whose clients have gone."""
+        self.leave({index for index, job in self.running.items() if job.cancelled})
+
     def wait_again(self, job: Job) -> None:
         """Put a job that had begun among those that wait, in the order in which they came."""
         self.waiting = deque(sorted([*self.waiting, job], key=lambda j: j.arrived))

@@ -58,11 +58,6 @@ class Schedule:
         """Drop groups without jobs. The lock is held, and nothing is computed for any of them."""
         self.groups = {key: group for key, group in self.groups.items() if group.busy}
 
-    def forget_running(self) -> None:
-        """Take the rows out whose clients have gone, from parked groups too."""
-        for group in list(self.groups.values()):
-            group.leave({index for index, job in group.running.items() if job.cancelled})
-
     def next(self) -> Key:
         """The group to compute for now. The lock is held, and there is one."""
         now = time.perf_counter()

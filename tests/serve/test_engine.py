@@ -9,6 +9,7 @@ import threading
 import time
 
 import pytest
+import torch
 from engine_events import CHOICES, collect, crowded, text_of, until, until_load
 from stand_in import CONTEXT, build_stand_in, compressed_adapter
 
@@ -166,6 +167,39 @@ async def test_a_failing_step_loses_its_own_work_alone(engine, work, reference, 
     assert "out of memory" not in events[-1].message
     assert await engine.healthy()
     assert text_of(await collect(engine, work("letters"))) == reference(work("letters"))
+
+
+async def test_an_engine_of_which_every_step_fails_is_ill_until_one_does_not(engine, work, monkeypatch):
+    def broken(batch, on_token=None):
+        raise torch.AcceleratorError("an illegal memory access was encountered")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Batch, "step", broken)
+        for healthy in (True, True, False):
+            await collect(engine, work("letters"))
+            assert await engine.healthy() == healthy
+    assert isinstance((await collect(engine, work("letters")))[-1], Finished)
+    assert await engine.healthy()
+
+
+async def test_where_leaving_fails_its_group_is_told_and_the_engine_goes_on(engine, work, monkeypatch):
+    step = Batch.step
+
+    def step_and_one_leaves(batch, on_token=None):
+        done = step(batch, on_token)
+        if len(batch.rows) == 2:
+            next(iter(engine._schedule.groups["base", ""].running.values())).cancelled = True
+        return done
+
+    def broken(batch, indices):
+        raise torch.OutOfMemoryError("no room to move the others to")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Batch, "step", step_and_one_leaves)
+        patched.setattr(Batch, "leave", broken)
+        both = await asyncio.gather(*(collect(engine, work("base", question, 400)) for question in ("a", "b")))
+    assert [events[-1].code for events in both] == ["internal_error", "internal_error"]
+    assert isinstance((await collect(engine, work("base")))[-1], Finished)
 
 
 async def test_new_versions_go_live_and_bad_ones_do_not(tmp_path, work):
