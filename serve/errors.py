@@ -28,7 +28,8 @@ class ApiError(Exception):
         retry_after_s: int | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.message, self.code, self.param = status, message, code, param
+        self.status, self.message, self.code = status, _sendable(message), code
+        self.param = None if param is None else _sendable(param)
         self.retry_after_s = retry_after_s
         self.known_headers: dict[str, str] = {}
 
@@ -43,3 +44,8 @@ class ApiError(Exception):
     def response(self) -> JSONResponse:
         """The whole answer."""
         return JSONResponse(self.body(), self.status, headers={**self.known_headers, **self.headers()})
+
+
+def _sendable(text: str) -> str:
+    """A text without what UTF-8 has not got: lone surrogates, which JSON can bring in."""
+    return text.encode("utf-8", "replace").decode()

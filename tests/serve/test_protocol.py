@@ -145,6 +145,13 @@ def test_lone_surrogates_are_refused() -> None:
     assert caught.value.status == 400
 
 
+def test_a_parameter_whose_name_is_no_text_is_refused_in_text() -> None:
+    with pytest.raises(ApiError) as caught:
+        parse(ChatRequest, b'{"model": "base", "messages": [], "\\ud800": 1}')
+    assert (caught.value.status, caught.value.param) == (400, "?")
+    assert b"Unrecognized request argument supplied: ?" in caught.value.response().body
+
+
 def test_bodies_that_are_too_large() -> None:
     with pytest.raises(ApiError) as caught:
         parse(ChatRequest, b" " * (MAX_BODY_BYTES + 1))
