@@ -15,6 +15,8 @@ from serve.protocol import ROUTED
 from serve.tools import ToolCall
 
 DONE = b"data: [DONE]\n\n"
+_LINE_ENDS = tuple((character, f"\\u{ord(character):04x}") for character in "\x85\u2028\u2029")
+"""What JSON may hold as it is, and some clients (httpx's `iter_lines`) take for the end of a line."""
 
 
 def route_headers(route: Route) -> dict[str, str]:
@@ -136,7 +138,11 @@ class CompletionShape(Shape):
 
 def sse(value: dict[str, Any]) -> bytes:
     """One server-sent event."""
-    return b"data: " + json.dumps(value, ensure_ascii=False).encode("utf-8", "replace") + b"\n\n"
+    text = json.dumps(value, ensure_ascii=False)
+    if not text.isascii():
+        for character, escaped in _LINE_ENDS:
+            text = text.replace(character, escaped)
+    return b"data: " + text.encode("utf-8", "replace") + b"\n\n"
 
 
 def model_list(versions: dict[str, str], created: int) -> dict[str, Any]:
