@@ -56,6 +56,7 @@ def application(args: Arguments, config: Config) -> Application:
         ),
         threads=args.threads or config.execution.threads,
         log=args.log,
+        most_answers=args.most_room if args.vllm is None else None,
         room=args.room,
         gpu_share=config.execution.gpu_share,
         weights=config.serving.weights,

@@ -60,6 +60,7 @@ class Gateway:
 
     Attributes:
         temperature: for requests that name none.
+        most_answers: that there is ever room for at one time; None: any number.
         feedback: keeps what users say of answers; None answers /v1/feedback with 404.
     """
 
@@ -71,10 +72,11 @@ class Gateway:
         *,
         temperature: float = 1.0,
         meters: Meters = NO_METERS,
+        most_answers: int | None = None,
         feedback: FeedbackLog | None = None,
     ) -> None:
         self.backend, self.modifiers, self.router = backend, modifiers, router
-        self.temperature, self.meters, self.feedback = temperature, meters, feedback
+        self.temperature, self.most_answers, self.meters, self.feedback = temperature, most_answers, meters, feedback
         self.started = int(time.time())
         self._readers = ThreadPoolExecutor(2, "read")
         self._writer = ThreadPoolExecutor(4, "log")  # of its own: a store that hangs must not hold up routing
@@ -146,6 +148,8 @@ class Gateway:
     async def _read(self, kind: type[Asked], body: bytes) -> tuple[Asked, Route]:
         """A request and its route: what takes time for large ones is done beside the event loop."""
         request = await self._parsed(kind, body)
+        if self.most_answers is not None and request.answers > self.most_answers:
+            raise _too_many(request, self.most_answers)
         pool = None if len(body) <= _SMALL else self._readers
         return request, await asyncio.get_running_loop().run_in_executor(pool, self._route, request)
 
@@ -360,6 +364,15 @@ async def _merged(answers: list[Answer]) -> AsyncGenerator[tuple[Answer, Event],
         for task in pumps:
             task.cancel()
         await asyncio.gather(*pumps, return_exceptions=True)
+
+
+def _too_many(request: AnyRequest, most: int) -> ApiError:
+    param = "n" if (request.n or 1) > 1 else "prompt"
+    message = (
+        f"Invalid value for '{param}': this server takes {most} answers at one time, and {request.answers} are asked "
+        "for (prompts times n). Ask for fewer, or start it with larger rows= or waiting=."
+    )
+    return ApiError(400, message, code="invalid_value", param=param)
 
 
 class _ClosingStream(StreamingResponse):

@@ -61,6 +61,7 @@ class Served:
         storage: URI of the store.
         base_sha256: see `LoadedBase`; None where the base's files are not at hand, and any modifier may fit.
         temperature: for requests that name none: the one that base and modifiers were measured with.
+        most_answers: that all engines take, when there are as many as there may be; None: any number.
         room: requests for answers that an engine takes; what is more than all together take is refused at the door.
         log: whether requests may be kept as new tasks; see `serve.feedback`.
         threads: of an engine's computing; None takes the machine's cores, as far as they still help.
@@ -76,6 +77,7 @@ class Served:
     limits: Limits = field(default_factory=Limits)
     threads: int | None = None
     log: bool = False
+    most_answers: int | None = None
     room: int | None = None
     gpu_share: float = 1.0
     weights: Weights = "full"
@@ -112,7 +114,7 @@ class EngineReplica:
     async def check_health(self) -> None:
         """Called by Ray Serve, which replaces a replica for which this raises."""
         if not await self._engine.healthy():
-            raise RuntimeError("the engine's thread has ended or hangs")
+            raise RuntimeError("the engine's thread has ended or hangs, or all that it computes fails")
 
     def __del__(self) -> Awaitable[None] | None:
         """Called by Ray Serve, which awaits what is returned, and again by Python."""
@@ -223,6 +225,7 @@ class Ingress:
             router,
             temperature=served.temperature,
             meters=RayMeters(),
+            most_answers=served.most_answers,
             feedback=FeedbackLog(store) if served.log else None,
         )
 

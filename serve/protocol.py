@@ -133,6 +133,11 @@ class GenerationRequest(BaseModel):
         return () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
     @property
+    def answers(self) -> int:
+        """How many are wanted in all."""
+        return self.n or 1
+
+    @property
     def wants_usage(self) -> bool:
         """Whether a stream shall end with the tokens used."""
         return bool(self.stream) and self.stream_options is not None and self.stream_options.include_usage
@@ -253,6 +258,11 @@ class CompletionRequest(GenerationRequest):
         if isinstance(self.prompt[0], int):
             return [tuple(self.prompt)]  # type: ignore[arg-type]
         return [p if isinstance(p, str) else tuple(p) for p in self.prompt]  # type: ignore[arg-type]
+
+    @property
+    def answers(self) -> int:
+        """How many are wanted in all."""
+        return len(self.prompts) * (self.n or 1)
 
     @cached_property
     def asked(self) -> list[Message]:

@@ -34,6 +34,7 @@ def test_ray_serve_lets_through_what_the_arguments_allow_and_health_beside(stand
     arguments = checked({"rows": rows, "waiting": waiting, "max_replicas": 3})
     gateway = application(arguments, stand_in.config)._bound_deployment
     engine = gateway.init_args[1]._bound_deployment
+    assert gateway.init_args[0].most_answers == arguments.most_room
     assert gateway.max_ongoing_requests > arguments.most_room == 3 * (rows + waiting)
     assert engine.max_ongoing_requests > arguments.room == rows + waiting
     assert min(gateway.max_queued_requests, engine.max_queued_requests) >= arguments.most_room

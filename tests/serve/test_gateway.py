@@ -301,6 +301,23 @@ async def test_the_base_stands_in_for_a_modifier_that_the_router_chose_and_no_en
     assert (named.status_code, named.json()["error"]["code"]) == (503, "modifier_unavailable")
 
 
+async def test_more_answers_than_there_is_ever_room_for_are_refused_by_name(stand_in, make_engine, tmp_path) -> None:
+    """A 429 would have clients try again for ever."""
+    router = LiveRouter(stand_in.store, tmp_path)
+    gateway = Gateway(make_engine(rows=1, waiting=2), LiveModifiers(stand_in.store), router, most_answers=3)
+    transport = httpx.ASGITransport(build_api(gateway))
+    async with httpx.AsyncClient(transport=transport, base_url="http://cascade") as http:
+        for prompts, n, param in ((3, 1, None), (1, 3, None), (4, 1, "prompt"), (1, 4, "n"), (2, 2, "n")):
+            body = {"model": "base", "prompt": ["hi"] * prompts, "n": n, "max_tokens": 2}
+            answer = await http.post("/v1/completions", json=body)
+            assert answer.status_code == (400 if param else 200)
+            if param:
+                error = answer.json()["error"]
+                assert error["param"] == param
+                assert "rows=" in error["message"]
+        assert (await http.post("/v1/chat/completions", json=ask("base", "hi", n=4))).json()["error"]["param"] == "n"
+
+
 async def test_several_answers_to_one_request(client, reference) -> None:
     body = ask("sums", "hello", temperature=1.0, seed=5)
     answer = await client.chat.completions.create(**body, n=3)
@@ -355,6 +372,16 @@ async def test_offsets_of_a_completion_go_on_from_event_to_event(gateway, client
     whole = (await client.completions.create(**asked)).choices[0].logprobs.text_offset
     parts = [c.choices[0].logprobs async for c in await client.completions.create(**asked, stream=True)]
     assert whole == [i for p in parts if p for i in p.text_offset] == [0, 2, 3]
+
+
+async def test_what_some_take_for_the_end_of_a_line_ends_none(gateway, http) -> None:
+    text = "a\x85b\u2028c\u2029d\u00e9\x0b\x1e\n"
+    gateway.backend = Scripted(Started("", 3, 0.0, 0.0), Delta(text), Finished("stop", 1))
+    async with http.stream("POST", "/v1/completions", json={"model": "base", "prompt": "hi", "stream": True}) as answer:
+        lines = [line async for line in answer.aiter_lines() if line]
+    assert lines[-1] == "data: [DONE]"
+    events = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+    assert "".join(event["choices"][0]["text"] for event in events) == text
 
 
 async def test_every_event_of_a_stream_says_whether_usage_comes(http) -> None:
