@@ -114,7 +114,8 @@ class DeepSpeedEngine:
 
         LoRA's state is small enough to be gathered whole. Every worker calls it, the first gets it.
         """
-        updates = self._updates()
+        if updates := self._updates():
+            self._link_moments()
         first = torch.distributed.get_rank() == 0
         trainable = self.trainable if self.stage or first else {}  # others only take part in gathering
         weights = [self._whole(parameter) for parameter in trainable.values()]
@@ -197,7 +198,15 @@ class DeepSpeedEngine:
         for tensor in self._stepped():
             step = torch.tensor(float(updates), device=tensor.device)
             self._inner.state[tensor] = {"step": step, **{key: torch.zeros_like(tensor) for key in MOMENTS}}
-        if self.stage in (1, 2):  # it finds the parameters' places in flat moments once, after its first step
+        self._link_moments()
+
+    def _link_moments(self) -> None:
+        """Let DeepSpeed find the parameters' places in the flat moments of stages 1 and 2.
+
+        It looks once, after the first step of the first of AdamW's groups: the other one of LoRA+ has none by then.
+        """
+        if self.stage in (1, 2):
+            self.optimizer._hp_optimizer_states_linked = False
             self.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _set_weight(self, parameter: torch.nn.Parameter, weight: torch.Tensor) -> None:

@@ -29,6 +29,7 @@ from cascade.training.state_file import write_state
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 SETTINGS = Lora(rank=3, learning_rate=5e-3, epochs=2, tokens_per_step=90, max_length=48, gradient_clip=0.7)
 FROZEN = SETTINGS.model_copy(update={"freeze_a": True})
+PLUS = SETTINGS.model_copy(update={"lora_plus": 4.0})
 STAGES = (0, 1, 2, 3)
 BREAK = 3
 """Steps after which a training is broken off and another goes on."""
@@ -127,6 +128,23 @@ def go_on(rank: int, world: int, folder: str, port: int, out: str) -> None:
         torch.save(found, out)
 
 
+def plus(rank: int, folder: str, port: int, out: str) -> None:
+    """One of two workers: LoRA+, whose parameters are two groups, has a checkpoint in each stage and goes on in another."""
+    join(rank, 2, port)
+    found = {}
+    for stage in STAGES:
+        engine = make_engine(folder, stage, PLUS)
+        curve = run(engine, rank, 2, end=BREAK)
+        if (state := engine.state(BREAK)) is not None:
+            write_state(state, f"{out}{stage}")
+        torch.distributed.barrier()
+        engine = make_engine(folder, STAGES[stage - 1], PLUS)
+        assert engine.load(f"{out}{stage}") == BREAK
+        found[stage] = (curve + run(engine, rank, 2, start=BREAK), engine.weights())
+    if rank == 0:
+        torch.save(found, out)
+
+
 def skip(rank: int, folder: str, port: int, out: str) -> None:
     """One of two workers: a gradient that is not finite, on one of them alone, changes no weight in any stage."""
     join(rank, 2, port)
@@ -154,9 +172,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def alone(folder: str) -> tuple[list[Any], dict[str, torch.Tensor]]:
+    return train_alone(folder, SETTINGS)
+
+
+def train_alone(folder: str, settings: Lora) -> tuple[list[Any], dict[str, torch.Tensor]]:
     """Losses and weights of one process without DeepSpeed."""
-    module = make_module(folder, fused=True)
-    curve = [(r.loss, r.gradient_norm) for r in run_steps(TorchEngine(module, SETTINGS), make_plan(1), SETTINGS)]
+    module = make_module(folder, fused=True, settings=settings)
+    curve = [(r.loss, r.gradient_norm) for r in run_steps(TorchEngine(module, settings), make_plan(1), settings)]
     return curve, {n: p.detach() for n, p in module.model.named_parameters() if p.requires_grad}
 
 
@@ -209,6 +231,13 @@ def test_every_stage_goes_on_from_another_with_other_workers(
     torch.multiprocessing.spawn(go_on, (workers, folder, free_port(), str(out)), nprocs=workers)
     for found in torch.load(out).values():
         check_same(found, alone[0][BREAK:], alone[1])
+
+
+def test_lora_plus_goes_on_in_another_stage(folder: str) -> None:
+    out = Path(folder).parent / "plus.pt"
+    torch.multiprocessing.spawn(plus, (folder, free_port(), str(out)), nprocs=2)
+    for found in torch.load(out).values():
+        check_same(found, *train_alone(folder, PLUS))
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing_in_any_stage(folder: str) -> None:

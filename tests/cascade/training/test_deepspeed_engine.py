@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 
 from cascade.config import Base, Lora, Training
 from cascade.models.base import load_base
@@ -19,7 +20,10 @@ from cascade.training.packing import plan_steps
 from cascade.training.pissa import START, change_alone, factors
 from cascade.training.state_file import write_state
 
-PISSA = Lora(rank=4, init="pissa", learning_rate=5e-3, epochs=2, tokens_per_step=40, max_length=48)
+SETTINGS = Lora(rank=4, learning_rate=5e-3, epochs=2, tokens_per_step=40, max_length=48)
+PISSA = SETTINGS.model_copy(update={"init": "pissa"})
+PLUS = SETTINGS.model_copy(update={"lora_plus": 4.0})
+EXAMPLES = [EncodedExample(f"e{i}", tuple(range(5, 25 + i)), (False,) * 8 + (True,) * (12 + i)) for i in range(4)]
 
 
 @pytest.fixture(scope="module")
@@ -34,18 +38,25 @@ def alone() -> Iterator[None]:
 
 def pissa_engine(folder: Path, stage: int, sign: int) -> DeepSpeedEngine:
     """Where the library for singular vectors gives them this sign: both are right."""
-    model = add_lora(load_base(Base(model=str(folder), dtype="float32"), torch.device("cpu")), PISSA, seed=3)
+    model = make_model(folder, PISSA)
     for layer in lora_layers(model).values():
         for factor in (*factors(layer), *factors(layer, START)):
             factor.data *= sign
-    training = Training(lora=PISSA, zero_stage=stage)  # type: ignore[arg-type]
+    return make_engine(model, stage, PISSA)
+
+
+def make_model(folder: Path, lora: Lora) -> PeftModel:
+    return add_lora(load_base(Base(model=str(folder), dtype="float32"), torch.device("cpu")), lora, seed=3)
+
+
+def make_engine(model: PeftModel, stage: int, lora: Lora) -> DeepSpeedEngine:
+    training = Training(lora=lora, zero_stage=stage)  # type: ignore[arg-type]
     return DeepSpeedEngine(TargetLoss(model), training, torch.device("cpu"), torch.float32)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_pissa_goes_on_from_the_start_that_it_had(alone: None, tiny_folder: Path, tmp_path: Path, stage: int) -> None:
-    examples = [EncodedExample(f"e{i}", tuple(range(5, 25 + i)), (False,) * 8 + (True,) * (12 + i)) for i in range(4)]
-    plan = plan_steps(examples, PISSA, seed=1)
+    plan = plan_steps(EXAMPLES, PISSA, seed=1)
     assert len(plan) > 3
     first = pissa_engine(tiny_folder, stage, sign=1)
     curve = [report.loss for report in itertools.islice(run_steps(first, plan, PISSA), 2)]
@@ -64,3 +75,22 @@ def test_pissa_goes_on_from_the_start_that_it_had(alone: None, tiny_folder: Path
         given = [mine[f"base_model.model.{name}.lora_{factor}.default.weight"] for factor in "AB"]
         found = (change_alone(which[name], *given) for which in layers)
         assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_lora_plus_goes_on_with_the_moments_of_both_groups(
+    alone: None, tiny_folder: Path, tmp_path: Path, stage: int
+) -> None:
+    plan = plan_steps(EXAMPLES, PLUS, seed=1)
+    first = make_engine(make_model(tiny_folder, PLUS), stage, PLUS)
+    assert len(first._inner.param_groups) == 2
+    list(itertools.islice(run_steps(first, plan, PLUS), 2))
+    state = first.state(2)
+    assert state is not None
+    write_state(state, tmp_path)
+    curve = [report.loss for report in run_steps(first, plan, PLUS, start=2)]
+    second = make_engine(make_model(tiny_folder, PLUS), stage, PLUS)
+    assert second.load(tmp_path) == 2
+    assert [report.loss for report in run_steps(second, plan, PLUS, start=2)] == curve
+    mine, theirs = first.weights(), second.weights()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
