@@ -249,13 +249,14 @@ class _Session:
         looks = list(self.looks)
 
         def store(checkpoint: Checkpoint, name: str) -> Checkpoint:
+            """On the first worker; Ray calls it again where an object store was too busy for it."""
             nonlocal state
-            assert state is not None, "the first worker alone has a checkpoint"
-            with outbox as folder:
-                write_state(state, folder)
+            if state is not None:
+                write_state(state, outbox.name)
                 state = None  # its copies take a GPU's memory
-                self._write_down(done, looks)  # first: what is behind a checkpoint is not trained again
-                stored: Checkpoint = storage.persist_current_checkpoint(checkpoint, name)
+            self._write_down(done, looks)  # first: what is behind a checkpoint is not trained again
+            stored: Checkpoint = storage.persist_current_checkpoint(checkpoint, name)
+            outbox.cleanup()
             return stored
 
         ray.train.report(

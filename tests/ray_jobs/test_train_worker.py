@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +27,7 @@ from cascade.artifacts import Run
 from cascade.config import Config, PromptStyle, check_config
 from cascade.errors import ConfigError, DataError
 from cascade.models.student import Student
-from cascade.store import Store
+from cascade.store import StorageError, Store
 from cascade.tasks import Example, Message, Task
 from cascade.training.deepspeed_engine import MOMENTS
 from cascade.training.looks import Look
@@ -88,8 +89,13 @@ class FakeRay:
     ) -> None:
         self.reports.append(metrics)
         if checkpoint is not None:
-            store = checkpoint_upload_fn or self.persist_current_checkpoint
-            self.checkpoint = store(checkpoint, f"checkpoint{len(self.reports)}")
+            store, name = checkpoint_upload_fn or self.persist_current_checkpoint, f"checkpoint{len(self.reports)}"
+            try:
+                self.checkpoint = store(checkpoint, name)
+            except OSError as error:
+                if "AWS Error SLOW_DOWN" not in str(error):
+                    raise
+                self.checkpoint = store(checkpoint, name)
 
     def persist_current_checkpoint(self, checkpoint: Checkpoint, name: str) -> Checkpoint:
         kept = self.folder / name
@@ -321,6 +327,30 @@ def test_what_is_behind_a_checkpoint_is_written_down_before_it_is_one(
     train(assigned)
     assert len(seen) > 1
     assert all(step == steps for step, steps in seen)
+
+
+@pytest.mark.parametrize("failing", ["checkpoint", "curve"])
+def test_a_checkpoint_is_stored_at_the_second_attempt(
+    base: str, fake: FakeRay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    """And training leaves nothing on the disk."""
+    outboxes = tmp_path / "outboxes"
+    outboxes.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(outboxes))
+    where, what = (fake, "persist_current_checkpoint") if failing == "checkpoint" else (Run, "write_part")
+    ordinary, calls = getattr(where, what), itertools.count()
+
+    def busy_at_first(*given: Any) -> Any:
+        if failing in ("checkpoint", given[1]) and next(calls) == 0:
+            raise (OSError if failing == "checkpoint" else StorageError)("AWS Error SLOW_DOWN during PutObject")
+        return ordinary(*given)
+
+    monkeypatch.setattr(where, what, busy_at_first)
+    assigned = assign(base, tmp_path, {"tasks": 2, "keep": "best_loss"})
+    train(assigned)
+    assert read_state(tmp_path / "checkpoint1").next_step == 3
+    assert [p.step for p in assigned.run.read(CURVE, StepReport)] == list(range(fake.reports[-1]["steps"]))
+    assert not list(outboxes.iterdir())
 
 
 @pytest.mark.parametrize("links", [True, False])
