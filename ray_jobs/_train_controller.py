@@ -10,6 +10,7 @@ from ray.train.v2.api.callback import UserCallback
 from cascade.artifacts import Run
 from cascade.config import Config, PromptStyle
 from cascade.errors import CascadeError
+from cascade.store import StorageError
 from cascade.tasks import Message, Task
 
 RAY_FOLDER = "train"
@@ -41,13 +42,15 @@ def train_worker(settings: dict[str, Any]) -> None:
 class GiveUpOnUserErrors(UserCallback):
     """Ends training at an error that the user must mend, which the next three attempts would meet again.
 
+    A storage that takes nothing may only be away for a while: that is tried again, as Ray does where it stores itself.
     Ray takes an error of a callback for one that is not to be tried again.
     """
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Raise what a worker raised, if that is for the user."""
         for error in worker_exceptions.values():
-            if (own := user_error(error)) is not None:
+            own = user_error(error)
+            if own is not None and not isinstance(own, StorageError):
                 raise own
 
 

@@ -20,7 +20,7 @@ from cascade.artifacts import Run
 from cascade.config import Probe, PromptStyle, Training
 from cascade.errors import ConfigError, DataError
 from cascade.models import bits
-from cascade.store import Store
+from cascade.store import StorageError, Store
 from cascade.tasks import Example, Message, Task
 from ray_jobs import _train
 from ray_jobs._context import LOCK, SCRATCH, Job, run_job
@@ -126,6 +126,19 @@ def test_other_errors_are_nobodys_to_mend_and_are_tried_again() -> None:
     GiveUpOnUserErrors().after_exception(None, error.worker_failures)
     with pytest.raises(DataError, match="mend the data"):
         GiveUpOnUserErrors().after_exception(None, {0: RuntimeError("lost a peer"), 1: WRAPPED[1]})
+
+
+def test_a_storage_that_takes_nothing_is_tried_again_and_said_at_the_end(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError) as found:
+        Store(str(tmp_path / "file")).write_bytes("curve.parquet", b"")
+    failed = UserExceptionWithTraceback(found.value, "Traceback …")
+    GiveUpOnUserErrors().after_exception(None, {0: failed})
+    with pytest.raises(DataError, match="mend the data"):
+        GiveUpOnUserErrors().after_exception(None, {0: failed, 1: WRAPPED[1]})
+    trainer: Any = FailingTrainer(WorkerGroupError("1 failed", {0: failed}))
+    with pytest.raises(StorageError, match=r"file/curve\.parquet cannot be written: File exists$"):
+        _train._fit(trainer, run)
 
 
 class FailingTrainer:

@@ -13,7 +13,7 @@ import pytest
 from cascade.artifacts import Run
 from cascade.config import Lora
 from cascade.errors import DataError
-from cascade.store import Store
+from cascade.store import StorageError, Store
 from cascade.tasks import Example, Message
 from cascade.training.examples import EncodedExample, EncodedSet
 from cascade.training.measures import StepReport
@@ -110,7 +110,7 @@ def test_progress_that_cannot_be_noted_is_warned_of_once(
     recorder = Recorder(run, 99, first=True)
 
     def refuse(self: Store, path: str, value: Any) -> None:
-        raise OSError("503 SlowDown")
+        raise StorageError("503 SlowDown")
 
     with monkeypatch.context() as patch:
         patch.setattr(Store, "write_json", refuse)
@@ -168,13 +168,13 @@ def test_what_could_not_be_written_is_written_with_the_next(run: Run, monkeypatc
     recorder, points = Recorder(run, 99, first=True), curve(1.0)
 
     def full(self: Run, table: str, rows: Any) -> None:
-        raise OSError("503 SlowDown")
+        raise StorageError("503 SlowDown")
 
     for point in points:
         recorder.add(point)
     with monkeypatch.context() as patch:
         patch.setattr(Run, "write_part", full)
-        with pytest.raises(OSError, match="503"):
+        with pytest.raises(StorageError, match="503"):
             recorder.write(99)
     recorder.write(99)
     assert [p.step for p in run.read(CURVE, StepReport)] == [p.step for p in points]
