@@ -1,6 +1,7 @@
 """Where the figures of a training go beside the run's own tables: TensorBoard always, MLflow and W&B when set.
 
-They are for people to look at: a tracker that fails is warned of and tried again later, and training goes on.
+They are for people to look at: a tracker that fails is warned of and tried again later, and training goes on. What it
+does not take waits in memory until then.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import socket
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -35,14 +37,16 @@ MLFLOW_BATCH = 1000
 """Figures that it takes at once."""
 QUIET_S = 300.0
 """Seconds for which a server that failed is left alone: one that cannot be reached may take long to say so."""
+MOST_WAITING = 100_000
+"""Steps or figures that wait for a tracker, some ten megabytes; what comes to more is not shown."""
 _TAG = "cascade.fingerprint"
 """MLflow's tag by which a resumed training finds its run."""
 
 
 class Tracker(Protocol):
-    """Takes figures of a step."""
+    """Takes figures of a step, and the seconds since 1970 at which they were measured."""
 
-    def log(self, step: int, figures: dict[str, float]) -> None: ...
+    def log(self, step: int, figures: dict[str, float], at: float) -> None: ...
 
     def flush(self) -> None: ...
 
@@ -90,7 +94,7 @@ class Trackers:
     def _log(self, step: int, figures: dict[str, float]) -> None:
         finite = {name: value for name, value in figures.items() if math.isfinite(value)}
         for tracker in self.trackers:
-            tracker.log(step, finite)
+            tracker.log(step, finite, time.time())
 
     def flush(self) -> None:
         for tracker in self.trackers:
@@ -102,24 +106,39 @@ class Trackers:
 
 
 class _Guarded:
-    """A tracker that may fail."""
+    """A tracker that may fail. What comes while it is left alone, or is not open yet, waits for it."""
 
     def __init__(self, name: str, config: Config, run: Run, opener: Callable[[Config, Run], Tracker]) -> None:
         self.name, self.warned, self.quiet_until = name, False, -math.inf
         self.open = lambda: opener(config, run)
         self.tracker: Tracker | None = None
-        self._try(lambda tracker: None)
+        self.waiting: deque[tuple[int, dict[str, float], float]] = deque()
+        self._try(self._hand_over)
 
-    def log(self, step: int, figures: dict[str, float]) -> None:
-        self._try(lambda tracker: tracker.log(step, figures))
+    def log(self, step: int, figures: dict[str, float], at: float) -> None:
+        if len(self.waiting) < MOST_WAITING:
+            self.waiting.append((step, figures, at))
+        self._try(self._hand_over)
 
     def flush(self) -> None:
         if self.tracker is not None:  # another thread may ask for it: one alone opens a tracker
             self._try(lambda tracker: tracker.flush())
 
     def close(self) -> None:
-        if self.tracker is not None:
-            self._try(lambda tracker: tracker.close())
+        """Whatever the time: there is no later."""
+        if self.tracker is not None or self.waiting:
+            self.quiet_until = -math.inf
+            self._try(self._close)
+
+    def _hand_over(self, tracker: Tracker) -> None:
+        while self.waiting:
+            tracker.log(*self.waiting.popleft())
+
+    def _close(self, tracker: Tracker) -> None:
+        try:
+            self._hand_over(tracker)
+        finally:
+            tracker.close()
 
     def _try(self, action: Callable[[Tracker], None]) -> None:
         """Do something with the tracker, opened if it is not yet."""
@@ -165,11 +184,12 @@ class TensorBoard:
         begin = Event(step=start + 1, session_log=SessionLog(status=SessionLog.START))
         self.waiting = [Event(wall_time=time.time(), file_version="brain.Event:2"), begin]
 
-    def log(self, step: int, figures: dict[str, float]) -> None:
+    def log(self, step: int, figures: dict[str, float], at: float) -> None:
         values = [self.summary.Value(tag=name, simple_value=value) for name, value in figures.items()]
-        event = self.event(wall_time=time.time(), step=step, summary=self.summary(value=values))
+        event = self.event(wall_time=at, step=step, summary=self.summary(value=values))
         with self.lock:
-            self.waiting.append(event)
+            if len(self.waiting) < MOST_WAITING:
+                self.waiting.append(event)
             if time.monotonic() - self.written >= WRITE_S:
                 self._write()
 
@@ -201,8 +221,9 @@ class TensorBoard:
 class _Mlflow:
     """A run on the server of MLFLOW_TRACKING_URI, named after ours; a resumed training goes on in it.
 
-    A thread sends the figures, those of some seconds at once: no step waits for the server, which may be far away. What
-    it did not take is sent with what comes later.
+    A thread sends the figures, those of some seconds at once: no step waits for the server, which may be far away, nor
+    fails with it. What it did not take is sent with what comes later, after some minutes or at the next flush, which
+    says what is wrong.
     """
 
     def __init__(self, config: Config, run: Run) -> None:
@@ -226,13 +247,14 @@ class _Mlflow:
         self.sender, self.sending, self.sent = ThreadPoolExecutor(1, "mlflow"), Future[None](), -math.inf
         self.sending.set_result(None)
 
-    def log(self, step: int, figures: dict[str, float]) -> None:
-        now = int(time.time() * 1000)
-        self.waiting += [self.mlflow.entities.Metric(name, value, now, step) for name, value in figures.items()]
-        if self.sending.done() and time.monotonic() - self.sent >= SEND_S:
-            last, self.sending = self.sending, self.sender.submit(self._send)
-            self.sent = time.monotonic()
-            last.result()
+    def log(self, step: int, figures: dict[str, float], at: float) -> None:
+        if len(self.waiting) < MOST_WAITING:
+            metric, milliseconds = self.mlflow.entities.Metric, int(at * 1000)
+            self.waiting += [metric(name, value, milliseconds, step) for name, value in figures.items()]
+        if self.sending.done():
+            pause = QUIET_S if self.sending.exception() else SEND_S
+            if time.monotonic() - self.sent >= pause:
+                self.sending, self.sent = self.sender.submit(self._send), time.monotonic()
 
     def flush(self) -> None:
         self.sender.submit(self._send).result()
@@ -259,7 +281,7 @@ class _Wandb:
             name=run.name, id=run.fingerprint, resume="allow", config=settings
         )
 
-    def log(self, step: int, figures: dict[str, float]) -> None:
+    def log(self, step: int, figures: dict[str, float], at: float) -> None:
         self.run.log(figures, step=step)
 
     def flush(self) -> None:

@@ -129,7 +129,7 @@ def go_on(rank: int, world: int, folder: str, port: int, out: str) -> None:
 
 
 def plus(rank: int, folder: str, port: int, out: str) -> None:
-    """One of two workers: LoRA+, whose parameters are two groups, has a checkpoint in each stage and goes on in another."""
+    """One of two workers: LoRA+, whose parameters are two groups, goes from each stage on in another."""
     join(rank, 2, port)
     found = {}
     for stage in STAGES:

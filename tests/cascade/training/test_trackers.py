@@ -225,18 +225,74 @@ def test_what_mlflow_did_not_take_is_sent_with_what_comes_later(run, monkeypatch
     assert len([r for r in caplog.records if "mlflow takes no figures (ConnectionError" in r.message]) == 1
 
 
+class Outage:
+    """A server of MLflow that is away from now and then, for steps of a second each."""
+
+    def __init__(self, run, monkeypatch):
+        self.now, self.away, self.mlflow, self.run = 100.0, False, FakeMlflow(), run
+        self.mlflow.log_batch = self.log_batch
+        self.mlflow.set_experiment = self.set_experiment
+        monkeypatch.setitem(sys.modules, "mlflow", self.mlflow)
+        monkeypatch.setattr(trackers_module.time, "monotonic", lambda: self.now)
+
+    def set_experiment(self, name):
+        if self.away:
+            raise ConnectionError("nobody there")
+        return SimpleNamespace(experiment_id="1")
+
+    def log_batch(self, run_id, metrics):
+        self.set_experiment("")
+        self.mlflow.calls.append(("log_batch", (run_id,), {"metrics": list(metrics)}))
+
+    def train(self, away, steps=60, reachable_at_end=True):
+        """A checkpoint each 20 steps, as they come."""
+        self.away = 0 in away
+        trackers = Trackers.open(config("mlflow"), self.run)
+        for step in range(steps):
+            self.away = step in away
+            trackers.step(replace(REPORT, step=step))
+            if opened := trackers.trackers[1].tracker:
+                opened.sender.submit(int).result()  # the thread has sent what it was told to
+            if step % 20 == 19:
+                trackers.flush()
+            self.now += 1.0
+        self.away = not reachable_at_end
+        trackers.close()
+        return [step for batch in self.mlflow.metrics() for name, _, step in batch if name == "train/loss"]
+
+
+@pytest.mark.parametrize("away", [range(1), range(15), range(10, 13), range(18, 22), range(1, 60)])
+def test_an_outage_of_mlflow_costs_no_figure_nor_the_end(run, monkeypatch, caplog, away):
+    outage = Outage(run, monkeypatch)
+    assert outage.train(away) == list(range(1, 61))
+    assert outage.mlflow.calls[-1][0] == "end_run"
+    assert len([r for r in caplog.records if "mlflow takes no figures" in r.message]) <= 1
+
+
+def test_an_mlflow_that_stays_away_is_told_the_end_all_the_same(run, monkeypatch):
+    outage = Outage(run, monkeypatch)
+    assert outage.train(range(30, 60), reachable_at_end=False) == list(range(1, outage.mlflow.metrics()[-1][-1][2] + 1))
+    assert outage.mlflow.calls[-1][0] == "end_run"
+
+
+@pytest.mark.parametrize("away", [range(60), range(1, 60)])
+def test_no_more_than_so_much_waits_in_memory(run, monkeypatch, away):
+    monkeypatch.setattr(trackers_module, "MOST_WAITING", 8)
+    assert 1 <= len(Outage(run, monkeypatch).train(away)) <= 11
+
+
 class Unreachable:
     """A tracker whose server is not there, from some call on."""
 
     def __init__(self, works=0):
         self.works, self.calls = works, 0
 
-    def log(self, step, figures):
+    def log(self, step, figures, at):
         self.calls += 1
         if self.calls > self.works:
             raise ConnectionError("nobody there")
 
-    flush = close = lambda self: self.log(0, {})
+    flush = close = lambda self: self.log(0, {}, 0.0)
 
 
 @pytest.mark.parametrize("opens", [True, False])
