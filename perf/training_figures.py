@@ -110,20 +110,35 @@ def figures_in_turn(found: list[dict[str, Any]], steps_between: int) -> dict[str
 
     And what that is made of, as shares of a bare step: the steps themselves with their waiting for checkpoints, and
     what is slower while a checkpoint is stored beside them. The steps between two checkpoints are drawn as one for
-    the interval (95 %, bootstrap). The first of them are left out: they compile.
+    the interval (95 %, bootstrap). The first of them are left out: they compile; so are the last, if they are fewer.
+
+    Where storing takes longer than the worker's steps between two checkpoints take alone, there is no such figure: the
+    next checkpoint would wait for it, which it need not where another loop takes turns.
     """
     blocks = []
     for result in found:
         pairs = np.array(result["pairs"])  # (steps, 3): seconds of the worker, of the bare loop, those beside storing
-        blocks += [pairs[i : i + steps_between] for i in range(steps_between, len(pairs), steps_between)]
+        whole = range(steps_between, len(pairs) - steps_between + 1, steps_between)
+        blocks += [pairs[i : i + steps_between] for i in whole]
     to_store = statistics.mean(seconds for result in found for seconds in result["seconds_to_store"])
+    stored = {"in_turn_seconds_to_store": figure(to_store)}
+    between = statistics.mean(float(block[:, 1].sum()) for block in blocks)
+    if to_store >= between:
+        print(
+            f"{IN_TURN}: no figure, a checkpoint is stored in {to_store:.2f} s, its steps take {between:.2f} s: ",
+            end="",
+        )
+        print("more of them are needed between two")
+        return stored
 
     def shares(drawn: list[Any]) -> tuple[float, float]:
         worker, bare, beside = np.concatenate(drawn).T
         steps, storing = float(worker.sum() / bare.sum() - 1), 0.0
         if 0 < (beside > 0).sum() < len(beside):
             slower = bare[beside > 0].sum() - (beside > 0).sum() * bare[beside == 0].mean()  # seconds
-            storing = float(slower / beside.sum() * to_store / (steps_between * bare.mean()))
+            # It would fall on the worker's steps if those were alone, beside what of the storing already does, and the
+            # bare loop would be so much faster: (worker + slower) / (bare - slower) - 1, nearly.
+            storing = float(2 * slower / bare.sum())
         return steps, storing
 
     rng = np.random.default_rng(0)
@@ -134,8 +149,7 @@ def figures_in_turn(found: list[dict[str, Any]], steps_between: int) -> dict[str
         "ray_deepspeed_overhead_in_turn": at_most(steps + storing, 0.03, interval=interval, n=sum(map(len, blocks))),
         "in_turn_steps": figure(steps),
         "in_turn_storing": figure(storing),
-        "in_turn_seconds_to_store": figure(to_store),
-    }
+    } | stored
 
 
 def middle_step(found: list[dict[str, Any]]) -> float:
