@@ -10,7 +10,9 @@ import json
 import math
 import os
 import tempfile
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +21,7 @@ from typing import Any
 import pytest
 import ray.train
 import torch
-from ray.train import Checkpoint
+from ray.train import Checkpoint, CheckpointConsistencyMode, CheckpointUploadMode
 from safetensors.torch import load_file
 from stand_in import save_tiny_base
 
@@ -351,6 +353,54 @@ def test_a_checkpoint_is_stored_at_the_second_attempt(
     assert read_state(tmp_path / "checkpoint1").next_step == 3
     assert [p.step for p in assigned.run.read(CURVE, StepReport)] == list(range(fake.reports[-1]["steps"]))
     assert not list(outboxes.iterdir())
+
+
+def test_the_next_checkpoint_and_the_end_wait_until_the_last_is_noted(
+    base: str, fake: FakeRay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread stores it, and what the steps measured is written down by one thread at a time."""
+    awaited, writing, stores = threading.Event(), threading.Lock(), ThreadPoolExecutor()
+    under_way: list[Future[None]] = []
+    ordinary, main = _train_worker._Session._write_down, threading.current_thread()
+
+    def report(metrics: dict[str, Any], checkpoint: Checkpoint | None = None, **how: Any) -> None:
+        if how.get("checkpoint_upload_mode") is CheckpointUploadMode.ASYNC:
+            under_way.append(stores.submit(fake.report, metrics, checkpoint, **how))
+        else:
+            fake.report(metrics, checkpoint, **how)
+
+    def all_reported(mode: CheckpointConsistencyMode) -> list[Checkpoint]:
+        assert mode is CheckpointConsistencyMode.COMMITTED
+        awaited.set()
+        for store in under_way:
+            store.result()
+        under_way.clear()
+        awaited.clear()
+        return []
+
+    def write_down(*given: Any) -> None:
+        assert writing.acquire(blocking=False), "another thread is writing"
+        try:
+            if threading.current_thread() is not main:
+                assert awaited.wait(60)  # as slow as can be: training goes on until it needs this one
+            ordinary(*given)
+        finally:
+            writing.release()
+
+    monkeypatch.setattr(ray.train, "report", report)
+    monkeypatch.setattr(ray.train, "get_all_reported_checkpoints", all_reported)
+    monkeypatch.setattr(_train_worker._Session, "_write_down", write_down)
+    assigned = assign(base, tmp_path, {"tasks": 0})
+    try:
+        train(assigned)
+    finally:
+        awaited.set()
+        stores.shutdown()
+    steps = [r["step"] for r in fake.reports[:-1]]
+    assert steps == list(range(3, 3 * len(steps) + 1, 3))
+    assert len(steps) > 1
+    assert [read_state(tmp_path / f"checkpoint{n + 1}").next_step for n in range(len(steps))] == steps
+    assert [p.step for p in assigned.run.read(CURVE, StepReport)] == list(range(fake.reports[-1]["steps"]))
 
 
 @pytest.mark.parametrize("links", [True, False])
