@@ -299,6 +299,11 @@ class Config(Section):
             )
         if self.execution.compile and self.training.zero_stage == 3:
             raise ValueError("execution.compile does not go together with training.zero_stage 3: set one of them lower")
+        if self.training.base_bits == 8 and self.training.lora.dora and not self.execution.use_gpu:
+            raise ValueError(
+                "training.lora.dora cannot be trained with training.base_bits 8 on a CPU, where PEFT and bitsandbytes "
+                "lose the weights' scales: set base_bits to 4 or 16, dora false, or execution.use_gpu true"
+            )
         if self.serving.weights == "int8" and (self.execution.use_gpu or self.base.dtype == "float32"):
             raise ValueError(
                 "serving.weights int8 is for CPUs and a base in bfloat16: set execution.use_gpu false and base.dtype "

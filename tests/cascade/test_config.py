@@ -303,6 +303,7 @@ def test_what_a_judge_says_decides_the_tiers_and_its_limits_and_prices_do_not(fi
         ({"lora": {"init": "pissa"}, "zero_stage": 3}, {}, "need whole weights on every worker"),
         ({"lora": {"dora": True}, "zero_stage": 3}, {}, "need whole weights on every worker"),
         ({"lora": {"init": "pissa"}, "base_bits": 4}, {}, "takes the base's weights apart"),
+        ({"lora": {"dora": True}, "base_bits": 8}, {}, "set base_bits to 4 or 16, dora false, or execution.use_gpu"),
         ({"validation": {"keep": "best_accuracy"}}, {}, "training.validation: keep: best_accuracy needs answers"),
         ({"validation": {"tasks": 0, "keep": "best_loss"}}, {}, "keep: best_loss and patience need validation tasks"),
         ({"validation": {"tasks": 0, "patience": 2}}, {}, "keep: best_loss and patience need validation tasks"),
