@@ -11,6 +11,7 @@ import torch
 from cascade.config import Training
 from cascade.errors import DataError
 from cascade.training.loop import TargetLoss, adamw, clip_or_drop, set_rate
+from cascade.training.memory import has_room
 from cascade.training.packing import Row
 from cascade.training.pissa import START
 from cascade.training.state_file import State, apart, joined, pinned, read_state
@@ -110,7 +111,8 @@ class DeepSpeedEngine:
         """A checkpoint for `write_state`, fit for any stage and number of workers: copies of weights and moments, as
         they are now, the next step, and PiSSA's start.
 
-        The copies are where the originals are: on a GPU they take its memory, not the training's time.
+        The copies are where the originals are, if the steps to come leave room there, else on the CPU: on a GPU they
+        take its memory, not the training's time.
 
         LoRA's state is small enough to be gathered whole. Every worker calls it, the first gets it.
         """
@@ -122,12 +124,14 @@ class DeepSpeedEngine:
         moments = {key: [self._moment(p, key) for p in trainable.values()] for key in MOMENTS} if updates else {}
         if not first:
             return None
+        numbers = sum(weight.numel() for weight in weights)
+        stay = has_room(self.device, 4 * numbers * (1 + len(moments)))
         return State(
             next_step=step,
             updates=updates,
             shapes={name: tuple(weight.shape) for name, weight in zip(trainable, weights, strict=True)},
-            weights=joined(weights),
-            moments={key: joined(tensors) for key, tensors in moments.items()},
+            weights=joined(weights, stay=stay),
+            moments={key: joined(tensors, stay=stay) for key, tensors in moments.items()},
             start={name: self.frozen[name].bfloat16() for name in self.start},  # whose numbers they are
         )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -52,15 +53,15 @@ class State:
         return named | {f"{_START}{name}": start for name, start in self.start.items()}
 
 
-def joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+def joined(tensors: Sequence[torch.Tensor], *, stay: bool = True) -> torch.Tensor:
     """A copy of them all in float32, end to end: what they are now, whatever the next step makes of them.
 
-    On their own device if that has room.
+    On their own device if it may stay there and that has room, else on the CPU.
     """
-    try:
-        return torch.cat([tensor.detach().float().flatten() for tensor in tensors])
-    except torch.OutOfMemoryError:
-        return torch.cat([tensor.detach().cpu().float().flatten() for tensor in tensors])
+    if stay:
+        with suppress(torch.OutOfMemoryError):
+            return torch.cat([tensor.detach().float().flatten() for tensor in tensors])
+    return torch.cat([tensor.detach().cpu().float().flatten() for tensor in tensors])
 
 
 def apart(tensor: torch.Tensor, shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -12,6 +12,7 @@ from peft import PeftModel
 
 from cascade.config import Base, Lora, Training
 from cascade.models.base import load_base
+from cascade.training import deepspeed_engine
 from cascade.training.deepspeed_engine import DeepSpeedEngine
 from cascade.training.examples import EncodedExample
 from cascade.training.loop import TargetLoss, run_steps
@@ -94,3 +95,27 @@ def test_lora_plus_goes_on_with_the_moments_of_both_groups(
     assert [report.loss for report in run_steps(second, plan, PLUS, start=2)] == curve
     mine, theirs = first.weights(), second.weights()
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_copies_stay_on_a_gpu_only_if_the_next_steps_leave_room_for_all(
+    alone: None, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, room: bool
+) -> None:
+    asked, stayed, ordinary = [], [], deepspeed_engine.joined
+
+    def has_room(device: torch.device, size: int) -> bool:
+        asked.append(size)
+        return room
+
+    def joined(tensors: list[torch.Tensor], *, stay: bool) -> torch.Tensor:
+        stayed.append(stay)
+        return ordinary(tensors, stay=stay)
+
+    monkeypatch.setattr(deepspeed_engine, "has_room", has_room)
+    monkeypatch.setattr(deepspeed_engine, "joined", joined)
+    engine = make_engine(make_model(tiny_folder, SETTINGS), 0, SETTINGS)
+    next(run_steps(engine, plan_steps(EXAMPLES, SETTINGS, seed=1), SETTINGS))
+    state = engine.state(1)
+    assert state is not None
+    assert asked == [sum(tensor.nbytes for tensor in state.tensors().values())]
+    assert stayed == [room] * 3
