@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from cascade.config_sections import Fraction, Positive, Section, Usd
 
@@ -20,6 +22,26 @@ class Endpoint(Section):
     requests_per_minute: Positive = Field(500, description="most requests a minute, over all actors")
     tokens_per_minute: Positive = Field(200_000, description="most tokens a minute in and out, over all actors")
     max_concurrency: Positive = Field(32, description="most requests in flight; fewer after a 429, then more again")
+
+    @field_validator("base_url")
+    @classmethod
+    def _can_be_asked(cls, url: str) -> str:
+        if url != ANSWER_KEY and not _is_http(url):
+            raise ValueError(
+                "is no URL of a service: write https://… (or http://…) with its host and, if it has one of its own, a "
+                f"port from 1 to 65535; or {ANSWER_KEY}"
+            )
+        return url
+
+
+def _is_http(url: str) -> bool:
+    """Whether it is http or https, and names a host and no port that there cannot be."""
+    try:
+        parts = urlsplit(url)
+        known = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+    return known and not re.search(r"\s", url)
 
 
 class AnswerKey(Section):

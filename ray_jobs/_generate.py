@@ -61,7 +61,7 @@ def check_keys(config: Config, tiers: Iterable[int]) -> None:
     """See that the API keys of tiers that will be asked, and the judge's, are set, before anything is paid.
 
     Raises:
-        TeacherError: some are not.
+        TeacherError: some are not, or hold what can be no key.
     """
     asked = {f"tier {tier}, {config.tier(tier).name}": config.tier(tier) for tier in tiers}
     if asked and config.judge is not None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
@@ -33,7 +32,7 @@ from cascade.teachers.conversation import (
     teacher_messages,
     without_prefill,
 )
-from cascade.teachers.endpoint import EndpointClient, Failure, Response
+from cascade.teachers.endpoint import EndpointClient, Failure, Response, api_key
 from cascade.teachers.ledger import Ledger, LedgerEntry, Sent
 from cascade.teachers.limits import Limiter, Permit, RateLimiter, Signal
 from cascade.teachers.pool import EndpointPool
@@ -105,9 +104,12 @@ class _Request:
 
 
 def missing_keys(teacher: Teacher) -> list[str]:
-    """The environment variables of API keys that the teacher's endpoints need and that are not set."""
-    names = {e.api_key_env for e in teacher.endpoints if e.api_key_env}
-    return sorted(name for name in names if not os.environ.get(name))
+    """The environment variables of API keys that the teacher's endpoints need and that are not set.
+
+    Raises:
+        TeacherError: one holds what can be no key.
+    """
+    return sorted({e.api_key_env for e in teacher.endpoints if e.api_key_env and not api_key(e)})
 
 
 class TeacherClient:
@@ -137,8 +139,8 @@ class TeacherClient:
             resolve: base_url of the config -> real URL; the offline teacher needs {"answer-key": its URL}.
 
         Raises:
-            TeacherError: an API key is not set, the offline teacher's URL is not in `resolve`, or a batch of an earlier
-                start was not fetched and this one would ask live.
+            TeacherError: an API key is not set or can be none, the offline teacher's URL is not in `resolve`, or a
+                batch of an earlier start was not fetched and this one would ask live.
         """
         self.teacher, self.tier, self.domain = teacher, tier, domain
         self._ledger, self._budget = ledger, budget

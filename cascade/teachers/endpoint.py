@@ -17,6 +17,7 @@ import httpx2
 import openai
 
 from cascade.config import ANSWER_KEY, Endpoint, Teacher
+from cascade.errors import TeacherError
 from cascade.tasks import Message
 from cascade.teachers.conversation import estimate_prompt_tokens, estimate_tokens
 from cascade.teachers.ledger import RequestOutcome
@@ -65,6 +66,23 @@ class Failure:
     detail: str
     retry_after: float | None = None
     charged: bool = False
+
+
+def api_key(endpoint: Endpoint) -> str:
+    """The key for an endpoint from the environment, without the white space around it; "" if it has none.
+
+    Raises:
+        TeacherError: no header can carry it.
+    """
+    name = endpoint.api_key_env
+    key = os.environ.get(name, "").strip() if name else ""
+    for position, character in enumerate(key, 1):
+        if not (character.isascii() and character.isprintable()):
+            raise TeacherError(
+                f"the environment variable {name} holds no API key: its character {position}, {character!r}, is not "
+                "printable ASCII; set it to the key alone, on one line"
+            )
+    return key
 
 
 class EndpointClient:
@@ -124,6 +142,8 @@ class EndpointClient:
             result = self._broke_off(error)
         except TimeoutError:
             result = self._late()
+        except (httpx2.InvalidURL, UnicodeEncodeError) as error:  # before anything is sent
+            result = Failure("refused", f"cannot be sent to {self._url}: {error}")
         except (openai.OpenAIError, ValueError) as error:
             result = Failure("broken", f"nonsense from {self._url}: {error}", charged=True)
         self.judge(result if isinstance(result, Failure) else None)
@@ -139,12 +159,11 @@ class EndpointClient:
     def api(self) -> openai.AsyncOpenAI:
         """The official client, opened at first use, with its own retries off."""
         if self._client is None:
-            key = os.environ.get(self.endpoint.api_key_env, "") if self.endpoint.api_key_env else ""
             own = self.endpoint.base_url == ANSWER_KEY
             local = own or urlsplit(self._url).hostname in ("127.0.0.1", "localhost", "::1")
             self._client = openai.AsyncOpenAI(
                 base_url=self._url,
-                api_key=key or "none",
+                api_key=api_key(self.endpoint) or "none",
                 max_retries=0,
                 timeout=self._teacher.timeout_s,
                 default_headers=_NOT_SENT,
@@ -262,7 +281,7 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
 
 def _was_sent(error: openai.APIConnectionError) -> bool:
     """Whether a request that broke off had reached the endpoint, as far as one can tell."""
-    unsent = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout)
+    unsent = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout, httpx2.UnsupportedProtocol)
     return not isinstance(error.__cause__, unsent)
 
 

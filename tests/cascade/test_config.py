@@ -141,6 +141,16 @@ def test_a_bad_value_is_named_with_what_would_do(path, value, expected):
     assert f"  - {expected}" in refusal(path, value)
 
 
+@pytest.mark.parametrize(
+    "url",
+    ["api.openai.com/v1", "localhost:8001/v1", "ftp://h/v1", "", "http:///v1", " https://h/v1", "https://h /v1"]
+    + ["http://h:99999/v1", "http://h:0/v1", "http://[::1/v1"],
+)
+def test_a_url_that_no_service_has_is_refused_before_it_is_asked(url):
+    key = "tiers.0.endpoints.0.base_url"
+    assert f"  - {key}: is no URL of a service: write https://… (or http://…)" in refusal(key, url)
+
+
 def test_all_mistakes_are_told_at_once():
     raw = changed("base.modle", "x") | {"budget_usd": "much"}
     with pytest.raises(ConfigError) as caught:

@@ -19,8 +19,9 @@ from cascade.store import Store
 from cascade.tasks import Message
 from cascade.teachers.budget import BudgetState, LocalBudget
 from cascade.teachers.client import TeacherClient, missing_keys
-from cascade.teachers.endpoint import EndpointClient, retry_after
+from cascade.teachers.endpoint import EndpointClient, Failure, retry_after
 from cascade.teachers.ledger import Ledger
+from cascade.teachers.limits import RateLimiter
 from cascade.teachers.offline import answer_key_server
 
 PRICE = (100 * 10 + 20 * 100) / 1e6
@@ -303,6 +304,54 @@ async def test_a_missing_key_is_named_before_any_call(fake_server, make_teacher,
             pass
 
 
+async def test_white_space_around_a_key_is_not_sent(
+    fake_server, make_teacher, make_task, open_client, monkeypatch
+) -> None:
+    monkeypatch.setenv("MY_KEY", " secret\n")
+    server = fake_server()
+    async with open_client(make_teacher(server.url, api_key_env="MY_KEY")) as client:
+        assert (await client.answer(make_task(1))).ok
+    assert server.headers[0]["authorization"] == "Bearer secret"
+    monkeypatch.setenv("MY_KEY", "\n")
+    assert missing_keys(make_teacher(server.url, api_key_env="MY_KEY")) == ["MY_KEY"]
+
+
+@pytest.mark.parametrize(
+    ("value", "character"), [("…", r"1, '…'"), ("sec\nret", r"4, '\\n'"), ("k\x7f", r"2, '\\x7f'")]
+)
+async def test_what_can_be_no_key_is_named_by_its_variable_before_any_call(
+    fake_server, make_teacher, open_client, monkeypatch, value: str, character: str
+) -> None:
+    monkeypatch.setenv("MY_KEY", value)
+    server = fake_server()
+    with pytest.raises(TeacherError, match=rf"variable MY_KEY holds no API key: its character {character},") as refused:
+        async with open_client(make_teacher(server.url, api_key_env="MY_KEY")):
+            pass
+    assert "sec" not in str(refused.value)
+    assert not server.calls
+
+
+@pytest.mark.parametrize("url", ["localhost:8001/v1", "ftp://127.0.0.1/v1", "http://127.0.0.1:99999/v1", "http://…/v1"])
+async def test_what_no_endpoint_was_asked_costs_nothing(make_teacher, make_task, open_client, tmp_path, url) -> None:
+    named = "https://teachers.example/v1"
+    async with open_client(make_teacher(named), resolve={named: url}) as client:
+        with contextlib.suppress(TeacherError):
+            assert not (await client.answer(make_task(1))).ok
+        assert client.seen_budget.total_spent() == 0
+    assert rows(tmp_path)
+    assert Ledger(Store(str(tmp_path))).spent_at_most() == 0
+
+
+async def test_what_no_request_can_carry_is_not_charged(fake_server, make_teacher) -> None:
+    server = fake_server()
+    teacher = make_teacher(server.url)
+    client = EndpointClient(teacher.endpoints[0], server.url, teacher, RateLimiter.of(teacher.endpoints[0]))
+    failure = await client.complete([Message("user", "half \ud83d of it")], {})
+    await client.aclose()
+    assert isinstance(failure, Failure)
+    assert (failure.kind, failure.charged, server.calls) == ("refused", False, [])
+
+
 async def test_no_other_key_goes_to_an_endpoint_without_one(
     fake_server, make_teacher, make_task, open_client, monkeypatch
 ) -> None:
@@ -444,6 +493,7 @@ from cascade.tasks import Message, Task
 from cascade.teachers.budget import BudgetState, LocalBudget
 from cascade.teachers.client import TeacherClient
 from cascade.teachers.ledger import Ledger
+from cascade.teachers.limits import RateLimiter
 
 async def main(root, teacher, url):
     budget = LocalBudget(BudgetState("reasoning", 100.0))
