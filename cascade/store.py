@@ -21,22 +21,30 @@ from cascade.fingerprints import fingerprint
 
 
 class StorageError(CascadeError, OSError):
-    """The storage takes no more: it is full, read-only or no folder. What was written before is kept."""
+    """The storage takes no more: it is full, read-only, no folder or does not answer. What was written before is kept."""
 
 
 @cache
 def _resolve(uri: str) -> tuple[pafs.FileSystem, str]:
-    """File system and path of a URI, opened once per process (an object store's client asks the network for it).
+    """File system and path of a URI, opened once per process and, if it is no local one, asked whether it answers.
 
     Raises:
         ConfigError: it is none that Arrow knows, or names no bucket.
+        StorageError: it does not answer, or refuses this machine.
     """
     try:
-        filesystem, path = pafs.FileSystem.from_uri(uri)
+        filesystem, path = pafs.FileSystem.from_uri(uri)  # looks for a bucket's region, where none is named
+        if path and not isinstance(filesystem, pafs.LocalFileSystem):
+            filesystem.get_file_info(path)
     except pa.ArrowInvalid as error:
         raise ConfigError(
             f"{uri} is no storage: {error}. Give a path, s3://bucket/prefix or gs://bucket/prefix"
         ) from None
+    except OSError as error:
+        raise StorageError(
+            f"storage: {uri} cannot be reached: {error}; check its bucket and region, and this machine's credentials "
+            "and network"
+        ) from error
     if not path:
         raise ConfigError(f"{uri} is no storage: it names no bucket. Give s3://bucket/prefix or gs://bucket/prefix")
     return filesystem, path

@@ -253,6 +253,9 @@ def main() -> int:
     except CascadeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"error: {options.storage} cannot be used as a storage: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -244,6 +244,30 @@ def test_json_that_is_replaced_while_it_is_read_is_read_again(monkeypatch):
         server.shutdown()
 
 
+class Refusing(Replaced):
+    """An S3 that knows nobody's credentials."""
+
+    def do_HEAD(self):
+        self.answer(403, b"", {"Content-Length": "0"})
+
+    do_GET = do_HEAD
+
+
+def test_a_storage_that_lets_nobody_in_is_said_and_asked_again(monkeypatch):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "x")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        uri = f"s3://bucket/x?endpoint_override=127.0.0.1%3A{server.server_port}&scheme=http&region=us-east-1"
+        reached = Store(uri)
+        with pytest.raises(StorageError, match=rf"storage: {re.escape(uri)} cannot be reached: .*ACCESS_DENIED"):
+            reached.exists("progress.json")
+        server.RequestHandlerClass = Replaced
+        assert reached.exists("progress.json")
+        server.shutdown()
+
+
 def test_what_is_no_json_is_said_at_once(tmp_path):
     (tmp_path / "x.json").write_bytes(b'{"step": ')
     with pytest.raises(ValueError, match="Expecting value"):

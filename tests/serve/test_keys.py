@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 
@@ -10,7 +11,7 @@ import pytest
 from cascade.errors import DataError
 from cascade.store import Store
 from serve.errors import ApiError
-from serve.keys import FILE, KeyRing, add_key, read_keys, revoke_key
+from serve.keys import FILE, KeyRing, add_key, main, read_keys, revoke_key
 
 
 @pytest.fixture
@@ -35,6 +36,14 @@ def test_a_limit_that_lets_nobody_in_is_none(store) -> None:
     with pytest.raises(DataError, match="once a minute"):
         add_key(store, "me", requests_per_minute=0)
     assert read_keys(store) is None
+
+
+@pytest.mark.parametrize("words", [["list"], ["add", "me"], ["revoke", "me"]])
+def test_a_file_in_the_place_of_the_storage_is_told_in_a_line(words, tmp_path, monkeypatch, capsys) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(sys, "argv", ["serve.keys", str(tmp_path / "file"), *words])
+    assert main() == 2
+    assert f"error: {tmp_path / 'file'} cannot be used as a storage: " in capsys.readouterr().err
 
 
 def test_the_scheme_may_be_written_in_any_case(store) -> None:
