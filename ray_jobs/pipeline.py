@@ -12,12 +12,15 @@ from pathlib import Path
 from rich.console import Console
 
 from cascade import modifiers
+from cascade.benchmarks import require_judge
 from cascade.config import Config, load_config
 from cascade.errors import CascadeError, ConfigError
+from cascade.models import bits
 from cascade.reports.console import print_summary
 from cascade.reports.data import tables_folder
 from cascade.reports.html import write_report
 from cascade.reports.summary import Summary
+from cascade.training import trackers
 from ray_jobs import (
     JOBS,
     compress_modifier,
@@ -60,7 +63,8 @@ def run_pipeline(config: Config, config_path: str) -> Summary:
         config_path: where the config was read from, as the report names it.
 
     Raises:
-        ConfigError: the modifier would be one that can be neither compressed nor served.
+        ConfigError: the modifier would be one that can be neither compressed nor served, a package that the training
+            needs is missing, or there are tasks that only a judge could score, and none is named.
         TeacherError: the API key of a teacher that is still to be asked is not set.
     """
     began = time.perf_counter()
@@ -70,6 +74,10 @@ def run_pipeline(config: Config, config_path: str) -> Summary:
             "training.lora.dora: a DoRA modifier is more than B A, which is all that compression and serving hold: "
             "leave it out, or run the jobs up to `cascade train-modifier` one by one and load the folder with PEFT"
         )
+    require_judge(runs.config, runs.train_tasks)
+    if not runs.train_modifier.done:
+        trackers.check_installed(runs.config)
+        bits.check_installed(runs.config.training.base_bits)
     check_keys(config, (tier for tier in range(1, len(config.tiers) + 1) if not runs.generate(tier).done))
     with PeakMemory() as memory:
         account = _Account(runs, memory, began)

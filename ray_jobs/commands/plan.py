@@ -8,13 +8,16 @@ from contextlib import ExitStack
 from rich.console import Console
 from rich.table import Table
 
+from cascade.benchmarks import require_judge
 from cascade.config import ANSWER_KEY, Config
 from cascade.errors import ConfigError
+from cascade.models import bits
 from cascade.tasks import Task
 from cascade.teachers import MOST_CALLS
 from cascade.teachers.ledger import Ledger
 from cascade.teachers.plan import Plan
 from cascade.teachers.plan import plan as plan_tiers
+from cascade.training import trackers
 from ray_jobs import JOBS
 from ray_jobs._lease import Purchases
 from ray_jobs._results import unsolved_before
@@ -31,13 +34,16 @@ def print_plan(config: Config, sample: int) -> None:
         sample: calls to buy first.
 
     Raises:
-        CascadeError: the tasks or, where calls are bought, a teacher cannot be used.
+        CascadeError: the tasks or, where calls are bought, a teacher cannot be used; or no judge is named for tasks
+            that only one could score.
     """
     runs = Runs(config)
     console = Console()
     rate: float | None = None
     base_known = True
     tasks = runs.train_tasks
+    require_judge(config, tasks)
+    _note_missing_packages(config, console)
     try:
         if runs.test_domain.done:
             tested = runs.test_domain.metrics
@@ -52,6 +58,16 @@ def print_plan(config: Config, sample: int) -> None:
     console.print(", ".join(f"{n} {split} tasks" for split, n in counts.items()))
     settled = _settled(runs) if base_known else {}
     console.print(_cost_table(runs, rate, settled, spent))
+
+
+def _note_missing_packages(config: Config, console: Console) -> None:
+    """Say what is not installed here. No error: the machine that trains may be another."""
+    checks = (lambda: trackers.check_installed(config), lambda: bits.check_installed(config.training.base_bits))
+    for check in checks:
+        try:
+            check()
+        except ConfigError as error:
+            console.print(f"note: {error}", style="yellow", markup=False)
 
 
 def _buy_sample(runs: Runs, tasks: list[Task], calls: int) -> str:

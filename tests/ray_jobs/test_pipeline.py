@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import forged
 import pytest
@@ -14,6 +15,8 @@ from typer.testing import CliRunner
 from cascade import modifiers
 from cascade.config import load_config
 from cascade.errors import ConfigError, TeacherError
+from cascade.models import bits
+from cascade.training import trackers
 from ray_jobs import JOBS, pipeline
 from ray_jobs._runs import Runs
 from ray_jobs.cli import app
@@ -29,6 +32,48 @@ def test_a_modifier_that_could_not_be_compressed_is_refused_before_anything_is_p
     with pytest.raises(ConfigError, match=r"training\.lora\.dora: a DoRA modifier is more than B A"):
         run_pipeline(load_config(path), str(path))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def bare(monkeypatch):
+    """A machine with none of the packages that are optional, on which no job may begin."""
+    missing = SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: None))
+    monkeypatch.setattr(trackers, "importlib", missing)
+    monkeypatch.setattr(bits, "importlib", missing)
+    monkeypatch.setattr(pipeline, "connect_ray", lambda *_: pytest.fail("a job was begun"))
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ({"trackers": ["mlflow"]}, "training.trackers names mlflow"),
+        ({"base_bits": 4}, "training.base_bits: 4 needs bitsandbytes"),
+    ],
+)
+def test_a_missing_package_is_told_before_anything_is_paid_and_noted_by_the_plan(tmp_path, bare, setting, said):
+    tasks = own_sums(tmp_path, train=8, validation=8, test=8)
+    path = write_config(tmp_path, tasks=tasks, training={"lora": {"rank": 4}} | setting)
+    with pytest.raises(ConfigError, match=said):
+        run_pipeline(load_config(path), str(path))
+    planned = CliRunner().invoke(app, ["plan", str(path)])
+    assert planned.exit_code == 0
+    assert f"note: {said}" in " ".join(planned.output.split())
+    Runs(load_config(path)).train_modifier.finish({})
+    with pytest.raises(pytest.fail.Exception, match="a job was begun"):  # trained it is, so nothing is missed
+        run_pipeline(load_config(path), str(path))
+
+
+def test_tasks_that_only_a_judge_could_score_are_told_before_any_job(tmp_path, bare):
+    tasks = own_sums(tmp_path, train=8, validation=8, test=8)
+    with open(tmp_path / "tasks/train.jsonl", "a", encoding="utf-8") as file:
+        file.write('\n{"id": "open", "kind": "open", "prompt": "Write a poem."}\n')
+    tasks["train"]["count"] = 9
+    path = write_config(tmp_path, tasks=tasks)
+    with pytest.raises(ConfigError, match=r"1 training tasks have no exact scorer .*name a model under judge:"):
+        run_pipeline(load_config(path), str(path))
+    planned = CliRunner().invoke(app, ["plan", str(path)])
+    assert planned.exit_code == 2
+    assert "name a model under judge:" in planned.output
 
 
 def test_a_key_of_any_tier_that_is_not_set_is_told_before_anything_is_paid(tmp_path, monkeypatch):
