@@ -4,7 +4,8 @@
     feedback/tasks/train-<request>.jsonl  a task for `benchmark: jsonl`, with the right answer that a user gave
 
 A request is named by its id, after the name of the API key that asked it and a tilde where keys are asked for.
-`test_domain` reads the second folder with `{benchmark: jsonl, options: {path: <storage>/feedback/tasks}}`.
+`test_domain` reads the second folder with `{benchmark: jsonl, options: {path: <storage>/feedback/tasks}}` where the
+storage is a path. From an object store the folder is copied to one first.
 """
 
 from __future__ import annotations

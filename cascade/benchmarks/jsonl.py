@@ -1,7 +1,7 @@
 """Users' own tasks: JSON lines, one task each, scored by what the line's `kind` says.
 
-Source: a file, or a folder of `<split>.jsonl` files. Split rule: by file, or by the line's
-`split`. Shots: none of its own. Metric: share of tasks passed.
+Source: a file, or a folder of `<split>.jsonl` files. Split rule: in a folder by the files' names,
+then, as in a single file, by the lines' `split`. Shots: none of its own. Metric: share of tasks passed.
 
 Every line has: id (unique in the file), kind, and prompt (text) or messages ([{role, content}, …]). Optional: split,
 category, difficulty (1 is easiest), max_tokens. By kind:
@@ -89,11 +89,17 @@ class Jsonl:
         """
         path = parse_options(Options, options, self.name).path
         files = local_files(path)
-        if Path(path).expanduser().is_dir():
+        is_folder = Path(path).expanduser().is_dir()
+        if is_folder:
             files = [f for f in files if split in name_parts(f)]
         tasks = [task for f in files for task in tasks_of(f, split, domain)]
         if not tasks:
-            raise ConfigError(f"{path} has no {split} tasks: name files after the split or set the lines' split")
+            named = (
+                f"in a folder only files named after the split are read: call one {split}.jsonl, or give a file as path"
+            )
+            raise ConfigError(
+                f"{path} has no {split} tasks: {named if is_folder else f'give lines of it split: {split}'}"
+            )
         return shuffled(tasks, seed, count)
 
     def score(self, task: Task, completion: Completion) -> Verdict:
@@ -134,7 +140,7 @@ def tasks_of(file: Path, split: Split | None, domain: str) -> list[Task]:
         try:
             line = LINES.validate_python(row)
         except ValidationError as error:
-            problems = "; ".join(f"{'.'.join(map(str, e['loc'][1:])) or 'kind'}: {e['msg']}" for e in error.errors())
+            problems = "; ".join(map(_problem, error.errors()))
             raise DataError(f"{file}, task {number} ({row.get('id', 'no id')}): {problems}") from None
         if str(line.id) in seen:
             raise DataError(f"{file}, task {number}: the id {line.id!r} appears twice")
@@ -143,6 +149,12 @@ def tasks_of(file: Path, split: Split | None, domain: str) -> list[Task]:
             tasks.append(_task(line, file, split or line.split or "train", domain))
             _require_solvable(tasks[-1], f"{file}, task {number} ({line.id})")
     return tasks
+
+
+def _problem(error: Any) -> str:
+    """One error of pydantic's: the key, and what is wrong with it. What concerns several keys names them itself."""
+    key, said = ".".join(map(str, error["loc"][1:])), error["msg"].removeprefix("Value error, ")
+    return said if len(error["loc"]) == 1 else f"{key or 'kind'}: {said}"
 
 
 def _require_solvable(task: Task, where: str) -> None:

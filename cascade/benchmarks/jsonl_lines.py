@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, field_validator, model_validator
@@ -12,6 +13,8 @@ from cascade.benchmarks.unit_tests import names_under_test, require_python
 from cascade.scoring.calls import PYTHON_TYPES
 from cascade.scoring.fences import read_code, read_javascript
 from cascade.tasks import Message, Split
+
+ROLES = ("system", "user", "assistant")
 
 
 class Line(BaseModel):
@@ -27,6 +30,19 @@ class Line(BaseModel):
     difficulty: int = Field(1, ge=1)
     max_tokens: int = Field(256, gt=0)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _texts_are_whole(cls, line: Any) -> Any:
+        for key, value in line.items() if isinstance(line, dict) else ():
+            try:
+                json.dumps(value, ensure_ascii=False, default=str).encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(
+                    f"{key} holds {error.object[error.start]!r}, one half of a character alone: write the character, "
+                    "or both of its halves"
+                ) from None
+        return line
+
     @model_validator(mode="after")
     def _asks_something(self) -> Line:
         if (self.prompt is None) == (self.messages is None):
@@ -35,7 +51,9 @@ class Line(BaseModel):
             raise ValueError("messages holds none")
         for message in self.messages or ():
             if set(message) != {"role", "content"}:
-                raise ValueError("each message has exactly the keys role and content")
+                raise ValueError("messages: each message has exactly the keys role and content")
+            if message["role"] not in ROLES:
+                raise ValueError(f"messages: there is no role {message['role']!r}; roles are {', '.join(ROLES)}")
         return self
 
     def conversation(self) -> list[Message]:
@@ -142,15 +160,18 @@ class Calls(Line):
 
     @model_validator(mode="after")
     def _functions_are_known(self) -> Calls:
-        names = {f.get("name") for f in self.functions}
         for function in self.functions:
             parameters = function.get("parameters")
             described = isinstance(parameters, dict) and isinstance(parameters.get("properties"), dict)
             if not described or not isinstance(function.get("name"), str):
-                raise ValueError("each function needs name and parameters.properties")
+                raise ValueError("functions: each function needs name and parameters.properties; a name is a text")
+            required = parameters.get("required", []) if isinstance(parameters, dict) else []
+            if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
+                raise ValueError(f"functions: parameters.required of {function['name']} must be a list of names")
+        names = {f["name"] for f in self.functions}
         for call in self.expected:
             if len(call) != 1 or not set(call) <= names:
-                raise ValueError(f"each expected call names one of the functions {sorted(map(str, names))}")
+                raise ValueError(f"expected: each expected call names one of the functions {sorted(names)}")
         properties = {f["name"]: f["parameters"]["properties"] for f in self.functions_as_scored()}
         for call in self.expected:
             for name, values in call.items():
@@ -173,6 +194,8 @@ class Calls(Line):
                 schema["type"] = _scored_type(schema.get("type"), where)
                 if schema["type"] in ("array", "tuple"):
                     items = schema.get("items") or {}
+                    if not isinstance(items, dict):
+                        raise ValueError(f"items of {where} must be one schema for all: an object with its type")
                     schema["items"] = {**items, "type": _scored_type(items.get("type"), f"items of {where}")}
         return functions
 

@@ -176,6 +176,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             if path.name.endswith(".csv"):
                 return list(csv.DictReader(f))
             text = f.read()
+    except csv.Error as error:
+        raise DataError(f"cannot read {path}: {error}; what a CSV file cannot hold can stand in JSON lines") from error
     except (OSError, pa.ArrowException, UnicodeDecodeError, EOFError) as error:
         raise DataError(f"cannot read {path}: {error}") from error
     return _json_rows(text, path)
@@ -227,8 +229,12 @@ def local_files(path: str) -> list[Path]:
     """The data files at a path: itself, or all of a folder and below, sorted.
 
     Raises:
-        DataError: there is nothing there.
+        DataError: there is nothing there, or it is no path.
     """
+    if "://" in path:
+        raise DataError(
+            f"{path} is a URI, and task and data files are read from local paths: copy it here, and give that"
+        )
     root = Path(path).expanduser()
     if root.is_file():
         return [root]

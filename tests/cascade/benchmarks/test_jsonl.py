@@ -151,6 +151,11 @@ def typed(schema: Any, *accepted: Any) -> dict[str, Any]:
     return {"functions": [function], "expected": [{"f": {"x": list(accepted)}}]}
 
 
+def requiring(names: Any) -> dict[str, Any]:
+    """A function of which these parameters are required."""
+    return FUNCTION | {"parameters": FUNCTION["parameters"] | {"required": names}}
+
+
 @pytest.mark.parametrize(
     ("schema", "accepted", "right", "wrong"),
     [
@@ -188,6 +193,27 @@ def test_parameters_have_the_types_of_json_schema(tmp_path, schema, accepted, ri
         ({**ROWS[4], **typed({"type": "text"})}, "parameter x of f has the type 'text'.*number"),
         ({**ROWS[4], **typed({})}, "parameter x of f has the type None"),
         ({**ROWS[4], **typed({"type": "array"})}, "items of parameter x of f"),
+        (
+            {**ROWS[4], **typed({"type": "array", "items": [{"type": "string"}]})},
+            "items of parameter x of f must be one",
+        ),
+        ({**ROWS[5], "functions": [{**FUNCTION, "name": ["f"]}]}, "functions: .*; a name is a text"),
+        ({**ROWS[5], "functions": [requiring("city")]}, "functions: parameters.required of weather.get must be a"),
+        ({**ROWS[5], "functions": [requiring([["city"]])]}, "functions: parameters.required of weather.get must be"),
+        *[
+            (
+                {"id": 1, "kind": "exact", "messages": [{"role": role, "content": "x"}], "answer": "x"},
+                rf"task 1 \(1\): messages: there is no role '{role}'; roles are system, user, assistant",
+            )
+            for role in ("bot", "human", "tool", "")
+        ],
+        (
+            {**ROWS[0], "prompt": "half \ud83d of it"},
+            r"own.jsonl, task 1 \(1\): prompt holds '\\ud83d', one half of a ch",
+        ),
+        ({**ROWS[0], "answer": ["\ude00"]}, r"answer holds '\\ude00'"),
+        ({**ROWS[5], "functions": [FUNCTION | {"description": "\ud83d"}]}, r"functions holds '\\ud83d'"),
+        ({**ROWS[7], "cases": [{"args": [{"\ud83d": 1}], "returns": 3}]}, r"cases holds '\\ud83d'"),
         ({**ROWS[0], "difficulty": 0}, "difficulty"),
         ({**ROWS[6], "language": "cobol"}, "language"),
         ({**ROWS[6], "cases": [{"args": 1, "returns": 1}]}, "args"),
@@ -314,6 +340,30 @@ def test_a_file_belongs_to_the_split_that_is_a_word_of_its_name(tmp_path: Path) 
     assert ids("validation") == ["jsonl/latest-Validation-2/latest-Validation-2"]
     with pytest.raises(ConfigError, match="no test tasks"):
         ids("test")
+
+
+def test_characters_of_two_halves_are_whole(tmp_path: Path) -> None:
+    assert load(tmp_path, [{**ROWS[0], "prompt": "Which one is 😀?"}])[0].messages[0].content == "Which one is 😀?"
+
+
+def test_a_field_too_long_for_csv_is_said_in_words(tmp_path: Path) -> None:
+    file = tmp_path / "own.csv"
+    file.write_text(f"id,kind,prompt,answer\n1,exact,{'x' * 131_073},1\n")
+    with pytest.raises(DataError, match=r"own\.csv: field larger than field limit \(131072\); .* JSON lines"):
+        JSONL.load("train", domain="own", options={"path": str(file)}, seed=1, count=None)
+
+
+def test_what_a_source_without_tasks_of_a_split_needs_depends_on_what_it_is(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"own\.jsonl has no test tasks: give lines of it split: test"):
+        load(tmp_path, [{**ROWS[0], "split": "train"}], "test")
+    load(tmp_path, [{**ROWS[0], "split": "test"}], "test")
+    with pytest.raises(ConfigError, match=r"only files named after the split are read: call one test\.jsonl, or give"):
+        JSONL.load("test", domain="own", options={"path": str(tmp_path)}, seed=1, count=None)
+
+
+def test_a_uri_is_no_path_of_tasks() -> None:
+    with pytest.raises(DataError, match=r"s3://bucket/tasks is a URI, .* copy it here, and give that"):
+        JSONL.load("train", domain="own", options={"path": "s3://bucket/tasks"}, seed=1, count=None)
 
 
 def test_repeated_ids_and_unknown_options_are_refused(tmp_path: Path) -> None:
