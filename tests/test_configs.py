@@ -143,6 +143,15 @@ def test_the_base_is_pinned(name):
     assert re.fullmatch(r"[0-9a-f]{40}", domain(name).base.revision)
 
 
+def test_the_example_of_a_vllm_server_has_the_base_of_the_config_that_is_served():
+    page = (ROOT / "docs/howto/production.md").read_text(encoding="utf-8")
+    served = re.search(
+        r"^vllm serve (\S+) --revision (\S+) [^`]*^python -m serve configs/(\w+)\.yaml vllm=", page, re.M
+    )
+    base = domain(served[3]).base
+    assert served.groups()[:2] == (base.model, base.revision)
+
+
 def test_the_reasoning_teachers_are_asked_for_steps_and_the_steps_are_kept():
     for teacher in domain("reasoning").tiers:
         assert teacher.keep_reasoning

@@ -12,8 +12,9 @@ from functools import lru_cache
 
 from cascade import benchmarks
 from cascade.benchmarks.normalise import Questions, asks_the_same, conversation_key
+from cascade.benchmarks.sources import local_files
 from cascade.config import Config, Part, Tasks, TaskSet, TaskSource
-from cascade.errors import DataError
+from cascade.errors import ConfigError, DataError
 from cascade.tasks import Split, Task
 
 _PROTECTED: dict[Part, tuple[Part, ...]] = {
@@ -37,9 +38,31 @@ def load_tasks(config: Config, part: Part) -> list[Task]:
 
     Raises:
         DataError: all sources together have fewer tasks than asked (says how many), or two tasks have the same id.
-        ConfigError: an option of a source is wrong.
+        ConfigError: an option of a source is wrong, or there are no files where it says so.
     """
+    _check_paths(config.tasks, part)
     return list(_load(config.tasks.model_dump_json(), config.domain, config.seed, part))
+
+
+def _check_paths(tasks: Tasks, part: Part) -> None:
+    """See that the files are there of all sources that loading a part reads, before any of it is downloaded.
+
+    Raises:
+        ConfigError: some are not; names the key.
+    """
+    read = {name: tasks.part(name) for name in (part, *_PROTECTED.get(part, ()))}
+    sources = [
+        (f"tasks.{name}.sources.{n}", s) for name, found in read.items() if found for n, s in enumerate(found.sources)
+    ]
+    if part == "train":  # nothing that is trained on may overlap these
+        sources += [(f"tasks.protect.{n}", s) for n, s in enumerate(tasks.protect or ())]
+    for key, source in sources:
+        path = source.options.get("path")
+        try:
+            if isinstance(path, str):
+                local_files(path)
+        except DataError as error:
+            raise ConfigError(f"{key}.options.path: {error}") from None
 
 
 @lru_cache(maxsize=8)

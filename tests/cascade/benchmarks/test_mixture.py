@@ -13,7 +13,7 @@ from cascade.benchmarks.mixture import load_tasks
 from cascade.benchmarks.normalise import normalise
 from cascade.benchmarks.protected import protected_tasks
 from cascade.config import Config, check_config
-from cascade.errors import DataError
+from cascade.errors import ConfigError, DataError
 
 
 def task_file(folder: Path, name: str, prompts: list[str]) -> str:
@@ -49,6 +49,22 @@ def test_prompts_of_later_splits_leave_the_earlier_ones(tmp_path: Path) -> None:
     assert prompts["test"] == {"question 5", "question 40", "question 41"}
     assert prompts["validation"] == {"question 3", "question 30"}
     assert prompts["train"] == {f"question {i}" for i in range(20)} - {"question 3", "question 5"}
+
+
+@pytest.mark.parametrize("key", ["train.sources.1", "general.sources.0", "protect.0"])
+def test_a_path_without_files_is_named_by_its_key_before_anything_is_loaded(tmp_path: Path, key: str) -> None:
+    broken = tmp_path / "first.jsonl"
+    broken.write_text("this would be the error, were it read first")
+    parts: dict[str, Any] = {part: split(source(str(broken))) for part in ("train", "validation", "test", "general")}
+    parts["train"]["sources"] += [source(str(broken))]
+    parts["protect"] = [source(str(broken))]
+    part, number = key.split(".")[0], int(key.split(".")[-1])
+    found = parts[part] if part == "protect" else parts[part]["sources"]
+    found[number] = source(str(tmp_path / "nothing.jsonl"))
+    with pytest.raises(ConfigError, match=rf"^tasks\.{key}\.options\.path: .*nothing\.jsonl is no data file"):
+        load_tasks(config(**parts), "train")
+    with pytest.raises(DataError, match=r"first\.jsonl, line 1 is not valid JSON"):
+        load_tasks(config(**parts), "test")
 
 
 def test_general_tasks_are_test_tasks_that_nothing_is_learned_or_chosen_from(tmp_path: Path) -> None:
