@@ -21,7 +21,7 @@ from cascade.fingerprints import fingerprint
 
 
 class StorageError(CascadeError, OSError):
-    """The storage takes no more: it is full, read-only, no folder or does not answer. What was written before is kept."""
+    """The storage is full, read-only, no folder, or does not answer. What was written before is kept."""
 
 
 @cache
