@@ -33,7 +33,7 @@ from cascade.scoring.signs import marked_spans as marked_spans
 
 # ------------------------------------------------------------------------------------------------- numbers
 
-_DIGITS = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?"
+_DIGITS = r"(?:(?:\d{1,3}(?:,\d{3}){1,9}(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?"
 NUMBER = re.compile(rf"[-+]?{_DIGITS}")
 """What is all of a text that is a number."""
 _SIGNED = rf"(?:[-+−–]\s?(?=[\d$€£.]))?[$€£]?{_DIGITS}"

@@ -47,7 +47,7 @@ def read_code(text: str, defines: str | None = None) -> str | None:
     languages = re.compile(r"|py|i?python[\d.]*")
     blocks = [textwrap.dedent(body) for language, body in fenced_blocks(text) if languages.fullmatch(language)]
     name = re.escape(defines or "")
-    pattern = re.compile(rf"^\s*(?:(?:async\s+)?(?:def|class)\s+{name}\b|{name}\s*=[^=])", re.M) if defines else None
+    pattern = re.compile(rf"^[ \t]*(?:(?:async\s+)?(?:def|class)\s+{name}\b|{name}\s*=[^=])", re.M) if defines else None
     if blocks:
         fitting = [i for i, body in enumerate(blocks) if body.strip() and (pattern is None or pattern.search(body))]
         if not fitting:
@@ -75,7 +75,7 @@ def read_javascript(text: str, defines: str) -> str | None:
         helpers = [b for b in blocks[: fitting[-1]] if not re.search(name, b)]
         code = "\n".join([*helpers, blocks[fitting[-1]]])
     elif not blocks:
-        declared = rf"^\s*(?:export\s+(?:default\s+)?)?(?:(?:async\s+)?function\*?\s+|(?:const|let|var)\s+){name}"
+        declared = rf"^[ \t]*(?:export\s+(?:default\s+)?)?(?:(?:async\s+)?function\*?\s+|(?:const|let|var)\s+){name}"
         code = text if re.search(declared, text, re.MULTILINE) else None
     return code and re.sub(r"^([ \t]*)export\s+(?:default\s+)?", r"\1", code, flags=re.MULTILINE)
 
