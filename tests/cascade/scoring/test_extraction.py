@@ -427,7 +427,8 @@ def test_text_by_sign_fence_or_whole() -> None:
 @pytest.mark.parametrize(
     "text",
     ["[" * 50_000, "(" * 50_000, "**" * 50_000, "answer is " * 20_000, "1," * 50_000, "```\n" * 20_000, "a " * 100_000,
-     "The answer is" + "\n" * 100_000, "The answer is x = 1" + ",000" * 20_000, "x = 1 or " * 20_000, "answer:\n" * 20_000,
+     "The answer is" + "\n" * 100_000, "The answer is x = 1" + ",000" * 20_000, "x = 1 or " * 20_000,
+     "answer:\n" * 20_000,
      "\n**" + "a" * 100_000, "- \n" * 20_000],
 )  # fmt: skip
 def test_hostile_texts_cost_little(text: str) -> None:
