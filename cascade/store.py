@@ -26,28 +26,45 @@ class StorageError(CascadeError, OSError):
 
 @cache
 def _resolve(uri: str) -> tuple[pafs.FileSystem, str]:
-    """File system and path of a URI, opened once per process and, if it is no local one, asked whether it answers.
+    """File system and path of a URI, opened once per process (an object store's client asks the network for it).
 
     Raises:
         ConfigError: it is none that Arrow knows, or names no bucket.
-        StorageError: it does not answer, or refuses this machine.
+        StorageError: the region of a bucket cannot be found.
     """
     try:
-        filesystem, path = pafs.FileSystem.from_uri(uri)  # looks for a bucket's region, where none is named
-        if path and not isinstance(filesystem, pafs.LocalFileSystem):
-            filesystem.get_file_info(path)
+        filesystem, path = pafs.FileSystem.from_uri(uri)
     except pa.ArrowInvalid as error:
         raise ConfigError(
             f"{uri} is no storage: {error}. Give a path, s3://bucket/prefix or gs://bucket/prefix"
         ) from None
     except OSError as error:
-        raise StorageError(
-            f"storage: {uri} cannot be reached: {error}; check its bucket and region, and this machine's credentials "
-            "and network"
-        ) from error
+        raise _unreachable(uri, error) from error
     if not path:
         raise ConfigError(f"{uri} is no storage: it names no bucket. Give s3://bucket/prefix or gs://bucket/prefix")
     return filesystem, path
+
+
+@cache
+def _reach(uri: str) -> None:
+    """See once per process that a storage answers: later errors of what did may be over at the next try.
+
+    Raises:
+        StorageError: it does not answer, or refuses this machine.
+    """
+    filesystem, path = _resolve(uri)
+    try:
+        if not isinstance(filesystem, pafs.LocalFileSystem):
+            filesystem.get_file_info(path)
+    except OSError as error:
+        raise _unreachable(uri, error) from error
+
+
+def _unreachable(uri: str, error: OSError) -> StorageError:
+    return StorageError(
+        f"storage: {uri} cannot be reached: {error}; check its bucket and region, and this machine's credentials and "
+        "network"
+    )
 
 
 @dataclass(frozen=True)
@@ -83,10 +100,12 @@ class Store:
         return f"{root.rstrip('/')}/{relative}{mark}{options}"
 
     def exists(self, relative: str) -> bool:
+        _reach(self.uri)
         return self.filesystem.get_file_info(self.path(relative)).type != pafs.FileType.NotFound
 
     def list(self, relative: str = "", *, recursive: bool = False) -> list[str]:
         """Names of files and folders below a folder, relative to it, sorted; empty if there is no such folder."""
+        _reach(self.uri)
         base = self.path(relative)
         # Arrow's client for gs:// leaves folders out of what it lists, so there they are told from what lies in them.
         folders_missing = not recursive and self.filesystem.type_name == "gcs"
@@ -99,6 +118,7 @@ class Store:
         Raises:
             FileNotFoundError: there is no such file.
         """
+        _reach(self.uri)
         with self.filesystem.open_input_stream(self.path(relative)) as stream:
             return stream.read()
 

@@ -245,12 +245,15 @@ def test_json_that_is_replaced_while_it_is_read_is_read_again(monkeypatch):
 
 
 class Refusing(Replaced):
-    """An S3 that knows nobody's credentials."""
+    """An S3 that knows nobody's credentials, for a while."""
+
+    refuses = True
 
     def do_HEAD(self):
-        self.answer(403, b"", {"Content-Length": "0"})
-
-    do_GET = do_HEAD
+        if self.refuses:
+            self.answer(403, b"", {"Content-Length": "0"})
+        else:
+            super().do_HEAD()
 
 
 def test_a_storage_that_lets_nobody_in_is_said_and_asked_again(monkeypatch):
@@ -263,7 +266,7 @@ def test_a_storage_that_lets_nobody_in_is_said_and_asked_again(monkeypatch):
         reached = Store(uri)
         with pytest.raises(StorageError, match=rf"storage: {re.escape(uri)} cannot be reached: .*ACCESS_DENIED"):
             reached.exists("progress.json")
-        server.RequestHandlerClass = Replaced
+        monkeypatch.setattr(Refusing, "refuses", False)
         assert reached.exists("progress.json")
         server.shutdown()
 
