@@ -42,7 +42,7 @@ def as_script(tests: str) -> str:
 def names_run(tree: ast.Module) -> set[str]:
     """The names that a script reads when it is run, also by way of its own functions and classes that it uses."""
     defined = {node.name: node for node in tree.body if isinstance(node, (*_FUNCTIONS, ast.ClassDef))}
-    left: list[ast.AST] = [node for node in tree.body if node not in defined.values()]
+    left: list[ast.AST] = [node for node in tree.body if node not in defined.values() and not _is_for_main(node)]
     left += [inner for node in defined.values() for inner in node.decorator_list]
     found: set[str] = set()
     while left:
@@ -50,6 +50,12 @@ def names_run(tree: ast.Module) -> set[str]:
         left += [defined[name] for name in new & set(defined)]
         found |= new
     return found
+
+
+def _is_for_main(node: ast.stmt) -> bool:
+    """Whether it is `if __name__ == "__main__"`, which tests here are not."""
+    names = ast.walk(node.test) if isinstance(node, ast.If) else ()
+    return any(isinstance(name, ast.Name) and name.id == "__name__" for name in names)
 
 
 def _class_calls(node: ast.ClassDef) -> list[str]:

@@ -244,6 +244,7 @@ STACK = "class Stack:\n    def __init__(self): self.s = []\n    def push(self, x
         ({"tests": "x = [1, 2]\nrev(x)\nassert x == [2, 1]"}, "rev for what it does to x"),
         ({"tests": "def check():\n    assert f(2) == 4"}, "never use f: .* call them, or name them test_"),
         ({"tests": "def check():\n    assert f(2)\ndef main():\n    check()"}, "never use f"),
+        ({"tests": "def check():\n    assert f(2)\nif __name__ == '__main__':\n    check()"}, "never use f"),
         ({"tests": "def test_f(tmp_path):\n    assert f(2) == 4"}, "test_f takes tmp_path: fixtures"),
         ({"tests": "class TestF:\n    def test_f(self, x):\n        assert f(x) == 4"}, "test_f takes x: fixtures"),
         ({"tests": "async def test_f():\n    assert f(2) == 4"}, "test_f is a coroutine"),
@@ -281,6 +282,7 @@ def test_what_an_answer_must_define_is_told_from_the_tests(tmp_path, line, names
         "import unittest\nclass F(unittest.TestCase):\n    def setUp(self):\n        self.x = 2\n"
         "    def test_small(self):\n        self.assertEqual(f(self.x), 4)",
         "def test_small():\n    assert f(2) == 4\n\ntest_small()",
+        "def test_small():\n    assert f(2) == 4\n\nif __name__ == '__main__':\n    test_small()",
         "def check(x):\n    assert f(x) == 2 * x\n\ndef main():\n    check(2)\n\nmain()",
     ],
 )
