@@ -46,7 +46,9 @@ _STATED = re.compile(
     r"(?=(?P<span>\s*[^\n]*))",
     re.IGNORECASE,
 )
-_HEADING = re.compile(r"(?:^|\n)[\W_]*(?:(?:the|my|correct)\s+)*answer[\W_]*\Z", re.IGNORECASE)
+_HEADING = re.compile(
+    r"(?:^|\n)[\W_]*(?:(?:the|my|correct|right|best)\s+)*(?:answer|option|choice)[\W_]*\Z", re.IGNORECASE
+)
 _FEW = 6
 """Words of a line that gives an answer and nothing besides."""
 _CONCLUSION = re.compile(r"(?:^|[.!\n])\s*(?:so|therefore|thus|hence|in conclusion)\b[,:]?(?P<span>[^\n]*)", re.I)
@@ -112,7 +114,7 @@ def _stated(text: str) -> list[tuple[str, str]]:
 
     "Solution:", "each option:" or "to find the answer:" before a line break announces the way to an answer. So what
     stands below counts only if nothing is stated on its own line, only the last, and only where it is the end or
-    "Answer:" is a heading with a few words below it.
+    "Answer:" or "Correct option:" is a heading with a few words below it.
     """
     found = [(m, m["marks"] + span) for m in _STATED.finditer(text) if (span := _up_to_the_next(m["span"])) is not None]
     final = [("final answer", span) for m, span in found if m["final"]]

@@ -84,6 +84,12 @@ def test_an_answer_may_stand_below_its_heading_and_its_reasons_behind_it(text: s
     assert read_number(text).answer == "17"
 
 
+@pytest.mark.parametrize("heading", ["Answer:", "**Correct option:**\n", "The right choice:", "### Best answer:"])
+def test_a_choice_may_stand_below_its_heading_and_its_reasons_behind_it(heading: str) -> None:
+    text = f"{heading}\n(B) whale\n\nThe others, (A), (C) and (D), are land animals."
+    assert read_choice(text, OPTIONS).answer == "B"
+
+
 @pytest.mark.parametrize(
     "text",
     [
