@@ -40,7 +40,6 @@ def load_tasks(config: Config, part: Part) -> list[Task]:
         DataError: all sources together have fewer tasks than asked (says how many), or two tasks have the same id.
         ConfigError: an option of a source is wrong, or there are no files where it says so.
     """
-    _check_paths(config.tasks, part)
     return list(_load(config.tasks.model_dump_json(), config.domain, config.seed, part))
 
 
@@ -67,7 +66,9 @@ def _check_paths(tasks: Tasks, part: Part) -> None:
 
 @lru_cache(maxsize=8)
 def _load(tasks_json: str, domain: str, seed: int, part: Part) -> tuple[Task, ...]:
-    task_set = Tasks.model_validate_json(tasks_json).part(part)
+    asked = Tasks.model_validate_json(tasks_json)
+    _check_paths(asked, part)
+    task_set = asked.part(part)
     if task_set is None:
         return ()
     split: Split = "test" if part == "general" else part

@@ -15,7 +15,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 from datasketch import MinHash, MinHashLSH
 
@@ -48,6 +48,7 @@ _INVISIBLE = dict.fromkeys(map(ord, "\u00ad\u200b\u200c\u200d\u2060\ufeff"))
 Kind = Literal["exact", "question", "ngram"]
 Run = tuple[str, ...]
 """Of words."""
+Key = TypeVar("Key", bytes, Run)
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,10 +256,15 @@ def _boilerplate(tasks: Sequence[Task], texts: Sequence[Sequence[list[str]]]) ->
         groups[task.benchmark, task.category].append(number)
     found: set[bytes] = set()
     for members in groups.values():
-        counts = Counter(k for number in members for k in {k for text in texts[number] for k in _runs(text, PHRASE)})
-        limit = max(SHARED_BY, SHARED_SHARE * len(members))
-        found |= {key for key, count in counts.items() if count > limit}
+        found |= _shared([{key for text in texts[number] for key in _runs(text, PHRASE)} for number in members])
     return found
+
+
+def _shared(of_each: Sequence[set[Key]]) -> set[Key]:
+    """What more members of a group have than content would be in, see `SHARED_BY`."""
+    counts = Counter(key for own in of_each for key in own)
+    limit = max(SHARED_BY, SHARED_SHARE * len(of_each))
+    return {key for key, count in counts.items() if count > limit}
 
 
 def _content_runs(text: Sequence[str], n: int, boilerplate: set[bytes]) -> Iterator[bytes]:
@@ -326,9 +332,7 @@ def _without_boilerplate(examples: Sequence[Example], asks: Sequence[set[Run]]) 
             groups[group].append(number)
     own = [set(runs) for runs in asks]
     for members in groups.values():
-        counts = Counter(run for number in members for run in asks[number])
-        limit = max(SHARED_BY, SHARED_SHARE * len(members))
-        shared = {run for run, count in counts.items() if count > limit}
+        shared = _shared([asks[number] for number in members])
         for number in members:
             own[number] -= shared
     return [left or runs for left, runs in zip(own, asks, strict=True)]

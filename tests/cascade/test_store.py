@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import threading
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pyarrow.fs as pafs
@@ -203,6 +204,17 @@ def test_a_run_on_google_cloud_storage(google, tmp_path):
     assert google.list("code") == []
 
 
+@contextmanager
+def s3_server(handler, monkeypatch):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "x")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"s3://bucket/x?endpoint_override=127.0.0.1%3A{server.server_port}&scheme=http&region=us-east-1"
+        server.shutdown()
+
+
 class Replaced(BaseHTTPRequestHandler):
     """An object of S3 that is replaced by a longer one between the question for its length and its content."""
 
@@ -234,14 +246,8 @@ class Replaced(BaseHTTPRequestHandler):
 
 
 def test_json_that_is_replaced_while_it_is_read_is_read_again(monkeypatch):
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "x")
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    with ThreadingHTTPServer(("127.0.0.1", 0), Replaced) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        uri = f"s3://bucket?endpoint_override=127.0.0.1%3A{server.server_port}&scheme=http&region=us-east-1"
+    with s3_server(Replaced, monkeypatch) as uri:
         assert Store(uri).read_json("progress.json") == {"step": 100, "loss": 1.25}
-        server.shutdown()
 
 
 class Refusing(Replaced):
@@ -257,18 +263,12 @@ class Refusing(Replaced):
 
 
 def test_a_storage_that_lets_nobody_in_is_said_and_asked_again(monkeypatch):
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "x")
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        uri = f"s3://bucket/x?endpoint_override=127.0.0.1%3A{server.server_port}&scheme=http&region=us-east-1"
+    with s3_server(Refusing, monkeypatch) as uri:
         reached = Store(uri)
         with pytest.raises(StorageError, match=rf"storage: {re.escape(uri)} cannot be reached: .*ACCESS_DENIED"):
             reached.exists("progress.json")
         monkeypatch.setattr(Refusing, "refuses", False)
         assert reached.exists("progress.json")
-        server.shutdown()
 
 
 def test_what_is_no_json_is_said_at_once(tmp_path):
